@@ -1,0 +1,47 @@
+"""The trained student as a folder of its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from kdvit.models import export_student
+
+
+class StudentExport(pl.Callback):
+    """Writes the student (raw weights of the last step) into ``RUN/student`` when training ends.
+
+    The config.json beside the weights tells the run's last scores and its seconds of training, over all restarts.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the clock."""
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds so far."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the seconds of the run up to its checkpoint."""
+        self._before = state_dict["seconds"]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Writes the folder, on one rank."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "student"
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        spec = {**pl_module.spec(), "run": {"seconds": self._seconds(), "epochs": trainer.current_epoch, **scores}}
+        export_student(pl_module.student, spec, folder)
+        rank_zero_info(f"The student is in {folder}: kdvit.load_student({str(folder)!r}) loads it.")
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._since

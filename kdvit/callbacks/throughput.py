@@ -1,0 +1,34 @@
+"""Images per second."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+class Throughput(pl.Callback):
+    """Logs `train/images_per_second` over all ranks, measured between two logged steps, validation left out."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._start()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock again."""
+        self._start()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the batch, and logs the rate on logged steps."""
+        self._images += len(batch.image)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            rate = self._images * trainer.world_size / (time.perf_counter() - self._since)
+            pl_module.log("train/images_per_second", rate, prog_bar=True)
+            self._start()
+
+    def _start(self) -> None:
+        self._images = 0
+        self._since = time.perf_counter()

@@ -1,0 +1,125 @@
+"""What a run will do, as a table, before it does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from kdvit.models import Network
+from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.module import DistillationModule
+from kdvit.structures import ImageFormat, Layer
+
+Rows = list[tuple[str, str]]
+
+
+def describe(module: DistillationModule, datamodule: pl.LightningDataModule, processes: int, batches: int) -> str:
+    """Describes a run.
+
+    Args:
+        module: The module to train.
+        datamodule: Its data.
+        processes: Processes that will train: devices times nodes.
+        batches: Batches accumulated before a step.
+
+    Returns:
+        A table of two columns, one fact a line.
+    """
+    rows = [("student", _network(module.student))]
+    if module.teacher is None:
+        rows.append(("teacher", "none: a supervised run"))
+    else:
+        rows.append(("teacher", _network(module.teacher.network)))
+    rows += [
+        ("classes", str(module.num_classes)),
+        ("images", _images(module.image_format)),
+        *_teacher_input(module),
+        ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
+        *_distillers(module),
+        *_steps(module, datamodule, processes, batches),
+        *_counts(module),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _network(network: Network) -> str:
+    arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
+    return (
+        f"{type(network).__name__} {arch}: {parameter_count(network):,} parameters, "
+        f"{forward_flops(network) / 1e9:.3g} GFLOP an image, {network.depth} layers"
+    )
+
+
+def _images(images: ImageFormat) -> str:
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (images.mean, images.std))
+    return f"{images.size[0]} x {images.size[1]}, mean ({mean}), std ({std})"
+
+
+def _teacher_input(module: DistillationModule) -> Rows:
+    if module.teacher is None:
+        return []
+    converts = module.teacher.converts_size or module.teacher.converts_values
+    own = _images(module.teacher.network.image_format)
+    return [("teacher's input", f"{own} (converted from the images)" if converts else "the same images")]
+
+
+def _distillers(module: DistillationModule) -> Rows:
+    rows = []
+    for name, distiller in module.objectives().items():
+        assert module.teacher is not None
+        ours = module.student.output_shapes(distiller.student_layers).features
+        theirs = module.teacher.output_shapes(distiller.teacher_layers, logits=False).features
+        parts = [f"{type(distiller).__name__} x {distiller.weight:g}"]
+        for layer, shape, other, target in zip(
+            distiller.student_layers, ours, distiller.teacher_layers, theirs, strict=True
+        ):
+            resized = ", finer map resized" if shape[1:] != target[1:] else ""
+            parts.append(
+                f"student {_layer(module.student, layer)} {_shape(shape)} <- "
+                f"teacher {_layer(module.teacher.network, other)} {_shape(target)}{resized}"
+            )
+        rows.append((f"distiller {name}", "; ".join(parts)))
+    return rows
+
+
+def _layer(network: Network, layer: Layer) -> str:
+    return layer if isinstance(layer, str) else f"layer {network.resolve(layer)}"
+
+
+def _shape(shape: tuple[int, int, int]) -> str:
+    return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def _steps(module: DistillationModule, datamodule: Any, processes: int, batches: int) -> Rows:
+    options = module.optimizer_options
+    loader = datamodule.train_dataloader()
+    global_batch = loader.batch_size * processes * batches
+    return [
+        (
+            "global batch",
+            f"{global_batch} = {loader.batch_size} images x {processes} processes x {batches} accumulated batches",
+        ),
+        ("steps an epoch", f"{max(len(loader) // (processes * batches), 1)}"),
+        (
+            "optimizer",
+            f"{options.name}, learning rate {options.scaled_lr(global_batch):.3g} "
+            + (
+                "(unscaled)"
+                if options.lr_base_batch is None
+                else f"= {options.lr:g} x {global_batch} / {options.lr_base_batch}"
+            )
+            + f", weight decay {options.weight_decay:g}",
+        ),
+    ]
+
+
+def _counts(module: DistillationModule) -> Rows:
+    student = parameter_count(module.student)
+    distillers = parameter_count(module.distillers)
+    frozen = parameter_count(module.teacher.network) if module.teacher else 0
+    return [
+        ("trainable", f"{student + distillers:,} parameters: student {student:,}, distillers {distillers:,}"),
+        ("frozen", f"{frozen:,} parameters"),
+    ]

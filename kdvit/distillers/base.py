@@ -1,0 +1,79 @@
+"""The contract of a distiller."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from kdvit.structures import Layer, OutputShapes, ViTOutput
+
+
+class Distiller(nn.Module):
+    """One loss between a student and a frozen teacher. Subclass it, override `forward`, and name it in a YAML file.
+
+    A distiller declares the layers that it wants, may create parameters in `build`, and returns an unweighted scalar.
+    It never holds or runs a network, never logs, never changes the student, and is gone at inference.
+
+    Args:
+        weight: Factor of this term in the total loss. `DistillationModule` applies it, once.
+
+    Attributes:
+        student_layers: Student feature maps wanted, in the order in which `forward` receives them.
+        teacher_layers: The same for the teacher.
+        needs_teacher_logits: Whether `forward` reads `teacher.logits`. Where no distiller does, the teacher stops after
+            the last block that is needed.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+        >>> import torch
+        >>> class LogitMSE(Distiller):
+        ...     def forward(self, student, teacher, target):
+        ...         return torch.nn.functional.mse_loss(student.logits, teacher.logits)
+        >>> LogitMSE(weight=0.5)(ViTOutput(torch.zeros(2, 10)), ViTOutput(torch.ones(2, 10)), torch.zeros(2))
+        tensor(1.)
+    """
+
+    student_layers: tuple[Layer, ...] = ()
+    teacher_layers: tuple[Layer, ...] = ()
+    needs_teacher_logits: ClassVar[bool] = True
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"{type(self).__name__}: weight must be 0 or more, got {weight}.")
+        self.weight = weight
+
+    def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
+        """Checks the pair and creates the parameters that depend on it. Runs once, before optimizer and DDP.
+
+        Args:
+            student: Shapes of what `forward` will receive as `student`.
+            teacher: Shapes of what `forward` will receive as `teacher`.
+
+        Raises:
+            ValueError: If this objective cannot be computed for the pair.
+        """
+
+    def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
+        """Computes the unweighted loss.
+
+        Args:
+            student: Logits ``[B, K]`` and one map ``[B, C, H, W]`` for each of `student_layers`, float32.
+            teacher: The same for `teacher_layers`; without gradient.
+            target: Class indices ``[B]``, or probabilities ``[B, K]`` under Mixup or CutMix.
+
+        Returns:
+            A float32 scalar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override forward(student, teacher, target).")
+
+    def metrics(self, student: ViTOutput, teacher: ViTOutput) -> dict[str, Tensor]:
+        """Measures the pair for the log. Called without gradient, on logged steps only.
+
+        Returns:
+            Scalars by name; none by default.
+        """
+        return {}

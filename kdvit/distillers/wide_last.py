@@ -1,0 +1,34 @@
+"""Distillation of the wide last block of a WideLastViT (arXiv:2511.15572, WideLast)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kdvit.distillers.feature import FeatureDistiller
+from kdvit.structures import Layer
+
+
+class WideLastDistiller(FeatureDistiller):
+    """WideLast: the output of the wide last block of a WideLastViT against the teacher's block output.
+
+    Checks the student's architecture and never makes it: the wide block is part of WideLastViT and stays at inference.
+
+    Args:
+        weight: Factor of this term in the total loss; 0.2 in the paper's runs.
+        loss: "mse", as in the paper's best WideLast run, or "spectral" for SpectralKD.
+        teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
+
+    Raises:
+        ValueError: At construction of the run, if the student has no wide last block or it is not as wide as the teacher.
+    """
+
+    def __init__(
+        self, weight: float = 1.0, loss: Literal["mse", "spectral"] = "mse", teacher_layer: Layer = -1
+    ) -> None:
+        super().__init__(weight, student_layers=("wide_last",), teacher_layers=(teacher_layer,), loss=loss)
+
+    def _width_error(self, layer: Layer, student: int, teacher: int) -> str:
+        return (
+            f"WideLastDistiller: the student's last block is {student} channels wide and the teacher's layer "
+            f"{self.teacher_layers[0]!r} {teacher}. Set the width of WideLastViT to {teacher}."
+        )

@@ -1,0 +1,35 @@
+"""The logs of a run directory."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+
+def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> list[Logger]:
+    """Returns loggers that write the event file and metrics.csv straight into the run directory.
+
+    Args:
+        root: The run directory.
+        resumed_from: The checkpoint that the run goes on from. The rows of metrics.csv up to its step are kept; without
+            it the table starts anew.
+    """
+    kept = _rows_before(Path(root) / "metrics.csv", resumed_from) if resumed_from else []
+    table = CSVLogger(root, name="", version="")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory")
+        table.experiment.metrics.extend(kept)
+    return [TensorBoardLogger(root, name="", version=""), table]
+
+
+def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
+    if not file.is_file():
+        return []
+    steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    with file.open(newline="") as stream:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    return [row for row in rows if row["step"] < steps]

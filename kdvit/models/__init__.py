@@ -1,0 +1,20 @@
+"""Networks: what is deployed. Students, remedies and teachers, each as logits plus chosen feature maps."""
+
+from kdvit.models.checkpoint import export_student, load_student
+from kdvit.models.lift import LiftViT
+from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network
+from kdvit.models.teacher import FrozenTeacher, TimmTeacher
+from kdvit.models.wide_last import WideLastViT
+
+__all__ = [
+    "FrozenTeacher",
+    "LiftViT",
+    "Network",
+    "TimmNetwork",
+    "TimmStudent",
+    "TimmTeacher",
+    "WideLastViT",
+    "as_network",
+    "export_student",
+    "load_student",
+]

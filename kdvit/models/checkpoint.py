@@ -1,0 +1,141 @@
+"""Students on disk: exported folders, and the student inside a training checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import kdvit
+from kdvit.models.network import Network, TimmNetwork
+from kdvit.structures import ImageFormat
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def student_spec(student: Network, image_format: ImageFormat, class_names: list[str] | None = None) -> dict[str, Any]:
+    """Describes a student in plain types, enough to build it again.
+
+    Args:
+        student: A network with `init_args`; any other is described by its class name alone.
+        image_format: The images that it was trained on.
+        class_names: Names of the classes, where known.
+    """
+    return {
+        "kdvit_version": kdvit.__version__,
+        "class": type(student).__name__,
+        "init_args": getattr(student, "init_args", None),
+        "image_format": {name: list(value) for name, value in image_format._asdict().items()},
+        "class_names": class_names,
+    }
+
+
+def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -> None:
+    """Writes model.safetensors and config.json, which `load_student` reads.
+
+    A TimmStudent without remedy is also a folder of timm's: ``timm.create_model("local-dir:FOLDER")`` loads it.
+
+    Args:
+        student: The student.
+        spec: Its `student_spec`.
+        folder: Where to write; made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = student.model if isinstance(student, TimmNetwork) else student
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({**_timm_config(spec), "kdvit": spec}, indent=2) + "\n")
+
+
+def load_student(path: str | Path, ema: bool = False) -> Network:
+    """Loads a student from an exported folder or from a checkpoint of `kdvit fit`, in eval.
+
+    Args:
+        path: The folder, or the checkpoint file.
+        ema: Take the averaged weights of a checkpoint instead of the raw ones.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If it is not a student of kdvit's, or its class has not been imported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        spec, weights = _read_folder(path)
+    elif path.is_file():
+        spec, weights = _read_checkpoint(path, ema)
+    else:
+        raise FileNotFoundError(f"There is no exported folder or checkpoint {str(path.absolute())!r}.")
+    student = _build(spec, path)
+    target = student.model if path.is_dir() and isinstance(student, TimmNetwork) else student
+    target.load_state_dict(weights)
+    student.image_format = ImageFormat(**{name: tuple(value) for name, value in spec["image_format"].items()})
+    return student.eval()
+
+
+def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
+    if spec["class"] != "TimmStudent":
+        return {}
+    args, images = spec["init_args"], spec["image_format"]
+    model_args = {"img_size": args["img_size"], **(args["model_args"] or {})}
+    return {
+        "architecture": args["arch"],
+        "num_classes": args["num_classes"],
+        "model_args": {name: value for name, value in model_args.items() if value is not None},
+        "pretrained_cfg": {
+            "input_size": [3, *images["size"]],
+            "fixed_input_size": True,
+            "mean": images["mean"],
+            "std": images["std"],
+            "num_classes": args["num_classes"],
+        },
+    }
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = folder / CONFIG
+    if not config.is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{str(folder.absolute())!r} is no exported student: expected {CONFIG} and {WEIGHTS} in it."
+        )
+    spec = json.loads(config.read_text()).get("kdvit")
+    if spec is None:
+        raise ValueError(
+            f"{str(config)!r} was not written by kdvit. Load it with timm.create_model('local-dir:{folder}')."
+        )
+    return spec, load_file(folder / WEIGHTS)
+
+
+def _read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "kdvit" not in checkpoint:
+        raise ValueError(f"{str(path)!r} is no checkpoint of `kdvit fit`: it says nothing of a student.")
+    if ema:
+        if "StudentEMA" not in checkpoint.get("callbacks", {}):
+            raise ValueError(f"{str(path)!r} has no averaged weights: the run had no EMA (`--ema.decay`).")
+        return checkpoint["kdvit"], checkpoint["callbacks"]["StudentEMA"]["student"]
+    prefix = "student."
+    weights = {
+        key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
+    }
+    return checkpoint["kdvit"], weights
+
+
+def _build(spec: dict[str, Any], path: Path) -> Network:
+    classes = {cls.__name__: cls for cls in _subclasses(Network)}
+    if spec["class"] not in classes or spec["init_args"] is None:
+        raise ValueError(
+            f"The student in {str(path)!r} is a {spec['class']}, which kdvit cannot build from the file alone. Import its "
+            "class first, and give it an attribute `init_args` with the plain arguments of its constructor."
+        )
+    student: Network = classes[spec["class"]](**spec["init_args"])
+    return student
+
+
+def _subclasses(cls: type[Network]) -> list[type[Network]]:
+    return [each for sub in cls.__subclasses__() for each in (sub, *_subclasses(sub))]

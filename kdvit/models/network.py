@@ -1,0 +1,214 @@
+"""A network as kdvit sees it: an image in, logits and chosen feature maps out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from kdvit.models.timm_model import create_timm_model
+from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
+
+
+class Network(nn.Module):
+    """What kdvit needs of a student or teacher. Subclass it to bring a network that timm does not have.
+
+    Attributes:
+        depth: Number of layers whose output can be asked for.
+        image_format: Input size and normalisation that the network was made for.
+
+    Example:
+        A network of one's own, usable in YAML by its class path::
+
+            class MyNet(Network):
+                def __init__(self) -> None:
+                    super().__init__(depth=1, image_format=ImageFormat((32, 32), (0.5,) * 3, (0.5,) * 3))
+                    self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+
+                def forward(self, image, layers=(), logits=True):
+                    feature = self.stem(image)
+                    return ViTOutput(self.head(feature.mean((2, 3))) if logits else None, (feature,) * len(layers))
+    """
+
+    def __init__(self, depth: int, image_format: ImageFormat) -> None:
+        super().__init__()
+        self.depth = depth
+        self.image_format = image_format
+
+    def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
+        """Runs the network.
+
+        Args:
+            image: ``[B, 3, H, W]``.
+            layers: Layers whose output is wanted.
+            logits: Whether logits are wanted.
+
+        Returns:
+            Logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` (patch tokens only, before any final norm) for each
+            of `layers`, in their order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override forward(image, layers, logits).")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides biases and norms."""
+        return set()
+
+    def named_layers(self) -> dict[str, int]:
+        """Layers that have a name of their own, with their index."""
+        return {}
+
+    def resolve(self, layer: Layer) -> int:
+        """Returns the index of a layer named by index, negative index, fraction of the depth, or name.
+
+        Raises:
+            ValueError: If there is no such layer.
+
+        Example:
+            >>> network = Network(depth=12, image_format=None)
+            >>> [network.resolve(layer) for layer in (0, -1, 0.5, 1.0)]
+            [0, 11, 5, 11]
+        """
+        if isinstance(layer, str):
+            if layer in self.named_layers():
+                return self.named_layers()[layer]
+        elif isinstance(layer, float):
+            if 0 < layer <= 1:
+                return max(math.ceil(layer * self.depth) - 1, 0)
+        elif -self.depth <= layer < self.depth:
+            return layer % self.depth
+        names = "".join(f", {name!r}" for name in self.named_layers())
+        raise ValueError(
+            f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to -1), a "
+            f"fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, 'wide_last' with WideLastViT.)"
+        )
+
+    @torch.no_grad()
+    def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
+        """Measures the shapes of `forward` on one blank image of the network's own size.
+
+        Raises:
+            ValueError: If a layer does not exist.
+        """
+        for layer in layers:
+            self.resolve(layer)
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            weight = next(self.parameters())
+            image = torch.zeros(1, 3, *self.image_format.size, device=weight.device, dtype=weight.dtype)
+            output = self(image, layers, logits)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        classes = None if output.logits is None else output.logits.shape[1]
+        shapes = tuple((int(f.shape[1]), int(f.shape[2]), int(f.shape[3])) for f in output.features)
+        return OutputShapes(classes, shapes)
+
+
+class TimmNetwork(Network):
+    """Any timm model that has `forward_intermediates`.
+
+    Args:
+        model: The timm model.
+        image_format: Input size and normalisation; by default what the model's own configuration says.
+
+    Raises:
+        TypeError: If the model has no `forward_intermediates`.
+    """
+
+    def __init__(self, model: nn.Module, image_format: ImageFormat | None = None) -> None:
+        if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
+            raise TypeError(
+                f"{type(model).__name__} has no forward_intermediates() and forward_head(), by which kdvit reads feature "
+                "maps and logits. Use another timm model, or wrap yours in a subclass of kdvit.models.Network."
+            )
+        super().__init__(_depth(model), image_format or _image_format(model))
+        self.model = model
+
+    def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
+        """Runs the model once; without `logits` only up to the last block that is needed."""
+        wanted = [self.resolve(layer) for layer in layers]
+        blocks = sorted({index for index in wanted if index < self.depth})
+        needs_end = logits or any(index == self.depth for index in wanted)
+        model: Any = self.model
+        maps: list[Tensor] = []
+        end = None
+        if not blocks and needs_end:
+            end = model.forward_features(image)
+        elif needs_end:
+            end, maps = model.forward_intermediates(image, indices=blocks)
+        elif blocks:
+            maps = model.forward_intermediates(image, indices=blocks, stop_early=True, intermediates_only=True)
+        found = dict(zip(blocks, maps, strict=True))
+        features = tuple(found[i] if i < self.depth else self.end_map(image, end) for i in wanted)
+        return ViTOutput(model.forward_head(end) if logits else None, features)
+
+    def end_map(self, image: Tensor, end: Tensor | None) -> Tensor:
+        """Returns the map ``[B, C, H, W]`` behind the layer with index `depth`, which only some remedies have."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """The names that timm gives for this model."""
+        names: Any = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
+
+
+class TimmStudent(TimmNetwork):
+    """A student of timm's, trained from scratch unless told otherwise.
+
+    Args:
+        arch: timm's model name, as in `timm.list_models()`.
+        num_classes: Number of classes.
+        pretrained: Start from timm's published weights.
+        checkpoint: Start from a local file of timm's or DeiT's format.
+        img_size: Input size in pixels, where it differs from the architecture's.
+        drop_path_rate: Stochastic depth.
+        model_args: More arguments of the timm model, such as `embed_dim`, `depth`, `patch_size`.
+
+    Raises:
+        ValueError: If timm does not know the architecture or an argument.
+        FileNotFoundError: If the checkpoint is not there.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_classes: int = 1000,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        img_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        args: dict[str, Any] = {
+            "arch": arch,
+            "num_classes": num_classes,
+            "img_size": img_size,
+            "drop_path_rate": drop_path_rate,
+        }
+        super().__init__(create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args))
+        self.init_args = {**args, "model_args": model_args}
+
+
+def as_network(module: nn.Module) -> Network:
+    """Returns a Network as it is, and wraps a model that has timm's `forward_intermediates`.
+
+    Raises:
+        TypeError: If the module is neither.
+    """
+    return module if isinstance(module, Network) else TimmNetwork(module)
+
+
+def _depth(model: nn.Module) -> int:
+    info: Any = model.feature_info
+    return len(info)
+
+
+def _image_format(model: nn.Module) -> ImageFormat:
+    config: Any = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    return ImageFormat(tuple(size), tuple(config["mean"]), tuple(config["std"]))

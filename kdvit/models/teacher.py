@@ -1,0 +1,111 @@
+"""The frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdvit.models.network import Network, TimmNetwork
+from kdvit.models.timm_model import create_timm_model
+from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
+
+
+class TimmTeacher(TimmNetwork):
+    """A teacher of timm's with its own head, pretrained unless told otherwise.
+
+    Args:
+        arch: timm's model name (a tag after a dot picks the weights), or ``local-dir:FOLDER`` for a network that kdvit
+            or timm has exported.
+        pretrained: Load timm's published weights. Ignored where `checkpoint` is given.
+        checkpoint: Load a local file of timm's or DeiT's format instead.
+        img_size: Input size in pixels; position embeddings are resized where it differs from the architecture's.
+        model_args: More arguments of the timm model. `num_classes` only beside `checkpoint`: published weights come
+            with their own head.
+
+    Raises:
+        ValueError: If the architecture or an argument is unknown, or `num_classes` would replace a trained head.
+        FileNotFoundError: If the checkpoint or the folder is not there.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        img_size: int | None = None,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        pretrained = pretrained and checkpoint is None
+        if pretrained and "num_classes" in (model_args or {}):
+            raise ValueError(
+                f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of {arch} by a "
+                "random one. Leave it out; a teacher keeps its own classes."
+            )
+        super().__init__(
+            create_timm_model(
+                arch, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size, model_args=model_args
+            )
+        )
+
+
+class FrozenTeacher:
+    """Holds a network where neither training nor saving can reach it.
+
+    It is no `nn.Module`, so the network is in no `state_dict`, no checkpoint and no `train()` call of the module that
+    owns the holder; a deep copy (as EMA callbacks make) is the holder itself. The network is frozen and in eval from
+    the start, and follows the device of its input. Images arrive as the student sees them, and are converted to the
+    teacher's own size and normalisation by values fixed here.
+
+    Args:
+        network: The teacher.
+        image_format: How the images arrive; None if they come as the teacher wants them.
+    """
+
+    def __init__(self, network: Network, image_format: ImageFormat | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.image_format = image_format or network.image_format
+        self._device = torch.device("cpu")
+        theirs, ours = network.image_format, self.image_format
+        self.converts_size = theirs.size != ours.size
+        self.converts_values = (theirs.mean, theirs.std) != (ours.mean, ours.std)
+        mean, std = torch.tensor(ours.mean).view(3, 1, 1), torch.tensor(ours.std).view(3, 1, 1)
+        own_mean, own_std = torch.tensor(theirs.mean).view(3, 1, 1), torch.tensor(theirs.std).view(3, 1, 1)
+        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
+        """Runs the teacher without gradient.
+
+        Args:
+            image: ``[B, 3, H, W]`` in the `image_format` of the construction.
+            layers: Layers whose output is wanted.
+            logits: Whether logits are wanted; without them the teacher stops after the last layer needed.
+        """
+        if image.device != self._device:
+            self._move(image.device)
+        output: ViTOutput = self.network(self.convert(image), layers, logits)
+        return output
+
+    def convert(self, image: Tensor) -> Tensor:
+        """Returns images ``[B, 3, H, W]`` in the teacher's own size and normalisation."""
+        if self.converts_values:
+            image = torch.addcmul(self._shift, image, self._scale)
+        if self.converts_size:
+            size = list(self.network.image_format.size)
+            image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=True)
+        return image
+
+    def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
+        """Measures the shapes of the teacher's output; see `Network.output_shapes`."""
+        return self.network.output_shapes(layers, logits)
+
+    def _move(self, device: torch.device) -> None:
+        self.network.to(device)
+        self._scale, self._shift, self._device = self._scale.to(device), self._shift.to(device), device

@@ -1,0 +1,107 @@
+"""WideLast: only the last block is as wide as the teacher (arXiv:2511.15572)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from kdvit.models.network import TimmNetwork
+from kdvit.models.timm_model import create_timm_model
+
+
+class WideLastViT(TimmNetwork):
+    """A plain or DeiT vision transformer whose last block, final norm and head have the teacher's width.
+
+    The last block is preceded by Linear (without bias) and LayerNorm (eps 1e-6) to the new width; class and register
+    tokens go through like the others. Several widths widen as many last blocks, step by step. The wide blocks are
+    timm's own for `arch`, so layer scale, MLP ratio and the like carry over. The layer "wide_last" is the last block's
+    output.
+
+    The schedules of the authors' code, for DeiT-Tiny: ``width: 384`` (6 heads, the published one); ``width: 384,
+    num_heads: 3``; ``width: [256, 320, 384]`` (4, 5, 6 heads); ``width: [240, 312, 384], num_heads: 3``.
+
+    Args:
+        arch: timm's name of the narrow architecture, a VisionTransformer.
+        width: Width of the last block, the teacher's; or widths of as many last blocks.
+        num_heads: Attention heads of the wide blocks, one number for all or one each. By default as many as keep the
+            head dimension of `arch`.
+        num_classes: Number of classes.
+        pretrained: Start the narrow blocks from timm's published weights.
+        checkpoint: Start the narrow blocks from a local file of timm's or DeiT's format.
+        img_size: Input size in pixels, where it differs from the architecture's.
+        drop_path_rate: Stochastic depth.
+        model_args: More arguments of the timm model.
+
+    Raises:
+        ValueError: If the architecture is not a VisionTransformer, or widths and heads do not fit together.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        width: int | list[int],
+        num_heads: int | list[int] | None = None,
+        num_classes: int = 1000,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        img_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        args: dict[str, Any] = {
+            "arch": arch,
+            "num_classes": num_classes,
+            "img_size": img_size,
+            "drop_path_rate": drop_path_rate,
+        }
+        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args)
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(
+                f"WideLastViT widens timm's VisionTransformer; {arch} is a {type(model).__name__}. Use a plain or DeiT "
+                "one, such as deit_tiny_patch16_224, or distill this one with FeatureDistiller."
+            )
+        blocks: Any = model.blocks
+        widths = [width] if isinstance(width, int) else list(width)
+        head_dim = model.embed_dim // blocks[-1].attn.num_heads
+        heads = _heads(widths, num_heads, head_dim, len(blocks))
+        before: int = model.embed_dim
+        for i, (wide, count) in enumerate(zip(widths, heads, strict=True), start=len(blocks) - len(widths)):
+            donor: Any = create_timm_model(
+                **args, model_args={**(model_args or {}), "embed_dim": wide, "num_heads": count}
+            )
+            blocks[i] = nn.Sequential(
+                nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i]
+            )
+            before = wide
+        for name in ("norm", "fc_norm", "attn_pool", "head", "head_dist"):
+            if getattr(donor, name, None) is not None:
+                setattr(model, name, getattr(donor, name))
+        model.num_features = model.head_hidden_size = before
+        super().__init__(model)
+        self.init_args = {**args, "width": width, "num_heads": num_heads, "model_args": model_args}
+
+    def named_layers(self) -> dict[str, int]:
+        """The wide last block."""
+        return {"wide_last": self.depth - 1}
+
+
+def _heads(widths: Sequence[int], num_heads: int | list[int] | None, head_dim: int, depth: int) -> list[int]:
+    if not 1 <= len(widths) <= depth or min(widths) < 1:
+        raise ValueError(
+            f"WideLastViT: width must be 1 to {depth} positive widths for {depth} blocks, got {list(widths)}."
+        )
+    heads = num_heads if isinstance(num_heads, list) else [num_heads or max(wide // head_dim, 1) for wide in widths]
+    if len(heads) != len(widths):
+        raise ValueError(
+            f"WideLastViT: {len(widths)} widths need as many num_heads (or one for all), got {len(heads)}."
+        )
+    for wide, count in zip(widths, heads, strict=True):
+        if count < 1 or wide % count:
+            raise ValueError(
+                f"WideLastViT: width {wide} does not divide into {count} heads. Choose num_heads that divides it, or a "
+                f"multiple of the head dimension {head_dim}."
+            )
+    return heads

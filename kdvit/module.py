@@ -1,0 +1,288 @@
+"""Training: a batch becomes terms, the terms a loss, and both are logged. Nothing else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdvit.distillers import Distiller
+from kdvit.metrics import classification_scores
+from kdvit.models import FrozenTeacher, Network, as_network
+from kdvit.models.checkpoint import student_spec
+from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
+
+log = logging.getLogger(__name__)
+
+
+class DistillationModule(pl.LightningModule):
+    """Trains a student on labels and, where a teacher is given, on any number of distillation objectives.
+
+    ``loss = task_weight * cross-entropy + sum of weight * distiller(student, teacher, target)``.
+
+    Args:
+        student: The network to train; a timm model is wrapped.
+        teacher: The frozen network to learn from; null for a supervised run.
+        distillers: Objectives by name. The name is that of the logs.
+        task_weight: Weight of the cross-entropy; 0.1 beside a logit term of 0.9 in the paper's runs, else 1.
+        label_smoothing: Label smoothing of the cross-entropy.
+        optimizer: The optimizer.
+        schedule: The learning rate over epochs.
+        image_format: Size and normalisation of the images that arrive; by default the student's own. On the command
+            line it is taken from the data.
+        class_names: Names of the classes, in the order of the student's outputs; on the command line taken from the data.
+
+    Raises:
+        TypeError: If student or teacher is not a network.
+        ValueError: If objectives contradict each other or the pair.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network | None = None,
+        distillers: dict[str, Distiller] | None = None,
+        task_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
+        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
+        image_format: ImageFormat | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = as_network(student)
+        self.image_format = image_format or self.student.image_format
+        self.teacher = None if teacher is None else FrozenTeacher(as_network(teacher), self.image_format)
+        self.distillers = nn.ModuleDict(cast("dict[str, nn.Module]", distillers or {}))
+        self.task_weight = task_weight
+        self.label_smoothing = label_smoothing
+        self.optimizer_options = optimizer
+        self.schedule_options = schedule
+        self.class_names = class_names
+        self._run_seed = torch.initial_seed()
+        self.num_classes = self._check_task()
+        self._build_distillers()
+        self.val_scores = classification_scores(self.num_classes)
+        self.test_scores = classification_scores(self.num_classes)
+
+    def _check_task(self) -> int:
+        if self.task_weight < 0:
+            raise ValueError(f"task_weight must be 0 or more, got {self.task_weight}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}.")
+        if self.student.image_format.size != self.image_format.size and _has_fixed_size(self.student):
+            raise ValueError(
+                f"The student takes images of {self.student.image_format.size} pixels and the data gives "
+                f"{self.image_format.size}. Set img_size of the student, or of the data, so that they agree."
+            )
+        self.student.image_format = self.image_format
+        classes = self.student.output_shapes().classes
+        assert classes is not None
+        if self.class_names is not None and len(self.class_names) != classes:
+            raise ValueError(
+                f"The student has {classes} classes and the data {len(self.class_names)}. Set num_classes of the student to "
+                f"{len(self.class_names)}."
+            )
+        return classes
+
+    def _build_distillers(self) -> None:
+        if self.distillers and self.teacher is None:
+            raise ValueError(
+                f"The distillers {list(self.distillers)} need a teacher, and teacher is null. Give a teacher, or leave the "
+                "distillers out for a supervised run."
+            )
+        if self.teacher is not None and not self.distillers:
+            raise ValueError(
+                "A teacher is given, but nothing is distilled from it. Add distillers, or set teacher: null."
+            )
+        self._student_layers: tuple[Layer, ...] = ()
+        self._teacher_layers: tuple[Layer, ...] = ()
+        self._teacher_logits = False
+        for name, distiller in self.objectives().items():
+            assert self.teacher is not None
+            try:
+                student = self.student.output_shapes(distiller.student_layers)
+                teacher = self.teacher.output_shapes(distiller.teacher_layers, distiller.needs_teacher_logits)
+                distiller.build(student, teacher)
+            except ValueError as error:
+                raise ValueError(f"distillers.{name}: {error}") from error
+            self._student_layers += distiller.student_layers
+            self._teacher_layers += distiller.teacher_layers
+            self._teacher_logits |= distiller.needs_teacher_logits
+
+    def objectives(self) -> dict[str, Distiller]:
+        """Returns the distillers by name."""
+        return cast("dict[str, Distiller]", dict(self.distillers.items()))
+
+    # One batch
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Returns the student's logits ``[B, K]``: the deployed path."""
+        logits: Tensor | None = self.student(image).logits
+        assert logits is not None
+        return logits
+
+    def terms(self, student: ViTOutput, teacher: ViTOutput | None, target: Tensor) -> dict[str, Tensor]:
+        """Computes every loss term, unweighted and in float32: "task" and one for each distiller.
+
+        Args:
+            student: The student's output, with the layers of all distillers in their order.
+            teacher: The same for the teacher; None where there is none.
+            target: Class indices ``[B]``, or probabilities ``[B, K]``.
+        """
+        assert student.logits is not None
+        terms = {"task": F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing)}
+        for name, distiller, ours, theirs in self._shares(student, teacher):
+            terms[name] = distiller(ours, theirs, target)
+        return terms
+
+    def _shares(
+        self, student: ViTOutput, teacher: ViTOutput | None
+    ) -> list[tuple[str, Distiller, ViTOutput, ViTOutput]]:
+        """Cuts the outputs into what each distiller asked for."""
+        shares = []
+        i = j = 0
+        for name, distiller in self.objectives().items():
+            assert teacher is not None
+            m, n = i + len(distiller.student_layers), j + len(distiller.teacher_layers)
+            ours = ViTOutput(student.logits, student.features[i:m])
+            theirs = ViTOutput(teacher.logits, teacher.features[j:n])
+            shares.append((name, distiller, ours, theirs))
+            i, j = m, n
+        return shares
+
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of every term."""
+        return {"task": self.task_weight, **{name: each.weight for name, each in self.objectives().items()}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Computes the loss of one batch."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits).to_float32()
+        student = self.student(batch.image, self._student_layers).to_float32()
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.terms(student, teacher, batch.target)
+            weights = self.weights()
+            loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+            if self._is_logged_step():
+                self._log_step(batch, student, teacher, terms, loss)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores the student on one batch."""
+        self.val_scores.update(self(batch.image), batch.target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/acc1`, `val/acc5` and `val/loss` over all ranks."""
+        self.log_dict(
+            {f"val/{name}": value for name, value in self.val_scores.compute().items()}, prog_bar=True, sync_dist=True
+        )
+        self.val_scores.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores the student on one batch."""
+        self.test_scores.update(self(batch.image), batch.target)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/acc1`, `test/acc5` and `test/loss` over all ranks."""
+        self.log_dict({f"test/{name}": value for name, value in self.test_scores.compute().items()}, sync_dist=True)
+        self.test_scores.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the index, the most probable class and its probability of each image, each ``[B]``."""
+        probability, predicted = self(batch.image).float().softmax(dim=1).max(dim=1)
+        return batch.index, predicted, probability
+
+    # Logs: only on the steps that the Trainer writes, for a call of self.log costs as much as a small kernel
+
+    def _is_logged_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0
+
+    @torch.no_grad()
+    def _log_step(
+        self, batch: Batch, student: ViTOutput, teacher: ViTOutput | None, terms: dict[str, Tensor], loss: Tensor
+    ) -> None:
+        assert student.logits is not None
+        target = batch.target if batch.target.ndim == 1 else batch.target.argmax(dim=1)
+        accuracy = (student.logits.argmax(dim=1) == target).float().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/acc1": accuracy}, prog_bar=True)
+        for name, weight in self.weights().items():
+            self.log_dict(
+                {f"train/{name}": terms[name].detach(), f"train/{name}_weighted": weight * terms[name].detach()}
+            )
+        for name, distiller, ours, theirs in self._shares(student, teacher):
+            measured = distiller.metrics(ours, theirs)
+            self.log_dict({f"train/{name}_{metric}": value for metric, value in measured.items()})
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the learning rate and the gradient norm before clipping."""
+        if self._is_logged_step():
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    # Optimisation
+
+    def global_batch(self) -> int:
+        """Returns the number of images behind one optimizer step, over all processes and accumulated batches.
+
+        Raises:
+            ValueError: If the training loader does not say its batch size.
+        """
+        _ = self.trainer.estimated_stepping_batches  # builds the loaders
+        size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        if size is None:
+            raise ValueError(
+                "The training loader has no batch_size by which to scale the learning rate. Set optimizer.lr_base_batch: null "
+                "and give the learning rate itself."
+            )
+        return int(size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def configure_optimizers(self) -> Any:
+        """Builds timm's optimizer and schedule."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(f"The schedule needs the number of epochs: set trainer.max_epochs (it is {epochs}).")
+        groups = parameter_groups([self.student, self.distillers], self.optimizer_options.weight_decay)
+        scaled = self.optimizer_options.lr_base_batch is not None
+        optimizer = self.optimizer_options.build(groups, self.global_batch() if scaled else 1)
+        schedule = self.schedule_options.build(optimizer, epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
+        """Moves timm's schedule to the coming epoch."""
+        scheduler.step(epoch=self.current_epoch + 1)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds dropout and stochastic depth by step and rank, so that a resumed run draws what it would have drawn."""
+        torch.manual_seed(hash((self._run_seed, self.trainer.global_step, batch_idx, self.global_rank)))
+
+    def on_fit_start(self) -> None:
+        """Says how the teacher's input is converted."""
+        if self.teacher is not None and self.teacher.converts_size:
+            log.info("The teacher's input is resized to %s.", self.teacher.network.image_format.size)
+        if self.teacher is not None and self.teacher.converts_values:
+            log.info("The teacher's input is converted to its own mean and standard deviation.")
+
+    # Checkpoints
+
+    def spec(self) -> dict[str, Any]:
+        """Describes the student in plain types; see `kdvit.models.checkpoint.student_spec`."""
+        return student_spec(self.student, self.image_format, self.class_names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the student's description, by which `kdvit.load_student` works from the file alone."""
+        checkpoint["kdvit"] = self.spec()
+
+
+def _has_fixed_size(network: Network) -> bool:
+    model: Any = getattr(network, "model", network)
+    return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))

@@ -1,0 +1,93 @@
+"""Optimizer and schedule: timm's, with what the recipe fixes as plain options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+
+@dataclass
+class OptimizerOptions:
+    """The optimizer.
+
+    Attributes:
+        name: timm's name of the optimizer.
+        lr: Learning rate at a global batch of `lr_base_batch` images.
+        lr_base_batch: The learning rate is multiplied by (global batch / this); null leaves it as it is.
+        weight_decay: Weight decay, not applied to biases, norms and the names that the student exempts.
+        args: More arguments of the optimizer, such as `betas`.
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    lr_base_batch: int | None = 512
+    weight_decay: float = 0.05
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def scaled_lr(self, global_batch: int) -> float:
+        """Returns the learning rate for a global batch: images a step over all processes and accumulated batches."""
+        return self.lr if self.lr_base_batch is None else self.lr * global_batch / self.lr_base_batch
+
+    def build(self, groups: list[dict[str, Any]], global_batch: int) -> torch.optim.Optimizer:
+        """Builds the optimizer over the groups of `parameter_groups`."""
+        parameters: Any = groups
+        return create_optimizer_v2(
+            parameters, opt=self.name, lr=self.scaled_lr(global_batch), weight_decay=self.weight_decay, **self.args
+        )
+
+
+@dataclass
+class ScheduleOptions:
+    """The learning rate over epochs, stepped once an epoch.
+
+    Attributes:
+        name: timm's name of the schedule.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate of the first epoch of the warm-up.
+        min_lr: Learning rate at the end.
+        args: More arguments of timm's `create_scheduler_v2`.
+    """
+
+    name: str = "cosine"
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, optimizer: torch.optim.Optimizer, epochs: int) -> Scheduler:
+        """Builds the schedule for a run of so many epochs."""
+        scheduler: Scheduler
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=self.name,
+            num_epochs=epochs,
+            warmup_epochs=self.warmup_epochs,
+            warmup_lr=self.warmup_lr,
+            min_lr=self.min_lr,
+            **self.args,
+        )
+        return scheduler
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Splits trainable parameters into timm's two groups, without and with weight decay.
+
+    Biases, norms and what a module's own `no_weight_decay()` names are not decayed.
+
+    Args:
+        modules: The student and the distillers.
+        weight_decay: Weight decay of the second group.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for module in modules:
+        exempt: Any = getattr(module, "no_weight_decay", set)()
+        for group in param_groups_weight_decay(module, weight_decay, exempt):
+            groups.setdefault(group["weight_decay"], []).extend(group["params"])
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]

@@ -1,0 +1,69 @@
+"""The tuples that cross rooms: what the data yields, what a network is fed and what it returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Layer = int | float | str
+"""A layer as a user names it: a block index (``-1`` is the last), a fraction of the depth (``0.5``), or a name."""
+
+
+class Batch(NamedTuple):
+    """What every data module yields.
+
+    Attributes:
+        image: Normalised images, ``[B, 3, H, W]``, float32.
+        target: Class indices ``[B]``, int64; class probabilities ``[B, K]`` once Mixup or CutMix has run.
+        index: Position of each image in its data set, ``[B]``, int64.
+    """
+
+    image: Tensor
+    target: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
+
+
+class ViTOutput(NamedTuple):
+    """What a network returns.
+
+    Attributes:
+        logits: ``[B, K]``, or None where nobody asked for them.
+        features: One map ``[B, C, H, W]`` for each layer asked for, in the order of the asking. (A tuple and not a
+            dict: as keys ``1`` and ``1.0`` are the same, and ``-1`` and ``11`` are one block under two names.)
+    """
+
+    logits: Tensor | None
+    features: tuple[Tensor, ...] = ()
+
+    def to_float32(self) -> ViTOutput:
+        """Returns the same output in float32, where losses are computed whatever the precision of the network."""
+        return ViTOutput(
+            None if self.logits is None else self.logits.float(), tuple(feature.float() for feature in self.features)
+        )
+
+
+class OutputShapes(NamedTuple):
+    """The shapes behind a `ViTOutput`, known before training.
+
+    Attributes:
+        classes: Number of classes K, or None where no logits were asked for.
+        features: ``(C, H, W)`` for each layer asked for.
+    """
+
+    classes: int | None
+    features: tuple[tuple[int, int, int], ...] = ()
+
+
+class ImageFormat(NamedTuple):
+    """How images reach a network.
+
+    Attributes:
+        size: Height and width in pixels.
+        mean: Mean of each channel that was subtracted, for pixel values in 0..1.
+        std: Standard deviation of each channel that was divided by, for pixel values in 0..1.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
