@@ -1,0 +1,66 @@
+"""Students on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kdvit import load_student
+from kdvit.models import Network, export_student
+from kdvit.models.checkpoint import student_spec
+from kdvit.structures import ImageFormat, ViTOutput
+from tests.tiny import FORMAT, student
+
+
+class MyNet(Network):
+    """The example of Network's documentation."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1, image_format=ImageFormat((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.init_args: dict = {}
+
+    def forward(self, image, layers=(), logits=True):
+        feature = self.stem(image)
+        return ViTOutput(self.head(feature.mean((2, 3))) if logits else None, (feature,) * len(layers))
+
+
+@pytest.mark.parametrize(
+    "network", [student(), student("lift"), student("wide_last"), MyNet()], ids=lambda n: type(n).__name__
+)
+def test_an_exported_student_comes_back_as_it_was(network: Network, tmp_path) -> None:
+    export_student(network, student_spec(network, FORMAT, list("abcde")), tmp_path)
+    loaded = load_student(tmp_path)
+    image = torch.rand(2, 3, 16, 16)
+    assert not loaded.training
+    assert torch.equal(loaded(image).logits, network.eval()(image).logits)
+    assert loaded.image_format == FORMAT
+    assert json.loads((tmp_path / "config.json").read_text())["kdvit"]["class_names"] == list("abcde")
+
+
+def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
+    network = student().eval()
+    export_student(network, student_spec(network, FORMAT), tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.rand(2, 3, 16, 16)
+    assert torch.equal(model(image), network(image).logits)
+    assert tuple(model.pretrained_cfg["mean"]) == FORMAT.mean
+
+
+def test_what_is_no_student_is_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no exported folder or checkpoint '.*nothing'"):
+        load_student(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"expected config.json and model.safetensors"):
+        load_student(tmp_path)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of `kdvit fit`"):
+        load_student(tmp_path / "other.ckpt")
+    torch.save({"kdvit": {"class": "Gone", "init_args": {}}, "state_dict": {}}, tmp_path / "gone.ckpt")
+    with pytest.raises(ValueError, match="is a Gone, which kdvit cannot build from the file alone"):
+        load_student(tmp_path / "gone.ckpt")
+    with pytest.raises(ValueError, match="had no EMA"):
+        load_student(tmp_path / "gone.ckpt", ema=True)

@@ -1,0 +1,77 @@
+"""The frozen teacher: what it is fed, and what cannot reach it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from kdvit.models import FrozenTeacher, TimmTeacher, export_student
+from kdvit.models.checkpoint import student_spec
+from kdvit.structures import ImageFormat
+from tests.tiny import FORMAT, STUDENT, student, teacher
+
+
+def test_images_reach_the_teacher_in_its_own_normalisation() -> None:
+    network = teacher()
+    network.image_format = ImageFormat((16, 16), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    pixels = torch.rand(2, 3, 16, 16)
+
+    def normalised(images: ImageFormat) -> torch.Tensor:
+        return (pixels - torch.tensor(images.mean).view(3, 1, 1)) / torch.tensor(images.std).view(3, 1, 1)
+
+    holder = FrozenTeacher(network, FORMAT)
+    torch.testing.assert_close(holder.convert(normalised(FORMAT)), normalised(network.image_format))
+    expected = network(normalised(network.image_format)).logits
+    torch.testing.assert_close(holder(normalised(FORMAT)).logits, expected)
+
+
+def test_images_reach_the_teacher_in_its_own_size() -> None:
+    holder = FrozenTeacher(teacher(img_size=24), ImageFormat((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert holder.converts_size
+    assert not holder.converts_values
+    assert holder(torch.rand(2, 3, 16, 16), [-1]).features[0].shape == (2, 24, 6, 6)
+
+
+def test_the_same_images_are_not_copied() -> None:
+    network = teacher()
+    image = torch.rand(1, 3, 16, 16)
+    assert FrozenTeacher(network, network.image_format).convert(image) is image
+
+
+def test_the_teacher_is_frozen_in_eval_and_its_own_deep_copy() -> None:
+    network = teacher(drop_path_rate=0.5).train()
+    holder = FrozenTeacher(network)
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert copy.deepcopy(holder) is holder
+    assert not holder(torch.rand(1, 3, 16, 16)).logits.requires_grad
+
+
+def test_a_trained_head_is_never_replaced() -> None:
+    with pytest.raises(ValueError, match="would replace the trained head of cait_s24_224"):
+        TimmTeacher("cait_s24_224", model_args={"num_classes": 10})
+
+
+def test_a_teacher_comes_from_a_file_or_an_exported_folder(tmp_path) -> None:
+    source = student().eval()
+    source.image_format = FORMAT
+    export_student(source, student_spec(source, FORMAT), tmp_path / "student")
+    torch.save(source.model.state_dict(), tmp_path / "weights.pth")
+    args = {**STUDENT["model_args"], "num_classes": 5}
+    from_file = TimmTeacher(STUDENT["arch"], checkpoint=str(tmp_path / "weights.pth"), img_size=16, model_args=args)
+    from_folder = TimmTeacher(f"local-dir:{tmp_path / 'student'}")
+    image = torch.rand(2, 3, 16, 16)
+    for loaded in (from_file, from_folder):
+        assert torch.equal(loaded.eval()(image).logits, source(image).logits)
+    assert from_folder.image_format == FORMAT
+
+
+def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        RuntimeError, match=r"weights of cait_xxs24_224 cannot be fetched.*pass the file as `checkpoint`"
+    ):
+        TimmTeacher("cait_xxs24_224")

@@ -1,0 +1,208 @@
+"""Training: the loss, the log, the teacher's peace, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdvit import DistillationModule, load_student
+from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
+from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
+from kdvit.models import TimmStudent
+from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.structures import Batch, ImageFormat, ViTOutput
+from tests.tiny import FORMAT, STUDENT, TinyData, student, teacher, trainer
+
+FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}
+
+
+def _module(remedy: str | None = "lift", **more) -> DistillationModule:
+    torch.manual_seed(0)
+    distiller = {
+        None: FeatureDistiller(0.2, projector="linear"),
+        "lift": LiftDistiller(0.2),
+        "wide_last": WideLastDistiller(0.2),
+    }
+    objectives = {"logit": LogitDistiller(0.9), "feature": distiller[remedy]}
+    given = {"teacher": teacher(drop_path_rate=0.3), "distillers": objectives, "task_weight": 0.1, **FAST, **more}
+    return DistillationModule(student(remedy), image_format=FORMAT, **given)
+
+
+def test_the_loss_is_the_weighted_sum_of_independent_terms() -> None:
+    module = _module("lift", label_smoothing=0.1)
+    module.trainer = trainer(".", log_every_n_steps=10**9)
+    image, target = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    loss = module.training_step(Batch(image, target, target), 0)
+    ours = module.student(image, ["lift"])
+    theirs = module.teacher(image, [-1])
+    task = F.cross_entropy(ours.logits, target, label_smoothing=0.1)
+    divergence = F.kl_div(ours.logits.log_softmax(1), theirs.logits.softmax(1), reduction="batchmean")
+    expected = 0.1 * task + 0.9 * divergence + 0.2 * F.mse_loss(ours.features[0], theirs.features[0])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])
+def test_a_run_learns_and_leaves_the_teacher_alone(remedy: str | None, tmp_path) -> None:
+    module = _module(remedy, task_weight=2.0)
+    network = module.teacher.network
+    before = copy.deepcopy(network.state_dict())
+    modes = []
+    network.register_forward_pre_hook(lambda *_: modes.append(any(m.training for m in network.modules())))
+    ema = StudentEMA(0.9)
+    data = TinyData()
+    run = trainer(tmp_path, max_epochs=15, callbacks=[ema, TeacherScores(), StudentExport()])
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+
+    assert run.callback_metrics["val/acc1"] > 0.8
+    assert run.callback_metrics["val/acc1_ema"] > 0.5
+    assert modes
+    assert not any(modes)
+    module.train()
+    assert not any(m.training for m in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(name.startswith("teacher") for name in module.state_dict())
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert _largest_tensors(checkpoint).isdisjoint(_fingerprints(before.values()))
+    loaded, averaged = load_student(tmp_path / "end.ckpt"), load_student(tmp_path / "end.ckpt", ema=True)
+    image = torch.randn(2, 3, 16, 16)
+    module.eval()
+    assert torch.equal(loaded(image).logits, module(image))
+    assert torch.equal(load_student(tmp_path / "student")(image).logits, module(image))
+    assert not torch.equal(averaged(image).logits, module(image))
+
+
+def _fingerprints(tensors) -> set[float]:
+    return {tensor.double().sum().item() for tensor in tensors if tensor.numel() > 200}
+
+
+def _largest_tensors(value) -> set[float]:
+    if isinstance(value, torch.Tensor):
+        return _fingerprints([value])
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return set().union(*(_largest_tensors(child) for child in children))
+
+
+@pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])
+def test_every_trainable_parameter_gets_a_gradient(remedy: str | None) -> None:
+    module = _module(remedy)
+    module.trainer = trainer(".", log_every_n_steps=10**9)
+    target = torch.tensor([0, 1, 2, 3])
+    module.training_step(Batch(torch.randn(4, 3, 16, 16), target, target), 0).backward()
+    assert [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_losses_are_float32_at_every_precision(precision: str, tmp_path) -> None:
+    seen = []
+
+    class Spy(Distiller):
+        def forward(self, student: ViTOutput, teacher: ViTOutput, target: torch.Tensor) -> torch.Tensor:
+            loss = F.mse_loss(student.logits @ student.logits.T, teacher.logits @ teacher.logits.T)
+            seen.append((student.logits.dtype, teacher.logits.dtype, loss.dtype))
+            return loss
+
+    module = _module(distillers={"spy": Spy()})
+    trainer(tmp_path, precision=precision, max_steps=2).fit(module, datamodule=TinyData())
+    assert set(seen) == {(torch.float32,) * 3}
+
+
+def test_the_log_has_every_term_raw_and_weighted(tmp_path) -> None:
+    module = _module("lift")
+    run = trainer(tmp_path, log_every_n_steps=1)
+    run.fit(module, datamodule=TinyData())
+    logged = run.logged_metrics | run.callback_metrics
+    for name, weight in {"task": 0.1, "logit": 0.9, "feature": 0.2}.items():
+        assert logged[f"train/{name}_weighted"] == pytest.approx(weight * logged[f"train/{name}"].item(), rel=1e-6)
+    total = sum(logged[f"train/{name}_weighted"] for name in ("task", "logit", "feature"))
+    assert logged["train/loss"] == pytest.approx(total.item(), rel=1e-6)
+    others = {"train/acc1", "train/lr", "train/grad_norm", "train/feature_cosine", "train/feature_explained_variance"}
+    assert others | {"val/acc1", "val/acc5", "val/loss"} <= set(logged)
+
+
+def test_a_teacher_without_logits_stops_early() -> None:
+    module = _module("lift", distillers={"lift": LiftDistiller(teacher_layer=1)})
+    module.trainer = trainer(".", log_every_n_steps=10**9)
+    ran = []
+    for i, block in enumerate(module.teacher.network.model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    target = torch.tensor([0, 1])
+    module.training_step(Batch(torch.randn(2, 3, 16, 16), target, target), 0)
+    assert ran == [0, 1]
+
+
+def test_the_learning_rate_follows_the_global_batch_and_timms_schedule(tmp_path) -> None:
+    rates = []
+
+    class Record(DistillationModule):
+        def on_train_epoch_start(self) -> None:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    module = Record(student(), image_format=FORMAT, schedule=ScheduleOptions(warmup_epochs=2, warmup_lr=0.0))
+    run = trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2)
+    run.fit(module, datamodule=TinyData())
+    assert module.global_batch() == 32
+    peak = 5e-4 * 32 / 512
+    half = 1e-5 + (peak - 1e-5) * 0.5  # cosine in the middle of the run
+    assert rates[:3] == pytest.approx([0.0, peak / 2, half])
+    assert len(rates) == 4
+
+
+def test_biases_norms_and_exempt_names_are_not_decayed() -> None:
+    network = student("lift")
+    plain, decayed = parameter_groups([network], 0.05)
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for parameter in plain["params"]:
+        name = names[id(parameter)]
+        assert parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert len(plain["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_raw_and_averaged_scores_differ_by_the_known_average(tmp_path) -> None:
+    module = DistillationModule(student(), image_format=FORMAT, **FAST)
+    start = copy.deepcopy(module.student.state_dict())
+    ema = StudentEMA(0.75)
+    run = trainer(tmp_path, max_steps=1, callbacks=[ema])
+    run.fit(module, datamodule=TinyData())
+    average = ema.state_dict()["student"]
+    for name, value in module.student.state_dict().items():
+        torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * value)
+
+
+def test_a_ready_made_timm_model_is_wrapped() -> None:
+    module = DistillationModule(student().model, teacher=teacher().model, distillers={"logit": LogitDistiller()})
+    assert module(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"teacher": None}, r"distillers \['logit', 'feature'\] need a teacher"),
+        ({"distillers": {}}, "nothing is distilled from it"),
+        ({"task_weight": -0.1}, "task_weight must be 0 or more, got -0.1"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
+        ({"class_names": list("abc")}, "student has 5 classes and the data 3. Set num_classes of the student to 3"),
+        ({"teacher": teacher(num_classes=7)}, "distillers.logit: .*student has 5 classes and the teacher 7"),
+        ({"distillers": {"wide": WideLastDistiller()}}, "distillers.wide: .*no layer 'wide_last'"),
+        ({"distillers": {"far": FeatureDistiller(teacher_layers=[9])}}, "distillers.far: .*no layer 9"),
+        ({"distillers": {"plain": FeatureDistiller()}}, "distillers.plain: .*16 channels wide and the teacher's 24"),
+    ],
+)
+def test_contradictions_are_refused_before_training(change: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        _module(**change)
+
+
+def test_a_student_of_another_size_than_the_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes images of \(16, 16\) pixels and the data gives \(32, 32\)"):
+        DistillationModule(TimmStudent(**STUDENT), image_format=ImageFormat((32, 32), FORMAT.mean, FORMAT.std))
+
+
+def test_a_module_that_is_no_network_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear has no forward_intermediates"):
+        DistillationModule(torch.nn.Linear(2, 2))
