@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,7 +39,10 @@ class Trainer(pl.Trainer):
         """Build everything, show what a run will do, and take one training and one validation batch on the CPU."""
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
         self.callbacks = [each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport))]
-        self.fit(model, datamodule=datamodule)
+        try:
+            self.fit(model, datamodule=datamodule)
+        except Exception as error:
+            raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
         print("One training and one validation batch went through. This config is ready for `kdvit fit`.")
 
 
@@ -123,6 +127,8 @@ class KdvitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             raise UserError(str(error)) from error
+        if self.subcommand == "fit" and self.trainer.max_epochs in (None, -1):
+            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Gives a fit its loggers; a check runs on one CPU process, whatever the config says."""
@@ -196,7 +202,8 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments after the program's name; by default those of the process.
 
     Raises:
-        SystemExit: With status 2 and one clear message, if the user has made a mistake.
+        SystemExit: With status 2 and one clear message, if the user has made a mistake. (With the environment variable
+            KDVIT_TRACEBACK set, the error itself.)
     """
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
@@ -209,7 +216,7 @@ def main(args: list[str] | None = None) -> None:
             KdvitCLI(find_configs(given))
     except Exception as error:
         explanation = explain(error)
-        if explanation is None:
+        if explanation is None or os.environ.get("KDVIT_TRACEBACK"):
             raise
-        print(f"kdvit: {explanation}", file=sys.stderr)
+        print(f"kdvit: error: {explanation}", file=sys.stderr)
         raise SystemExit(2) from None

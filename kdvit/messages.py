@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from importlib import import_module
+
+import lightning.pytorch as pl
 from jsonargparse import ArgumentError
+
+from kdvit.distillers import Distiller
+from kdvit.models import Network
+from kdvit.module import DistillationModule
+
+CLASSES: dict[str, type] = {
+    "model.distillers": Distiller,
+    "model.student": Network,
+    "model.teacher": Network,
+    "data": pl.LightningDataModule,
+}
+NOT_SAID = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+)
 
 
 class UserError(Exception):
@@ -10,9 +34,73 @@ class UserError(Exception):
 
 
 def explain(error: Exception) -> str | None:
-    """Returns the message for a user's mistake, and None for any other error."""
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, ArgumentError):
-        return f"error: {error}"
-    return None
+    """Returns the message for a user's mistake, and None for any other error.
+
+    jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
+    misspelt name gets its nearest match.
+    """
+    if not isinstance(error, (UserError, ArgumentError)):
+        return None
+    return _named(_condensed(str(error)))
+
+
+def subclasses(cls: type) -> dict[str, type]:
+    """Returns the imported subclasses of a class by name."""
+    found = {}
+    for each in cls.__subclasses__():
+        found.update({each.__name__: each, **subclasses(each)})
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean X?" for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _condensed(text: str) -> str:
+    said = []
+    for line in text.splitlines():
+        line = line.strip().removeprefix("- ")
+        if line.startswith("Given value:"):
+            said += [f"(got {line.removeprefix('Given value: ')!r})"] if len(line) < 60 else []
+            break
+        if line.startswith("Given value type"):
+            continue
+        if line and not line.startswith(NOT_SAID):
+            said.append(line)
+    condensed = " ".join(said)
+    condensed = re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)
+    condensed = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", condensed)
+    condensed = re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[.*?\]))\. Got value: (.*)", _expected, condensed)
+    return re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)
+
+
+def _expected(match: re.Match[str]) -> str:
+    kind, special, value = match.groups()
+    return f"expected {kind or special}, got {value!r}."
+
+
+def _named(text: str) -> str:
+    key = text.partition(":")[0]
+    if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        known = subclasses(CLASSES.get(key, object)) if key in CLASSES else {}
+        listed = f" Known: {', '.join(sorted(known))}." if known else ""
+        return (
+            f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
+            "path, such as my_package.MyClass."
+        )
+    if match := re.search(r"([\w.]+): Option '([^']+)' is not accepted", text):
+        known_options = _parameters(match[1])
+        return f"{text}.{nearest(match[2], known_options)} It takes: {', '.join(known_options)}."
+    if match := re.search(r"does not accept option '([^']+)'", text):
+        group, _, option = match[1].partition(".")
+        owners: dict[str, type] = {"model": DistillationModule, "trainer": pl.Trainer}
+        known_options = list(inspect.signature(owners[group]).parameters) if group in owners else []
+        return f"there is no option {match[1]!r}.{nearest(option, known_options)} `kdvit fit --help` lists all."
+    return text
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(import_module(module), name)).parameters)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 
 
 @dataclass
@@ -30,6 +33,17 @@ class OptimizerOptions:
     lr_base_batch: int | None = 512
     weight_decay: float = 0.05
     args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in list_optimizers():
+            near = difflib.get_close_matches(self.name, list_optimizers(), n=3)
+            raise ValueError(f"optimizer.name: timm has no {self.name!r}. Near: {', '.join(near) or list_optimizers()}.")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer: lr must be above 0 and weight_decay 0 or more, got {self.lr} and {self.weight_decay}."
+            )
+        if self.lr_base_batch is not None and self.lr_base_batch < 1:
+            raise ValueError(f"optimizer.lr_base_batch must be 1 or more, or null, got {self.lr_base_batch}.")
 
     def scaled_lr(self, global_batch: int) -> float:
         """Returns the learning rate for a global batch: images a step over all processes and accumulated batches."""
@@ -60,6 +74,15 @@ class ScheduleOptions:
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
+        if self.warmup_epochs < 0 or self.warmup_lr < 0 or self.min_lr < 0:
+            raise ValueError(
+                "schedule: warmup_epochs, warmup_lr and min_lr must be 0 or more, got "
+                f"{self.warmup_epochs}, {self.warmup_lr} and {self.min_lr}."
+            )
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int) -> Scheduler:
         """Builds the schedule for a run of so many epochs."""
