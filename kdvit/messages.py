@@ -46,7 +46,8 @@ def explain(error: Exception) -> str | None:
 
 def subclasses(cls: type) -> dict[str, type]:
     """Returns the imported subclasses of a class by name."""
-    found = {}
+    found: dict[str, type] = {}
+    each: type
     for each in cls.__subclasses__():
         found.update({each.__name__: each, **subclasses(each)})
     return found

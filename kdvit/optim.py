@@ -36,8 +36,9 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.name not in list_optimizers():
-            near = difflib.get_close_matches(self.name, list_optimizers(), n=3)
-            raise ValueError(f"optimizer.name: timm has no {self.name!r}. Near: {', '.join(near) or list_optimizers()}.")
+            near = difflib.get_close_matches(self.name, [str(name) for name in list_optimizers()], n=3)
+            hint = f"Near: {', '.join(near)}." if near else "See timm.optim.list_optimizers()."
+            raise ValueError(f"optimizer.name: timm has no {self.name!r}. {hint}")
         if self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"optimizer: lr must be above 0 and weight_decay 0 or more, got {self.lr} and {self.weight_decay}."

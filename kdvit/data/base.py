@@ -1,0 +1,139 @@
+"""What all data modules share: loaders, seeds, Mixup, and the format of the images."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from timm.data import Mixup
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdvit.data.sampling import ResumableLoader, ViewSampler
+from kdvit.data.seeding import mixed_seed, seeded
+from kdvit.structures import Batch, ImageFormat
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Split = Literal["train", "val", "test"]
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Batches of labelled images. Subclass it and give `dataset`, `class_names` and `path`.
+
+    Args:
+        batch_size: Images a step and process.
+        num_workers: Processes that load images, for each training process.
+        img_size: Height and width in pixels.
+        mean: Mean of each channel that is subtracted.
+        std: Standard deviation of each channel that is divided by.
+        repeats: Views of an image in an epoch (repeated augmentation); 1 for none, 3 in DeiT's recipe.
+        mixup: Alpha of Mixup; 0 for none, as in the paper's runs.
+        cutmix: Alpha of CutMix; 0 for none, as in the paper's runs.
+        seed: Seed of order and augmentation; by default the run's.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        img_size: int = 224,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        repeats: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "img_size": (img_size, 1)}
+        at_least |= {"repeats": (repeats, 1), "mixup": (mixup, 0), "cutmix": (cutmix, 0)}  # type: ignore[dict-item]
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
+        if (mixup or cutmix) and batch_size % 2:
+            raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
+        self.batch_size, self.num_workers, self.repeats = batch_size, num_workers, repeats
+        self.image_format = ImageFormat((img_size, img_size), mean, std)
+        self.mixup, self.cutmix = mixup, cutmix
+        self.seed = torch.initial_seed() if seed is None else seed
+
+    class_names: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+        return len(self.class_names)
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns a data set that maps a View to ``(image, target, index)``, or lists of Views to a Batch."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Returns the name of an image of the evaluation set, for tables."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns the training batches of this rank; the last one is left out if it is not whole."""
+        dataset: Any = self.dataset("train")
+        sampler = self._sampler(len(dataset), training=True)
+        whole = len(sampler) >= self.batch_size
+        if (self.mixup or self.cutmix) and not whole:
+            raise ValueError(
+                f"Mixup and CutMix need a whole batch, but a rank has {len(sampler)} training images and batch_size is "
+                f"{self.batch_size}."
+            )
+        return ResumableLoader(dataset, sampler=sampler, drop_last=whole, **self._loading())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation batches of this rank, each image on one rank."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns the test batches of this rank, each image on one rank."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Returns the test batches."""
+        return self._eval_loader("test")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``."""
+        trainer = self.trainer
+        if not (self.mixup or self.cutmix) or trainer is None or not trainer.training:
+            return batch
+        mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.num_classes)  # type: ignore[no-untyped-call]
+        with seeded(mixed_seed(self.seed, trainer.fit_loop.total_batch_idx + 1, trainer.global_rank)):
+            image, target = mix(batch.image, batch.target)
+        return Batch(image, target, batch.index)
+
+    def _eval_loader(self, split: Split) -> DataLoader[Any]:
+        dataset: Any = self.dataset(split)
+        return DataLoader(dataset, sampler=self._sampler(len(dataset), training=False), **self._loading())
+
+    def _sampler(self, size: int, training: bool) -> ViewSampler:
+        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return ViewSampler(
+            size, training=training, repeats=self.repeats, num_replicas=replicas, rank=rank, seed=self.seed
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": collate,
+        }
+
+
+def collate(samples: Batch | list[tuple[Tensor, int, int]]) -> Batch:
+    """Stacks samples into a Batch; a Batch passes through."""
+    if isinstance(samples, Batch):
+        return samples
+    images, targets, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))

@@ -1,0 +1,51 @@
+"""scikit-learn's handwritten digits: real images that need no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from kdvit.data.base import ImageDataModule, Split
+from kdvit.data.in_memory import InMemoryImages
+
+
+class Digits(ImageDataModule):
+    """1,797 digits of 8 x 8 pixels (UCI Optical Recognition of Handwritten Digits): 1,297 to train, 500 to validate.
+
+    Args:
+        batch_size: Images a step and process.
+        img_size: Height and width in pixels; resized bilinearly from 8.
+        padding: Zero pixels around an image, of which a random crop is taken in training.
+        kwargs: Those of ImageDataModule.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+
+    def __init__(self, batch_size: int = 64, img_size: int = 8, padding: int = 1, **kwargs: Any) -> None:
+        super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError("Digits needs scikit-learn: pip install 'kdvit[demo]'.") from error
+        images, targets = load_digits(return_X_y=True)
+        self.images = torch.from_numpy(np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8))
+        self.targets = torch.from_numpy(targets).long()
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
+        self.indices = {"train": order[:-500], "val": order[-500:]}
+        self.class_names = [str(digit) for digit in range(10)]
+        self.padding = padding
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns train, or val for every evaluation."""
+        training = split == "train"
+        index = self.indices["train" if training else "val"]
+        augmentation = {"seed": self.seed, "padding": self.padding} if training else {}
+        return InMemoryImages(self.images[index], self.targets[index], self.image_format, **augmentation)
+
+    def path(self, index: int) -> str:
+        """Returns ``digits/N``, N the number in scikit-learn's order."""
+        return f"digits/{int(self.indices['val'][index])}"

@@ -1,0 +1,123 @@
+"""Fashion-MNIST (Xiao et al., arXiv:1708.07747): 70,000 real images, from a package, a folder or a download."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdvit.data.base import ImageDataModule, Split
+from kdvit.data.in_memory import InMemoryImages
+
+DEBIAN = "/usr/share/datasets/fashion-mnist"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+class FashionMNIST(ImageDataModule):
+    """60,000 training and 10,000 test images of clothes, 28 x 28 grey.
+
+    Args:
+        root: Folder of the four idx files (gzipped or not), or a torchvision root. By default the folder of Debian's
+            package dataset-fashion-mnist, else ``data``, into which torchvision downloads.
+        batch_size: Images a step and process.
+        img_size: Height and width in pixels; resized bilinearly from 28.
+        padding: Zero pixels around an image, of which a random crop is taken in training.
+        hflip: Probability of a horizontal flip in training.
+        train_size: Train on so many images, the first of a fixed random order; null for all.
+        holdout: Hold out so many training images (the last of that order) and validate on them; the official test set
+            is then only for `kdvit test`. With 0, validation and test are both the official test set.
+        kwargs: Those of ImageDataModule.
+
+    Raises:
+        FileNotFoundError: If the images are not found and cannot be downloaded.
+        ValueError: If `train_size` and `holdout` are more than there is.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 128,
+        img_size: int = 28,
+        padding: int = 2,
+        hflip: float = 0.5,
+        train_size: int | None = None,
+        holdout: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
+        folder = find_fashion_mnist(root)
+        images, targets, self.test_images, self.test_targets = (read_idx(folder, name) for name in FILES)
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
+        kept = len(targets) - holdout
+        if holdout < 0 or kept < 1 or not 1 <= (train_size or kept) <= kept:
+            raise ValueError(
+                f"FashionMNIST has {len(targets)} training images: train_size must be at least 1 and holdout at least 0, "
+                f"together no more than that; got train_size {train_size} and holdout {holdout}."
+            )
+        train, held = order[: train_size or kept], order[kept:]
+        self.images, self.targets = images[train], targets[train]
+        self.held = (images[held], targets[held]) if holdout else None
+        self.class_names = list(torchvision.datasets.FashionMNIST.classes)
+        self.padding, self.hflip = padding, hflip
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split."""
+        if split == "train":
+            augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip}
+            return InMemoryImages(self.images, self.targets, self.image_format, **augmentation)  # type: ignore[arg-type]
+        held = self.held if split == "val" else None
+        images, targets = held or (self.test_images, self.test_targets)
+        return InMemoryImages(images, targets, self.image_format)
+
+    def path(self, index: int) -> str:
+        """Returns ``test/N``, N the number in the official test set."""
+        return f"test/{index}"
+
+
+def find_fashion_mnist(root: str | None) -> Path:
+    """Returns the folder of the four files, downloading them if need be.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and no download.
+    """
+    wanted = Path(root or "data")
+    for folder in (wanted, wanted / "FashionMNIST" / "raw", *([] if root else [Path(DEBIAN)])):
+        if all(_file(folder, name) for name in FILES):
+            return folder
+    try:
+        torchvision.datasets.FashionMNIST(str(wanted), download=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST is neither in {str(wanted.absolute())!r} nor in {DEBIAN!r}, and cannot be downloaded ({error}). "
+            "Install Debian's package dataset-fashion-mnist, or name the folder of its four idx files by "
+            "--data.init_args.root."
+        ) from error
+    return wanted / "FashionMNIST" / "raw"
+
+
+def read_idx(folder: Path, name: str) -> Tensor:
+    """Reads an idx file: images ``[n, H, W]`` as uint8, labels ``[n]`` as int64.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    file = _file(folder, name)
+    assert file is not None
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise ValueError(f"The file {str(file)!r} is damaged: {error}. Fetch it again.") from error
+    tensor = torch.from_numpy(values.copy())
+    return tensor if tensor.ndim > 1 else tensor.long()
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)

@@ -1,0 +1,155 @@
+"""ImageNet and everything that is laid out like it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from kdvit.data.base import ImageDataModule, Split
+from kdvit.data.sampling import View
+from kdvit.data.seeding import mixed_seed, seeded
+from kdvit.data.transforms import Transform, eval_transform, train_transform
+
+LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
+
+
+class ImageFolder(ImageDataModule):
+    """Images in folders, one a class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``, as of ImageNet.
+
+    Args:
+        root: The folder that holds train and val. (With val alone, a student can be evaluated.)
+        batch_size: Images a step and process.
+        num_workers: Processes that load images, for each training process.
+        auto_augment: timm's policy; null for none.
+        color_jitter: Strength of the colour jitter, which timm leaves out beside a policy.
+        random_erasing: Probability of random erasing.
+        interpolation: Of the resizing.
+        crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
+        kwargs: Those of ImageDataModule.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or empty; the message names it and the layout.
+        ValueError: If train and val have different classes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 128,
+        num_workers: int = 8,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        color_jitter: float = 0.4,
+        random_erasing: float = 0.25,
+        interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
+        self.root = Path(root).absolute()
+        self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
+        self.class_names = _same_classes(self.root, list(self.samples))
+        size, mean, std = self.image_format.size[0], self.image_format.mean, self.image_format.std
+        self.train_transform = train_transform(
+            size, mean, std, auto_augment, color_jitter, random_erasing, interpolation
+        )
+        self.eval_transform = eval_transform(size, mean, std, crop_pct, interpolation)
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of train, or of val for every evaluation."""
+        split = "val" if split == "test" else split
+        if split not in self.samples:
+            raise FileNotFoundError(f"There is no folder {str(self.root / split)!r}. {LAYOUT}")
+        seed = self.seed if split == "train" else None
+        transform = self.train_transform if split == "train" else self.eval_transform
+        return FolderImages(self.samples[split], transform, seed)
+
+    def path(self, index: int) -> str:
+        """Returns the path of a validation image, relative to the root."""
+        return str(Path(self.samples["val"][index][0]).relative_to(self.root))
+
+
+class FolderImages(Dataset[Any]):
+    """Images read when they are asked for.
+
+    Args:
+        samples: Path and class index of each image.
+        transform: Makes a tensor ``[3, H, W]`` of an image.
+        seed: Seed of the transform's draws, together with the view; None for a transform without any.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], transform: Transform, seed: int | None) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, view: View) -> tuple[Tensor, int, int]:
+        path, target = self.samples[view.image]
+        image = read_image(path)
+        if self.seed is None:
+            return self.transform(image), target, view.image
+        with seeded(mixed_seed(self.seed, *view)):
+            return self.transform(image), target, view.image
+
+
+def read_image(path: str) -> Image.Image:
+    """Reads an image as RGB.
+
+    Raises:
+        RuntimeError: If it cannot be read; the message names the path.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise RuntimeError(f"Cannot read the image {path!r}: {error}. Mend it or take it out.") from error
+
+
+def list_images(folder: Path) -> list[tuple[str, int]]:
+    """Lists the images of a split with the index of their class, in a fixed order.
+
+    Raises:
+        FileNotFoundError: If there is no class folder, or one without an image.
+    """
+    try:
+        _, class_to_index = find_classes(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no class folder in {str(folder)!r}. {LAYOUT}") from error
+    samples: list[tuple[str, int]] = make_dataset(
+        str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True
+    )
+    empty = sorted(set(class_to_index.values()) - {target for _, target in samples})
+    if empty:
+        names = {index: name for name, index in class_to_index.items()}
+        paths = ", ".join(repr(str(folder / names[index])) for index in empty[:3])
+        raise FileNotFoundError(
+            f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove them."
+        )
+    return samples
+
+
+def _splits(root: Path) -> list[str]:
+    splits = [split for split in ("train", "val") if (root / split).is_dir()]
+    if "val" not in splits:
+        missing = root / "val" if root.is_dir() else root
+        raise FileNotFoundError(
+            f"There is no folder {str(missing)!r}. {LAYOUT} Name the root by --data.init_args.root."
+        )
+    return splits
+
+
+def _same_classes(root: Path, splits: list[str]) -> list[str]:
+    classes = {split: find_classes(root / split)[0] for split in splits}
+    if classes.get("train", classes["val"]) != classes["val"]:
+        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
+        raise ValueError(
+            f"train and val in {str(root)!r} have different classes ({len(classes['train'])} and {len(classes['val'])}); "
+            f"only in one of them: {', '.join(odd[:5])}."
+        )
+    names: list[str] = classes["val"]
+    return names

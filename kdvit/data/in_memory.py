@@ -1,0 +1,68 @@
+"""Small images held in memory and augmented a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from kdvit.data.sampling import View
+from kdvit.structures import Batch, ImageFormat
+
+
+class InMemoryImages(Dataset[Any]):
+    """Grey images, given as three equal channels.
+
+    Args:
+        images: ``[n, H, W]``, uint8.
+        targets: ``[n]``, int64.
+        image_format: Size and normalisation to give; other sizes are reached by bilinear resizing, once.
+        seed: Seed of the augmentation, together with the view; None for none.
+        padding: Zero pixels around an image, of which a random crop is taken.
+        hflip: Probability of a horizontal flip.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        image_format: ImageFormat,
+        seed: int | None = None,
+        padding: int = 0,
+        hflip: float = 0.0,
+    ) -> None:
+        pixels = images[:, None].float() / 255
+        if pixels.shape[2:] != image_format.size:
+            pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)
+        self.pixels, self.targets = pixels, targets
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_format.mean, image_format.std))
+        self.seed, self.padding, self.hflip = seed, padding, hflip
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, view: View) -> tuple[Tensor, int, int]:
+        batch = self.__getitems__([view])
+        return batch.image[0], int(batch.target[0]), view.image
+
+    def __getitems__(self, views: list[View]) -> Batch:
+        index = torch.tensor([view.image for view in views])
+        pixels = self.pixels[index]
+        if self.seed is not None:
+            pixels = self._augmented(pixels, views, self.seed)
+        return Batch((pixels - self.mean) / self.std, self.targets[index], index)
+
+    def _augmented(self, pixels: Tensor, views: list[View], seed: int) -> Tensor:
+        draws = np.stack([np.random.SeedSequence([seed, *view]).generate_state(3) for view in views])
+        shifts = torch.from_numpy(draws[:, :2] % (2 * self.padding + 1)).long()
+        flips = torch.from_numpy(draws[:, 2] < self.hflip * 2**32)
+        height, width = pixels.shape[2:]
+        rows = shifts[:, 0, None] + torch.arange(height)
+        columns = shifts[:, 1, None] + torch.where(flips[:, None], torch.arange(width).flip(0), torch.arange(width))
+        padded = F.pad(pixels, [self.padding] * 4)[:, 0]
+        picked = padded[torch.arange(len(views))[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return picked[:, None]

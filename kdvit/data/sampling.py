@@ -1,0 +1,101 @@
+"""Which views of which images a rank sees, in which order, and from where a resumed run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+class View(NamedTuple):
+    """One augmented view of one image.
+
+    Attributes:
+        image: Position of the image in its data set.
+        epoch: The epoch that asks for it.
+        repeat: Which of the epoch's repeats it is.
+    """
+
+    image: int
+    epoch: int = 0
+    repeat: int = 0
+
+
+class ViewSampler(DistributedSampler[Any]):
+    """Deals an epoch's views out to the ranks.
+
+    In training, the images are shuffled by (seed, epoch). With `repeats`, each image comes that many times, as distinct
+    views on successive ranks, and the epoch is cut to as many views as there are images (repeated augmentation of
+    DeiT, arXiv:2012.12877, which also rounds the epoch down to a multiple of 256 images; below 256 it is not cut to
+    nothing). All ranks get equally many. In evaluation, each image comes once, on one rank, and nothing is padded.
+
+    (A DistributedSampler, for Lightning replaces any other under DDP.)
+
+    Args:
+        size: Number of images.
+        training: Shuffle, repeat and pad.
+        repeats: Views of an image in an epoch.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        seed: Seed of the order.
+
+    Attributes:
+        start: Views that the next iteration leaves out at its beginning; the one after starts at 0 again.
+    """
+
+    def __init__(
+        self, size: int, *, training: bool, repeats: int = 1, num_replicas: int = 1, rank: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=training, seed=seed)  # type: ignore[arg-type]
+        self.size, self.training, self.repeats = size, training, repeats if training else 1
+        self.start = 0
+
+    def __len__(self) -> int:
+        if not self.training:
+            return len(range(self.rank, self.size, self.num_replicas))
+        if self.repeats > 1 and self.size >= 256:
+            return self.size // 256 * 256 // self.num_replicas
+        return math.ceil(self.size / self.num_replicas)
+
+    def __iter__(self) -> Iterator[View]:
+        start, self.start = self.start, 0
+        order = list(range(self.size))
+        if self.training:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
+        for i in range(start, len(self)):
+            image, repeat = divmod((self.rank + i * self.num_replicas) % (self.size * self.repeats), self.repeats)
+            yield View(order[image], self.epoch, repeat)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is the number of batches that it has handed out in an epoch.
+
+    Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
+    sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View.
+    """
+
+    _handed_out = 0
+    _resume = (-1, 0)
+
+    def __iter__(self) -> Any:
+        sampler: Any = self.sampler
+        epoch, batches = self._resume
+        self._handed_out = batches if sampler.epoch == epoch else 0
+        self._resume = (-1, 0)
+        sampler.start = self._handed_out * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the epoch and the number of batches handed out in it."""
+        sampler: Any = self.sampler
+        return {"epoch": sampler.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""
+        self._resume = (state_dict["epoch"], state_dict["batches"])
