@@ -1,0 +1,253 @@
+"""The data sets, their transforms and Mixup, and what they say of bad input."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+
+from kdvit.data import Digits, FashionMNIST, ImageFolder
+from kdvit.data.transforms import eval_transform, posterize, train_transform
+from kdvit.structures import Batch
+
+CLASSES = ("cat", "dog")
+
+
+def image_folder(root: Path, train: int = 6, val: int = 3) -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = np.random.RandomState(i).randint(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / f"{i}.jpg")
+    return root
+
+
+def test_an_image_folder_gives_batches_and_names(tmp_path) -> None:
+    data = ImageFolder(str(image_folder(tmp_path)), batch_size=4, num_workers=0, img_size=16)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image.shape == (4, 3, 16, 16)
+    assert data.class_names == ["cat", "dog"]
+    assert data.num_classes == 2
+    seen = list(data.val_dataloader())
+    assert torch.cat([batch.target for batch in seen]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.path(4) == "val/dog/1.jpg"
+
+
+def test_pixels_do_not_depend_on_workers_or_the_random_state(tmp_path) -> None:
+    image_folder(tmp_path)
+
+    def epoch(workers: int) -> torch.Tensor:
+        torch.manual_seed(workers)
+        data = ImageFolder(str(tmp_path), batch_size=4, num_workers=workers, img_size=16, repeats=3, seed=7)
+        loader = data.train_dataloader()
+        return torch.cat([batch.image for batch in loader])
+
+    expected = epoch(0)
+    assert torch.equal(epoch(2), expected)
+    assert len(torch.unique(expected.flatten(1), dim=0)) == len(expected)
+
+
+def test_the_training_transform_is_deits() -> None:
+    steps = train_transform(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).transforms
+    names = [type(step).__name__ for step in steps]
+    assert names == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "RandAugment",
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
+    crop, flip, policy, _, normalise, erasing = steps
+    assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
+    assert crop.interpolation.value == "bicubic"
+    assert flip.p == 0.5
+    assert policy.num_layers == 2
+    assert len(policy.ops) == 15
+    assert all((op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5) for op in policy.ops)
+    assert normalise.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert (erasing.probability, erasing.rand_color, erasing.per_pixel) == (0.25, False, True)
+
+
+def test_the_evaluation_resizes_to_256_and_crops_the_centre() -> None:
+    resize, crop, *_ = eval_transform(224, (0.5,) * 3, (0.5,) * 3).transforms
+    assert resize.size == 256
+    assert resize.interpolation.value == "bicubic"
+    assert crop.size == (224, 224)
+
+
+def test_the_papers_augmentation_does_not_crash_in_4000_draws() -> None:
+    transform = train_transform(16, (0.5,) * 3, (0.5,) * 3)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (20, 20, 3), dtype=np.uint8))
+    for _ in range(4000):
+        assert transform(image).shape == (3, 16, 16)
+
+
+def test_posterize_to_0_bits_is_black_and_else_timms() -> None:
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    assert not np.asarray(posterize(image, 0)).any()
+    assert np.array_equal(np.asarray(posterize(image, 3)), np.asarray(image) & 0b11100000)
+    assert posterize(image, 8) is image
+    assert rand_augment_transform("rand-m9-mstd0.5-inc1", {}).ops[4].aug_fn is not posterize  # timm's own is left alone
+
+
+def _training(step: int) -> SimpleNamespace:
+    fit_loop = SimpleNamespace(total_batch_idx=step)
+    return SimpleNamespace(training=True, world_size=1, global_rank=0, global_step=step, fit_loop=fit_loop)
+
+
+def test_mixup_is_drawn_from_run_and_step(tmp_path) -> None:
+    data = Digits(batch_size=8, mixup=0.8, cutmix=1.0, seed=3)
+    batch = next(iter(data.train_dataloader()))
+
+    def mixed(step: int) -> Batch:
+        data.trainer = _training(step)
+        return data.on_after_batch_transfer(Batch(batch.image.clone(), batch.target, batch.index), 0)
+
+    one = mixed(4)
+    assert one.target.shape == (8, 10)
+    torch.testing.assert_close(one.target.sum(1), torch.ones(8))
+    assert torch.equal(one.image, mixed(4).image)
+    assert not torch.equal(one.image, mixed(5).image)
+    data.trainer.training = False
+    assert data.on_after_batch_transfer(batch, 0) is batch
+
+
+def test_digits_are_split_once_for_all() -> None:
+    data, again = Digits(seed=1), Digits(seed=2)
+    assert (len(data.dataset("train")), len(data.dataset("val"))) == (1297, 500)
+    assert torch.equal(data.indices["val"], again.indices["val"])
+    image, target, _ = data.dataset("val")[next(iter(data.val_dataloader().sampler))]
+    assert image.shape == (3, 8, 8)
+    assert target in range(10)
+    assert data.path(0).startswith("digits/")
+
+
+def _idx(file: Path, array: np.ndarray, packed: bool) -> None:
+    content = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    file.with_suffix(".gz" if packed else "").write_bytes(gzip.compress(content) if packed else content)
+
+
+def fashion_root(folder: Path, packed: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.RandomState(0)
+    for part, count in (("train", 50), ("t10k", 20)):
+        _idx(folder / f"{part}-images-idx3-ubyte", draw.randint(0, 255, (count, 28, 28), dtype=np.uint8), packed)
+        _idx(folder / f"{part}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8), packed)
+    return folder
+
+
+@pytest.mark.parametrize(("place", "packed"), [(".", True), ("FashionMNIST/raw", False)])
+def test_fashion_mnist_is_read_from_either_layout(place: str, packed: bool, tmp_path) -> None:
+    fashion_root(tmp_path / place, packed)
+    data = FashionMNIST(str(tmp_path), batch_size=8, train_size=30, holdout=10)
+    assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [30, 10, 20]
+    assert next(iter(data.train_dataloader())).image.shape == (8, 3, 28, 28)
+    assert data.class_names[9] == "Ankle boot"
+    official = FashionMNIST(str(tmp_path))
+    assert len(official.dataset("train")) == 50
+    assert torch.equal(official.dataset("val").targets, official.dataset("test").targets)
+
+
+def test_the_held_out_images_are_none_of_the_training_images(tmp_path) -> None:
+    data = FashionMNIST(str(fashion_root(tmp_path)), holdout=20)
+    train, held = (data.dataset(split).pixels.flatten(1) for split in ("train", "val"))
+    assert not (train[:, None] == held[None]).all(2).any()
+
+
+def _no_download(*_, **__):
+    raise RuntimeError("no internet")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (
+            lambda root: ImageFolder(str(root / "none")),
+            FileNotFoundError,
+            r"no folder '.*none'. Expected layout: ROOT/train/CLASS.*--data.init_args.root",
+        ),
+        (
+            lambda root: (image_folder(root), _remove(root / "val"), ImageFolder(str(root))),
+            FileNotFoundError,
+            r"no folder '.*/val'. Expected layout",
+        ),
+        (
+            lambda root: ((root / "val").mkdir(), ImageFolder(str(root))),
+            FileNotFoundError,
+            r"no class folder in '.*/val'",
+        ),
+        (
+            lambda root: (image_folder(root), (root / "train" / "eel").mkdir(), ImageFolder(str(root))),
+            FileNotFoundError,
+            r"without an image .*'.*/train/eel'. Fill or remove",
+        ),
+        (
+            lambda root: (image_folder(root), (root / "val/dog").rename(root / "val/hog"), ImageFolder(str(root))),
+            ValueError,
+            r"different classes \(2 and 2\); only in one of them: dog, hog",
+        ),
+        (lambda root: Digits(batch_size=0), ValueError, "Digits: batch_size must be 1 or more, got 0"),
+        (lambda root: Digits(num_workers=-1), ValueError, "num_workers must be 0 or more, got -1"),
+        (lambda root: Digits(repeats=0), ValueError, "repeats must be 1 or more, got 0"),
+        (lambda root: Digits(mixup=-0.1), ValueError, "mixup must be 0 or more, got -0.1"),
+        (lambda root: Digits(mixup=0.8, batch_size=7), ValueError, "need an even batch_size, got 7"),
+        (
+            lambda root: Digits(mixup=0.8, batch_size=2000).train_dataloader(),
+            ValueError,
+            "need a whole batch, but a rank has 1297 training images and batch_size is 2000",
+        ),
+        (
+            lambda root: FashionMNIST(str(fashion_root(root)), train_size=45, holdout=10),
+            ValueError,
+            "has 50 training images.*got train_size 45 and holdout 10",
+        ),
+        (
+            lambda root: FashionMNIST(str(root)),
+            FileNotFoundError,
+            "cannot be downloaded .no internet.*dataset-fashion-mnist, or name the folder",
+        ),
+    ],
+)
+def test_bad_data_say_where_and_what_to_do(make, error, text: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST.download", _no_download)
+    with pytest.raises(error, match=text):
+        make(tmp_path)
+
+
+def _remove(folder: Path) -> None:
+    folder.rename(folder.with_name("gone"))
+
+
+def test_an_unreadable_image_is_named(tmp_path) -> None:
+    image_folder(tmp_path)
+    broken = tmp_path / "val" / "cat" / "1.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    data = ImageFolder(str(tmp_path), batch_size=2, num_workers=0, img_size=16)
+    with pytest.raises(RuntimeError, match=r"Cannot read the image '.*val/cat/1.jpg': .*Mend it or take it out"):
+        list(data.val_dataloader())
+
+
+def test_validation_images_alone_can_be_evaluated_and_not_trained_on(tmp_path) -> None:
+    image_folder(tmp_path)
+    _remove(tmp_path / "train")
+    data = ImageFolder(str(tmp_path), batch_size=2, num_workers=0, img_size=16)
+    assert len(list(data.val_dataloader())) == 3
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*/train'"):
+        data.train_dataloader()
+
+
+def test_a_damaged_idx_file_is_named(tmp_path) -> None:
+    fashion_root(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte.gz' is damaged"):
+        FashionMNIST(str(tmp_path))
