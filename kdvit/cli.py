@@ -28,6 +28,7 @@ from kdvit.plugins import known_distillers, load_plugins
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
+    "Checkpoint directory .* exists and is not empty",  # of every run that goes on
     "LightningCLI's args parameter is intended",  # the arguments are those of the process, with config names resolved
 )
 
@@ -109,6 +110,8 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "check":
             return
+        if self.subcommand == "fit" and config.trainer.max_epochs in (None, -1):
+            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         folder = Path(config.last_checkpoint.dirpath)
         if self.subcommand == "fit" and config.ckpt_path is None and (folder / "last.ckpt").is_file():
             config.ckpt_path = "last"
@@ -127,8 +130,6 @@ class KdvitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             raise UserError(str(error)) from error
-        if self.subcommand == "fit" and self.trainer.max_epochs in (None, -1):
-            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Gives a fit its loggers; a check runs on one CPU process, whatever the config says."""

@@ -33,10 +33,10 @@ class TeacherScores(pl.Callback):
         for i, batch in enumerate(loader):
             if i >= limit:
                 break
-            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+            image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
-                logits = teacher(batch.image).logits
-            scores.update(logits, batch.target)
+                logits = teacher(image).logits
+            scores.update(logits, target)
         measured = {f"teacher/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 class Throughput(pl.Callback):
     """Logs `train/images_per_second` over all ranks, measured between two logged steps, validation left out."""
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._start()
 

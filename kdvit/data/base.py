@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -50,8 +51,15 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        at_least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "img_size": (img_size, 1)}
-        at_least |= {"repeats": (repeats, 1), "mixup": (mixup, 0), "cutmix": (cutmix, 0)}  # type: ignore[dict-item]
+        at_least: dict[str, tuple[float, int]] = {
+            "batch_size": (batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "img_size": (img_size, 1),
+            "repeats": (repeats, 1),
+            "mixup": (mixup, 0),
+            "cutmix": (cutmix, 0),
+            "seed": (seed or 0, 0),
+        }
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
@@ -70,11 +78,14 @@ class ImageDataModule(pl.LightningDataModule):
         return len(self.class_names)
 
     def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns a data set that maps a View to ``(image, target, index)``, or lists of Views to a Batch."""
+        """Returns a data set that maps a View, or an image's number, to ``(image, target, index)``.
+
+        With ``__getitems__`` it may map a list of them to a Batch at once.
+        """
         raise NotImplementedError
 
     def path(self, index: int) -> str:
-        """Returns the name of an image of the evaluation set, for tables."""
+        """Returns the name of a test image, for tables."""
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -113,7 +124,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         dataset: Any = self.dataset(split)
-        return DataLoader(dataset, sampler=self._sampler(len(dataset), training=False), **self._loading())
+        sampler = self._sampler(len(dataset), training=False)
+        batch_size = even_batch_size(len(dataset), sampler.num_replicas, self.batch_size)
+        return DataLoader(dataset, sampler=sampler, **{**self._loading(), "batch_size": batch_size})
 
     def _sampler(self, size: int, training: bool) -> ViewSampler:
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
@@ -137,3 +150,16 @@ def collate(samples: Batch | list[tuple[Tensor, int, int]]) -> Batch:
         return samples
     images, targets, indices = zip(*samples, strict=True)
     return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))
+
+
+def even_batch_size(images: int, ranks: int, batch_size: int) -> int:
+    """Returns the least batch size, from the one given on, that lets all ranks have equally many batches.
+
+    DDP broadcasts a network's buffers at every forward, and would wait for a rank that has finished.
+
+    Example:
+        >>> even_batch_size(images=512, ranks=2, batch_size=256), even_batch_size(images=513, ranks=2, batch_size=256)
+        (256, 257)
+    """
+    each, more = divmod(images, ranks)
+    return next(size for size in count(batch_size) if not (each and more) or each % size)

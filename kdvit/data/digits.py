@@ -15,6 +15,8 @@ from kdvit.data.in_memory import InMemoryImages
 class Digits(ImageDataModule):
     """1,797 digits of 8 x 8 pixels (UCI Optical Recognition of Handwritten Digits): 1,297 to train, 500 to validate.
 
+    The split is always the same, with each digit's share alike in both parts.
+
     Args:
         batch_size: Images a step and process.
         img_size: Height and width in pixels; resized bilinearly from 8.
@@ -29,13 +31,14 @@ class Digits(ImageDataModule):
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
         try:
             from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
         except ImportError as error:
             raise ImportError("Digits needs scikit-learn: pip install 'kdvit[demo]'.") from error
         images, targets = load_digits(return_X_y=True)
         self.images = torch.from_numpy(np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8))
         self.targets = torch.from_numpy(targets).long()
-        order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
-        self.indices = {"train": order[:-500], "val": order[-500:]}
+        parts = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
+        self.indices = dict(zip(("train", "val"), map(torch.from_numpy, parts), strict=True))
         self.class_names = [str(digit) for digit in range(10)]
         self.padding = padding
 

@@ -24,7 +24,8 @@ class FashionMNIST(ImageDataModule):
 
     Args:
         root: Folder of the four idx files (gzipped or not), or a torchvision root. By default the folder of Debian's
-            package dataset-fashion-mnist, else ``data``, into which torchvision downloads.
+            package dataset-fashion-mnist, else ``data``.
+        download: Let torchvision download into the root what is nowhere found.
         batch_size: Images a step and process.
         img_size: Height and width in pixels; resized bilinearly from 28.
         padding: Zero pixels around an image, of which a random crop is taken in training.
@@ -42,6 +43,7 @@ class FashionMNIST(ImageDataModule):
     def __init__(
         self,
         root: str | None = None,
+        download: bool = True,
         batch_size: int = 128,
         img_size: int = 28,
         padding: int = 2,
@@ -51,16 +53,17 @@ class FashionMNIST(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
-        folder = find_fashion_mnist(root)
+        folder = find_fashion_mnist(root, download)
         images, targets, self.test_images, self.test_targets = (read_idx(folder, name) for name in FILES)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
         kept = len(targets) - holdout
-        if holdout < 0 or kept < 1 or not 1 <= (train_size or kept) <= kept:
+        size = kept if train_size is None else train_size
+        if holdout < 0 or not 1 <= size <= kept:
             raise ValueError(
                 f"FashionMNIST has {len(targets)} training images: train_size must be at least 1 and holdout at least 0, "
                 f"together no more than that; got train_size {train_size} and holdout {holdout}."
             )
-        train, held = order[: train_size or kept], order[kept:]
+        train, held = order[:size], order[kept:]
         self.images, self.targets = images[train], targets[train]
         self.held = (images[held], targets[held]) if holdout else None
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
@@ -80,25 +83,28 @@ class FashionMNIST(ImageDataModule):
         return f"test/{index}"
 
 
-def find_fashion_mnist(root: str | None) -> Path:
+def find_fashion_mnist(root: str | None, download: bool) -> Path:
     """Returns the folder of the four files, downloading them if need be.
 
     Raises:
         FileNotFoundError: If there is no such folder and no download.
     """
-    wanted = Path(root or "data")
-    for folder in (wanted, wanted / "FashionMNIST" / "raw", *([] if root else [Path(DEBIAN)])):
+    wanted = Path(root or "data").absolute()
+    folders = [wanted, wanted / "FashionMNIST" / "raw", *([] if root else [Path(DEBIAN)])]
+    for folder in folders:
         if all(_file(folder, name) for name in FILES):
             return folder
-    try:
-        torchvision.datasets.FashionMNIST(str(wanted), download=True)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"Fashion-MNIST is neither in {str(wanted.absolute())!r} nor in {DEBIAN!r}, and cannot be downloaded ({error}). "
-            "Install Debian's package dataset-fashion-mnist, or name the folder of its four idx files by "
-            "--data.init_args.root."
-        ) from error
-    return wanted / "FashionMNIST" / "raw"
+    reason: object = "download is false"
+    if download:
+        try:
+            torchvision.datasets.FashionMNIST(str(wanted), download=True)
+            return folders[1]
+        except Exception as error:
+            reason = error
+    raise FileNotFoundError(
+        f"Fashion-MNIST is in none of {', '.join(map(str, folders))}, and cannot be downloaded ({reason}). Install Debian's "
+        "package dataset-fashion-mnist, or name the folder of its four idx files by --data.init_args.root."
+    )
 
 
 def read_idx(folder: Path, name: str) -> Tensor:

@@ -88,7 +88,8 @@ class FolderImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, view: View) -> tuple[Tensor, int, int]:
+    def __getitem__(self, index: View | int) -> tuple[Tensor, int, int]:
+        view = View.of(index)
         path, target = self.samples[view.image]
         image = read_image(path)
         if self.seed is None:

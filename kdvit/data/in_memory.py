@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class InMemoryImages(Dataset[Any]):
         padding: int = 0,
         hflip: float = 0.0,
     ) -> None:
-        pixels = images[:, None].float() / 255
+        pixels = images[:, None]
         if pixels.shape[2:] != image_format.size:
             pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)
         self.pixels, self.targets = pixels, targets
@@ -45,13 +46,14 @@ class InMemoryImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, view: View) -> tuple[Tensor, int, int]:
-        batch = self.__getitems__([view])
-        return batch.image[0], int(batch.target[0]), view.image
+    def __getitem__(self, index: View | int) -> tuple[Tensor, int, int]:
+        batch = self.__getitems__([index])
+        return batch.image[0], int(batch.target[0]), int(batch.index[0])
 
-    def __getitems__(self, views: list[View]) -> Batch:
+    def __getitems__(self, indices: Sequence[View | int]) -> Batch:
+        views = [View.of(index) for index in indices]
         index = torch.tensor([view.image for view in views])
-        pixels = self.pixels[index]
+        pixels = self.pixels[index].float() / 255
         if self.seed is not None:
             pixels = self._augmented(pixels, views, self.seed)
         return Batch((pixels - self.mean) / self.std, self.targets[index], index)

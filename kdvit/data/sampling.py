@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from kdvit.data.seeding import mixed_seed
+
 
 class View(NamedTuple):
     """One augmented view of one image.
@@ -22,6 +24,11 @@ class View(NamedTuple):
     image: int
     epoch: int = 0
     repeat: int = 0
+
+    @classmethod
+    def of(cls, index: View | int) -> View:
+        """Returns a view as it is, and for a number the first view of that image, for samplers that are not ours."""
+        return index if isinstance(index, View) else cls(index)
 
 
 class ViewSampler(DistributedSampler[Any]):
@@ -64,7 +71,7 @@ class ViewSampler(DistributedSampler[Any]):
         start, self.start = self.start, 0
         order = list(range(self.size))
         if self.training:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
         for i in range(start, len(self)):
             image, repeat = divmod((self.rank + i * self.num_replicas) % (self.size * self.repeats), self.repeats)
@@ -75,27 +82,33 @@ class ResumableLoader(DataLoader[Any]):
     """A loader whose state is the number of batches that it has handed out in an epoch.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
-    sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View.
+    sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
+    (torchdata's StatefulDataLoader would restore the order, and no random draw).
+
+    Its iterator reads the epoch when the first batch is asked for: Lightning makes it before it sets the epoch.
     """
 
     _handed_out = 0
     _resume = (-1, 0)
 
     def __iter__(self) -> Any:
-        sampler: Any = self.sampler
         epoch, batches = self._resume
-        self._handed_out = batches if sampler.epoch == epoch else 0
         self._resume = (-1, 0)
-        sampler.start = self._handed_out * (self.batch_size or 1)
+        self._handed_out = batches if epoch == self._epoch and batches < len(self) else 0
+        if isinstance(self.sampler, ViewSampler):
+            self.sampler.start = self._handed_out * (self.batch_size or 1)
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and the number of batches handed out in it."""
-        sampler: Any = self.sampler
-        return {"epoch": sampler.epoch, "batches": self._handed_out}
+        return {"epoch": self._epoch, "batches": self._handed_out}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""
         self._resume = (state_dict["epoch"], state_dict["batches"])
+
+    @property
+    def _epoch(self) -> int:
+        return self.sampler.epoch if isinstance(self.sampler, ViewSampler) else 0

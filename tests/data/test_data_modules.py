@@ -126,10 +126,31 @@ def test_digits_are_split_once_for_all() -> None:
     data, again = Digits(seed=1), Digits(seed=2)
     assert (len(data.dataset("train")), len(data.dataset("val"))) == (1297, 500)
     assert torch.equal(data.indices["val"], again.indices["val"])
+    assert sorted(torch.cat(list(data.indices.values())).tolist()) == list(range(1797))
+    shares = [torch.bincount(data.dataset(split).targets) / len(data.dataset(split)) for split in ("train", "val")]
+    torch.testing.assert_close(*shares, rtol=0, atol=0.002)
     image, target, _ = data.dataset("val")[next(iter(data.val_dataloader().sampler))]
     assert image.shape == (3, 8, 8)
     assert target in range(10)
     assert data.path(0).startswith("digits/")
+
+
+def test_another_size_is_reached_by_resizing_once() -> None:
+    native, doubled = (Digits(img_size=size, mean=(0,) * 3, std=(1,) * 3).dataset("val") for size in (8, 16))
+    expected = torch.nn.functional.interpolate(native[3][0][None], size=16, mode="bilinear")[0]
+    torch.testing.assert_close(doubled[3][0], expected, rtol=0, atol=1.5 / 255)  # held in 8 bits
+
+
+@pytest.mark.parametrize("images", [500, 499])
+def test_every_rank_of_an_evaluation_gets_its_own_images(images: int) -> None:
+    data = Digits(batch_size=249)
+    data.indices["val"] = data.indices["val"][:images]
+    batches = []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        batches.append([batch.index for batch in data.val_dataloader()])
+    assert len(batches[0]) == len(batches[1])
+    assert sorted(torch.cat(batches[0] + batches[1]).tolist()) == list(range(images))
 
 
 def _idx(file: Path, array: np.ndarray, packed: bool) -> None:
@@ -200,6 +221,7 @@ def _no_download(*_, **__):
         (lambda root: Digits(num_workers=-1), ValueError, "num_workers must be 0 or more, got -1"),
         (lambda root: Digits(repeats=0), ValueError, "repeats must be 1 or more, got 0"),
         (lambda root: Digits(mixup=-0.1), ValueError, "mixup must be 0 or more, got -0.1"),
+        (lambda root: Digits(seed=-1), ValueError, "seed must be 0 or more, got -1"),
         (lambda root: Digits(mixup=0.8, batch_size=7), ValueError, "need an even batch_size, got 7"),
         (
             lambda root: Digits(mixup=0.8, batch_size=2000).train_dataloader(),
@@ -210,6 +232,16 @@ def _no_download(*_, **__):
             lambda root: FashionMNIST(str(fashion_root(root)), train_size=45, holdout=10),
             ValueError,
             "has 50 training images.*got train_size 45 and holdout 10",
+        ),
+        (
+            lambda root: FashionMNIST(str(fashion_root(root)), train_size=0),
+            ValueError,
+            "has 50 training images.*got train_size 0 and holdout 0",
+        ),
+        (
+            lambda root: FashionMNIST(str(root), download=False),
+            FileNotFoundError,
+            "is in none of .*FashionMNIST/raw, and cannot be downloaded .download is false",
         ),
         (
             lambda root: FashionMNIST(str(root)),

@@ -8,8 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler
 
-from kdvit.data.base import collate
+from kdvit.data.base import collate, even_batch_size
 from kdvit.data.in_memory import InMemoryImages
 from kdvit.data.sampling import ResumableLoader, View, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
@@ -54,6 +56,38 @@ def test_plain_training_shows_every_image_and_pads_the_ranks_alike() -> None:
     assert {view.image for views in dealt for view in views} == set(range(10))
 
 
+@pytest.mark.parametrize("size", [7, 300, 1000])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
+def test_repeated_augmentation_deals_as_timms_sampler_does(size: int, replicas: int) -> None:
+    whole = [view.image for view in _ranks(size, 1, training=True)[0]]
+    for rank, views in enumerate(_ranks(size, replicas, training=True, repeats=3)):
+        theirs = RepeatAugSampler(range(size), replicas, rank, shuffle=False)
+        assert [view.image for view in views] == [whole[position] for position in theirs]
+
+
+def test_start_leaves_views_out_of_the_next_iteration_only() -> None:
+    sampler = ViewSampler(10, training=True)
+    whole = list(sampler)
+    sampler.start = 4
+    assert len(sampler) == 10
+    assert list(sampler) == whole[4:]
+    assert list(sampler) == whole
+
+
+def test_lightning_leaves_the_sampler_in_its_place() -> None:
+    assert isinstance(ViewSampler(10, training=True), DistributedSampler)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_all_ranks_have_equally_many_evaluation_batches(ranks: int) -> None:
+    assert even_batch_size(0, ranks, 8) == 8
+    for images in range(ranks, 60):
+        for batch_size in range(1, 12):
+            size = even_batch_size(images, ranks, batch_size)
+            assert size >= batch_size
+            assert len({-(-len(range(rank, images, ranks)) // size) for rank in range(ranks)}) == 1
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_evaluation_shows_each_image_once(replicas: int) -> None:
     dealt = _ranks(10, replicas, training=False, repeats=3)
@@ -92,12 +126,13 @@ def test_a_view_is_a_function_of_its_seed_whatever_batch_it_is_in() -> None:
 def test_a_crop_and_flip_is_what_it_says() -> None:
     data = _images()
     plain = _images(seed=None)
-    padded = torch.nn.functional.pad(data.pixels, [2] * 4)[:, 0]
+    pixels = data.pixels / 255
+    padded = torch.nn.functional.pad(pixels, [2] * 4)[:, 0]
     for i in range(20):
         image = (data[View(i, 4)][0] * 0.5 + 0.5)[0]
         crops = [padded[i, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
         assert any(torch.allclose(image, crop) or torch.allclose(image, crop.flip(1)) for crop in crops)
-        assert torch.allclose(plain[View(i)][0] * 0.5 + 0.5, data.pixels[i].expand(3, 8, 8))
+        assert torch.allclose(plain[View(i)][0] * 0.5 + 0.5, pixels[i].expand(3, 8, 8))
 
 
 def test_seeding_inside_leaves_the_outside_as_it_was() -> None:

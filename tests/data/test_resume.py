@@ -1,0 +1,96 @@
+"""A run resumed from any checkpoint sees what an uninterrupted one sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdvit.data import Digits
+from kdvit.data.sampling import ResumableLoader
+from tests.tiny import trainer
+
+
+def digits(**options: Any) -> Digits:
+    return Digits(batch_size=200, repeats=3, seed=0, **options)
+
+
+def epoch_of(loader: ResumableLoader, epoch: int) -> list[Tensor]:
+    loader.sampler.set_epoch(epoch)
+    return [batch.image for batch in loader]
+
+
+@pytest.mark.parametrize("next_epoch", [3, 4])
+def test_the_state_after_a_whole_epoch_means_the_beginning_of_the_next(next_epoch: int) -> None:
+    loader = digits().train_dataloader()
+    epoch_of(loader, 3)
+    resumed = digits().train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert len(epoch_of(resumed, next_epoch)) == len(resumed) == 6
+
+
+def test_a_resumed_loader_has_the_length_of_a_whole_epoch() -> None:
+    loader = digits().train_dataloader()
+    loader.load_state_dict({"epoch": 0, "batches": 4})
+    assert len(list(loader)) == 2
+    assert len(loader) == len(list(loader)) == 6
+
+
+def test_persistent_workers_serve_the_epoch_that_was_set_last() -> None:
+    loader = digits(num_workers=2).train_dataloader()
+    assert loader.persistent_workers
+    iterator = iter(loader)
+    loader.sampler.set_epoch(1)
+    assert torch.equal(next(iterator).image, epoch_of(digits().train_dataloader(), 1)[0])
+    assert torch.equal(epoch_of(loader, 2)[5], epoch_of(digits().train_dataloader(), 2)[5])
+
+
+class Recorder(pl.LightningModule):
+    """Notes what it is trained on; saves a checkpoint after a given number of batches."""
+
+    def __init__(self, save_after: int = -1, path: str = "") -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 10)
+        self.save_after, self.path = save_after, path
+        self.seen: list[tuple[int, int, Tensor, Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, batch_idx, batch.image.clone(), batch.target.clone()))
+        return F.cross_entropy(self.head(batch.image.flatten(1)), batch.target)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if len(self.seen) == self.save_after:
+            self.trainer.save_checkpoint(self.path)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("after", "workers"), [(8, 0), (6, 0), (8, 2)], ids=["mid-epoch", "last of an epoch", "two workers"]
+)
+def test_a_resumed_run_sees_the_same_pixels_and_mixtures(tmp_path: Path, after: int, workers: int) -> None:
+    path = str(tmp_path / "last.ckpt")
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    whole, resumed = Recorder(after, path), Recorder()
+    trainer(tmp_path, **options).fit(whole, digits(num_workers=workers, mixup=0.8))
+    trainer(tmp_path, **options).fit(resumed, digits(num_workers=workers, mixup=0.8), ckpt_path=path)
+    assert len(whole.seen) == 18
+    torch.testing.assert_close(resumed.seen, whole.seen[after:], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_a_run_can_overfit_a_few_batches(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer(tmp_path, overfit_batches=2, max_epochs=2, limit_val_batches=0).fit(recorder, digits())
+    torch.testing.assert_close(
+        [seen[2] for seen in recorder.seen[:2]], [seen[2] for seen in recorder.seen[2:]], rtol=0, atol=0
+    )

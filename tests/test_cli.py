@@ -1,0 +1,344 @@
+"""The command line: every config, a whole run, and what a user's mistakes are answered with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kdvit import load_student
+from kdvit.cli import main
+from kdvit.config_files import packaged_configs
+from tests.data.test_data_modules import fashion_root, image_folder
+
+CONFIGS = packaged_configs()
+IMAGENET = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+METHODS = ["plain", "soft_kd", "feature", "lift", "wide_last"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+SHORT = [*QUIET, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"]
+
+
+@pytest.fixture(scope="session")
+def demo_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Trains the demo's teacher for a few steps, and returns how a config names it."""
+    root = tmp_path_factory.mktemp("teacher")
+    main(["fit", "--config", "demo/teacher.yaml", *SHORT, "--trainer.default_root_dir", str(root)])
+    return f"local-dir:{root / 'student'}"
+
+
+def _fit(method: str, teacher: str, *more: str) -> None:
+    from_teacher = ["--model.teacher.init_args.arch", teacher] if method not in ("teacher", "plain") else []
+    main(["fit", "--config", f"demo/{method}.yaml", "--trainer.default_root_dir", "run", *from_teacher, *more])
+
+
+def test_there_are_the_configs_of_the_published_runs() -> None:
+    remedies = {"lift", "wide_last", "lift_no_teacher", "wide_last_no_teacher", "uniform_wide"}
+    assert set(IMAGENET) == remedies | {"logit", "feature", "supervised"}
+    for folder in ("demo", "fashion_mnist"):
+        assert {file.stem for file in (CONFIGS / folder).glob("*.yaml")} == {"teacher", *METHODS}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_the_first_line_of_every_config_is_its_command(file: Path) -> None:
+    first = file.read_text().splitlines()[0]
+    assert first.startswith(f"# kdvit fit --config configs/{file.relative_to(CONFIGS)}")
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_every_imagenet_config_goes_through_a_step_on_tiny_stand_ins(name: str, capsys) -> None:
+    image_folder(Path("imagenet"))
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    stand_ins = {"data.init_args": {"root": "imagenet", "batch_size": 4, "num_workers": 0, "img_size": 32}}
+    model_args = {**config["model"]["student"]["init_args"].get("model_args", {}), "depth": 2}
+    stand_ins["model.student.init_args"] = {"img_size": 32, "num_classes": 2, "model_args": model_args}
+    if "teacher" in config["model"]:
+        teacher = {"depth": 2, "num_classes": 2}
+        stand_ins["model.teacher.init_args"] = {"pretrained": False, "img_size": 32, "model_args": teacher}
+    given = [f"--{key}.{name}={_plain(value)}" for key, values in stand_ins.items() for name, value in values.items()]
+    main(["check", "--config", f"configs/{name}.yaml", *given])
+    shown = capsys.readouterr().out
+    assert " 16 = 4 images x 4 processes x 1" in shown
+    assert "One training and one validation batch went through" in shown
+
+
+def _plain(value) -> str:
+    return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+
+
+@pytest.mark.parametrize("name", ["teacher", *METHODS])
+def test_every_fashion_mnist_config_goes_through_a_step(name: str, capsys) -> None:
+    teacher = Path("runs/fashion_mnist/teacher/student")
+    root = str(fashion_root(Path("fashion")))
+    if name not in ("teacher", "plain"):
+        where = ["--data.init_args.root", root, "--data.init_args.batch_size", "10"]
+        main(["fit", "--config", "fashion_mnist/teacher.yaml", *where, *SHORT])
+        assert teacher.is_dir()
+    main(["check", "--config", f"fashion_mnist/{name}.yaml", "--data.init_args.root", root])
+    assert "went through" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_demo_config_trains(method: str, demo_teacher: str) -> None:
+    _fit(method, demo_teacher, *SHORT)
+    assert load_student("run/student")(torch.randn(2, 3, 8, 8)).logits.shape == (2, 10)
+
+
+def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: str, capsys) -> None:
+    _fit("lift", demo_teacher, *QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.log_every_n_steps=5")
+    run = Path("run")
+    assert {"config.yaml", "metrics.csv", "checkpoints", "student"} <= {file.name for file in run.iterdir()}
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    events = EventAccumulator(str(run)).Reload()
+    pair = {"train/lift_cosine", "train/lift_explained_variance"}
+    terms = {f"train/{term}{suffix}" for term in ("task", "logit", "lift") for suffix in ("", "_weighted")}
+    others = {"train/lr", "train/grad_norm", "train/images_per_second", "train/loss", "train/acc1", "teacher/acc1"}
+    scores = {f"val/{name}{suffix}" for name in ("acc1", "acc5", "loss") for suffix in ("", "_ema")}
+    assert pair | terms | others | scores <= set(events.Tags()["scalars"])
+
+    with (run / "metrics.csv").open() as stream:
+        table = [row for row in csv.DictReader(stream) if row["val/acc1"]]
+    best = max(float(row["val/acc1"]) for row in table)
+    for command, key in (("validate", "val/acc1"), ("test", "test/acc1")):
+        capsys.readouterr()
+        main([command, "--config", "run/config.yaml", "--ckpt_path", "best", *QUIET])
+        shown = next(line for line in capsys.readouterr().out.splitlines() if f" {key} " in line)
+        assert float(shown.split()[-1]) == pytest.approx(best, abs=1e-6)
+
+    main(["predict", "--config", "run/config.yaml", "--ckpt_path", "best", *QUIET])
+    with (run / "predictions.csv").open() as stream:
+        predictions = list(csv.DictReader(stream))
+    assert len(predictions) == 500
+    assert set(predictions[0]) == {"path", "class", "probability"}
+    from sklearn.datasets import load_digits
+
+    targets = load_digits(return_X_y=True)[1]
+    right = [int(row["class"]) == targets[int(row["path"].removeprefix("digits/"))] for row in predictions]
+    assert sum(right) / 500 == pytest.approx(best, abs=1e-6)
+
+
+def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    main(["compare", "run", "run", "--out", "side_by_side"])
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith("run ")]
+    assert rows[0] == ["run", "parameters", "latency", "(ms)", "top-1", "(%)", "seconds"]
+    assert [row[:2] for row in rows[1:]] == [["run", "13,818"]] * 2
+    assert Path("side_by_side/curves.png").stat().st_size > 10_000
+    numbers = json.loads(Path("side_by_side/comparison.json").read_text())
+    assert [len(run["curve"]) for run in numbers] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("stop", "saving"),
+    [(40, "every_n_epochs=1"), (33, "every_n_train_steps=33"), (13, "every_n_train_steps=13")],
+    ids=["epoch boundary", "in the second epoch", "in the first epoch"],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: str, demo_teacher: str) -> None:
+    everything = [
+        *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
+        *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
+        *["--model.student.init_args.drop_path_rate=0.2", f"--last_checkpoint.{saving}"],
+    ]
+    _fit("lift", demo_teacher, *everything, "--trainer.default_root_dir=whole")
+    _fit("lift", demo_teacher, *everything, f"--trainer.max_steps={stop}")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == stop
+    _fit("lift", demo_teacher, *everything)
+    for ema in (False, True):
+        whole, resumed = (load_student(f"{root}/checkpoints/best.ckpt", ema).state_dict() for root in ("whole", "run"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    one, other = (load_student(f"{root}/student").state_dict() for root in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    columns = ("step", "train/loss", "val/acc1", "val/acc1_ema")
+    assert _column("whole", columns) == _column("run", columns)
+
+
+def _column(root: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    with Path(root, "metrics.csv").open() as stream:
+        rows = [tuple(float(row[name] or "nan") for name in names) for row in csv.DictReader(stream)]
+    return [str(row) for row in rows]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:You passed `Trainer:UserWarning")
+def test_every_precision_trains(precision: str, demo_teacher: str) -> None:
+    _fit("wide_last", demo_teacher, *SHORT, "--trainer.precision", precision)
+    weights = load_student("run/student").state_dict().values()
+    assert all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in weights)
+
+
+def test_one_value_in_a_distiller_is_changed_from_the_command_line(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "lift.yaml", "--model.distillers.lift.weight", "2", "--print_config"])
+    assert end.value.code in (None, 0)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["distillers"]["lift"]["init_args"]["weight"] == 2.0
+    assert printed["model"]["distillers"]["logit"]["init_args"]["weight"] == 0.9
+
+
+@pytest.mark.parametrize("command", [["fit"], ["check"], ["compare"], ["distillers"]])
+def test_help_helps(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code in (None, 0)
+    assert "usage: kdvit" in capsys.readouterr().out
+
+
+def test_distillers_are_listed(capsys) -> None:
+    main(["distillers"])
+    assert "LiftDistiller        Lift: the lifted map of a LiftViT" in capsys.readouterr().out
+
+
+LIFT = "demo/lift.yaml"
+WRONG = {
+    "class name": (
+        {"model/distillers/lift/class_path": "LiftDistler"},
+        "no class 'LiftDistler'. Did you mean 'LiftDistiller'? Known: ",
+    ),
+    "student class": ({"model/student/class_path": "LiftVit"}, "no class 'LiftVit'. Did you mean 'LiftViT'?"),
+    "data class": ({"data/class_path": "Digit"}, "no class 'Digit'. Did you mean 'Digits'?"),
+    "foreign class": ({"data/class_path": "no_package.Data"}, "No module named 'no_package'"),
+    "key": (
+        {"model/student/init_args/widht": 64},
+        "Option 'widht' is not accepted. Did you mean 'width'? It takes: arch",
+    ),
+    "model key": ({"model/task_wight": 1}, "no option 'model.task_wight'. Did you mean 'task_weight'?"),
+    "trainer key": ({"trainer/max_epoch": 1}, "no option 'trainer.max_epoch'. Did you mean 'max_epochs'?"),
+    "type": ({"model/student/init_args/width": "wide"}, "width: expected int, got 'wide'."),
+    "distiller type": ({"model/distillers/lift/init_args/weight": "heavy"}, "weight: expected float, got 'heavy'."),
+    "optional type": ({"trainer/max_epochs": "ten"}, "trainer.max_epochs: expected int (got 'ten')"),
+    "layer out of range": (
+        {"model/distillers/lift/init_args/teacher_layer": 9},
+        "distillers.lift: TimmTeacher has no layer 9. Its layers: 0 to 3",
+    ),
+    "width mismatch": ({"model/student/init_args/width": 32}, "Set the width of LiftViT to 64."),
+    "missing teacher": ({"model/teacher/init_args/arch": "local-dir:nowhere"}, "no exported network in '"),
+    "missing checkpoint": ({"model/student/init_args/checkpoint": "no.pth"}, "no checkpoint file '"),
+    "unknown data root": ({"data": {"class_path": "ImageFolder", "init_args": {"root": "nowhere"}}}, "no folder '"),
+    "negative weight": ({"model/distillers/lift/init_args/weight": -1}, "weight must be 0 or more, got -1.0"),
+    "class count": (
+        {"model/student/init_args/num_classes": 12},
+        "The student has 12 classes and the data 10. Set num_classes",
+    ),
+    "unequal layer lists": (
+        {"model/distillers/lift": {"class_path": "FeatureDistiller", "init_args": {"teacher_layers": [0, 1]}}},
+        "lists of one length, got 1 ([-1]) and 2 ([0, 1])",
+    ),
+    "image size": (
+        {"model/student/init_args/img_size": 16},
+        "takes images of (16, 16) pixels and the data gives (8, 8)",
+    ),
+    "optimizer": ({"model/optimizer/name": "adamww"}, "optimizer.name: timm has no 'adamww'. Near: adamw"),
+    "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
+    "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
+    "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
+    "broken YAML": (
+        "model: [",
+        "Problems parsing config: while parsing a flow node did not find expected node content",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_typing_error_gives_one_clear_message(mistake: str, demo_teacher: str, capsys) -> None:
+    change, text = WRONG[mistake]
+    if isinstance(change, str):
+        Path("broken.yaml").write_text(change)
+    else:
+        config = yaml.safe_load((CONFIGS / LIFT).read_text())
+        config["model"]["teacher"]["init_args"]["arch"] = demo_teacher
+        for path, value in change.items():
+            *keys, last = path.split("/")
+            place = config
+            for key in keys:
+                place = place.setdefault(key, {})
+            place[last] = value
+        Path("broken.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "broken.yaml", *SHORT[:4]])
+    assert end.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("kdvit: error: ")
+    assert text in message
+    assert len(message) < 500
+    assert not Path("runs").exists()
+
+
+def test_what_is_not_there_is_named(capsys) -> None:
+    for args, text in (
+        (["fit", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "best"], "best.ckpt': train first"),
+        (["compare", "nothing"], "nothing' holds no finished run"),
+        (["fit"], "model.student"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(args)
+        assert end.value.code == 2
+        assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_check_leaves_nothing_behind(capsys) -> None:
+    main(["check", "--config", "demo/plain.yaml"])
+    assert re.search(r"steps an epoch +20\n", capsys.readouterr().out)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_check_names_a_broken_image(capsys) -> None:
+    image_folder(Path("images"))
+    for file in Path("images/val").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    data = ["--data", "ImageFolder", "--data.root", "images", "--data.batch_size", "2", "--data.num_workers", "0"]
+    student = ["--model.student", "TimmStudent", "--model.student.arch", "resnet18", "--model.student.num_classes", "2"]
+    with pytest.raises(SystemExit):
+        main(["check", *data, *student])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "Cannot read the image" in message
+    assert "images/val/cat/0.jpg" in message
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory):
+    """Installs the plug-in as a user would, into a folder of its own."""
+    target = tmp_path_factory.mktemp("site")
+    source = shutil.copytree(Path(__file__).parent / "plugin", tmp_path_factory.mktemp("source") / "plugin")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+    ]
+    subprocess.run([*pip, str(source)], check=True)
+    sys.path.insert(0, str(target))
+    yield
+    sys.path.remove(str(target))
+
+
+@pytest.mark.parametrize("name", ["RelationalDistiller", "kdvit_plugin.RelationalDistiller"])
+def test_an_outside_distiller_is_found_and_trained(name: str, plugin, demo_teacher: str, capsys) -> None:
+    distillers = json.dumps({"relations": {"class_path": name, "init_args": {"weight": 0.5}}})
+    _fit("lift", demo_teacher, *SHORT, "--model.distillers", distillers, "--trainer.log_every_n_steps=1")
+    with Path("run/metrics.csv").open() as stream:
+        assert "train/relations_weighted" in next(csv.reader(stream))
+    main(["distillers"])
+    assert "RelationalDistiller  Relations between images" in capsys.readouterr().out
+
+
+def test_an_outside_distiller_keeps_the_contract(plugin) -> None:
+    from kdvit_plugin import RelationalDistiller
+
+    from kdvit.testing import check_distiller
+
+    check_distiller(RelationalDistiller(weight=0.5))
