@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,8 +17,6 @@ from kdvit.models import FrozenTeacher, Network, as_network
 from kdvit.models.checkpoint import student_spec
 from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
-
-log = logging.getLogger(__name__)
 
 
 class DistillationModule(pl.LightningModule):
@@ -104,6 +102,7 @@ class DistillationModule(pl.LightningModule):
         self._student_layers: tuple[Layer, ...] = ()
         self._teacher_layers: tuple[Layer, ...] = ()
         self._teacher_logits = False
+        self._resized: list[str] = []
         for name, distiller in self.objectives().items():
             assert self.teacher is not None
             try:
@@ -113,6 +112,8 @@ class DistillationModule(pl.LightningModule):
             except ValueError as error:
                 raise ValueError(f"distillers.{name}: {error}") from error
             self._student_layers += distiller.student_layers
+            if [shape[1:] for shape in student.features] != [shape[1:] for shape in teacher.features]:
+                self._resized.append(f"distillers.{name}: {student.features} and {teacher.features}")
             self._teacher_layers += distiller.teacher_layers
             self._teacher_logits |= distiller.needs_teacher_logits
 
@@ -266,11 +267,13 @@ class DistillationModule(pl.LightningModule):
         torch.manual_seed(hash((self._run_seed, self.trainer.global_step, batch_idx, self.global_rank)))
 
     def on_fit_start(self) -> None:
-        """Says how the teacher's input is converted."""
+        """Says what is converted on the way: the teacher's input, and maps of unequal grids."""
         if self.teacher is not None and self.teacher.converts_size:
-            log.info("The teacher's input is resized to %s.", self.teacher.network.image_format.size)
+            rank_zero_info(f"The teacher's input is resized to {self.teacher.network.image_format.size}.")
         if self.teacher is not None and self.teacher.converts_values:
-            log.info("The teacher's input is converted to its own mean and standard deviation.")
+            rank_zero_info("The teacher's input is converted to its own mean and standard deviation.")
+        for shapes in self._resized:
+            rank_zero_info(f"Of maps with unequal grids, the finer is resized. [C, H, W] in {shapes}.")
 
     # Checkpoints
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny networks: a second thread only waits
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDi
 from kdvit.models import TimmStudent
 from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from kdvit.structures import Batch, ImageFormat, ViTOutput
-from tests.tiny import FORMAT, STUDENT, TinyData, student, teacher, trainer
+from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
 FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}
 
@@ -172,6 +172,15 @@ def test_raw_and_averaged_scores_differ_by_the_known_average(tmp_path) -> None:
     average = ema.state_dict()["student"]
     for name, value in module.student.state_dict().items():
         torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * value)
+
+
+def test_a_run_says_what_it_converts_at_its_start(tmp_path, caplog) -> None:
+    finer = teacher(model_args={**WIDE, "patch_size": 2})
+    module = _module(distillers={"map": FeatureDistiller(projector="linear")}, teacher=finer)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, fast_dev_run=True).fit(module, datamodule=TinyData())
+    assert "the finer is resized. [C, H, W] in distillers.map: ((16, 4, 4),) and ((24, 8, 8),)" in caplog.text
+    assert "converted to its own mean and standard deviation" in caplog.text
 
 
 def test_a_ready_made_timm_model_is_wrapped() -> None:

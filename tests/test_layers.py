@@ -1,0 +1,60 @@
+"""Imports go down only, so that each room can be read, tested and used without those above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdvit
+
+LEVELS = [
+    {"structures", "optim", "metrics", "config_files"},
+    {"models", "distillers", "data"},
+    {"module", "callbacks", "loggers", "plugins", "testing"},
+    {"messages"},
+    {"check", "compare"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+HOME = Path(kdvit.__file__).parent
+FILES = [file for file in sorted(HOME.rglob("*.py")) if file != HOME / "__init__.py"]
+
+
+def _room(file: Path) -> str:
+    return file.relative_to(HOME).parts[0].removesuffix(".py")
+
+
+def _imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(HOME)))
+def test_a_room_imports_only_rooms_below_it(file: Path) -> None:
+    room = _room(file)
+    imported = {name.split(".")[1] for name in _imports(file) if name.startswith("kdvit.")} - {room}
+    upward = [name for name in imported if LEVEL[name] >= LEVEL[room]]
+    assert upward == []
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if _room(file) in ("models", "distillers")], ids=lambda f: f.stem
+)
+def test_networks_and_objectives_work_in_anyones_loop(file: Path) -> None:
+    assert not [name for name in _imports(file) if name.startswith(("lightning", "pytorch_lightning"))]
+
+
+def test_importing_kdvit_is_light() -> None:
+    loaded = "import sys, kdvit; print([name for name in ('torch', 'lightning', 'timm') if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,58 @@
+"""The README's Python runs, its commands parse, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kdvit.cli import main
+from kdvit.config_files import packaged_configs
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FITS = sorted(set(re.findall(r"`(kdvit fit --config [^`]*)`", README)))
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_python_runs(capsys) -> None:
+    short = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    main(["fit", "--config", "demo/teacher.yaml", *short])
+    main(["fit", "--config", "demo/wide_last.yaml", *short])
+    assert len(PYTHON) == 3
+    for code in PYTHON:
+        exec(code, {"image": torch.zeros(1, 3, 8, 8), "__name__": "readme"})
+
+
+def test_writing_a_distiller_takes_15_lines() -> None:
+    code = next(code for code in PYTHON if "class AttentionTransfer" in code)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+
+
+@pytest.mark.parametrize("command", FITS)
+def test_its_commands_parse(command: str, capsys) -> None:
+    _, *args = shlex.split(command)
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--print_config"])
+    assert end.value.code in (None, 0)
+    assert "model" in yaml.safe_load(capsys.readouterr().out)
+
+
+def test_every_published_config_is_in_its_table() -> None:
+    named = {Path(shlex.split(command)[3]).name for command in FITS}
+    assert {file.name for file in packaged_configs().glob("*.yaml")} - named == {"logit.yaml"}
