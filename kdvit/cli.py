@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for what runs a Trainer, and `kdvit distillers`."""
+"""The command line: LightningCLI for what runs a Trainer, and the commands that need none."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import kdvit.data  # noqa: F401  (short class names resolve for imported classes)
 from kdvit import __version__
@@ -29,6 +30,7 @@ NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
     "Checkpoint directory .* exists and is not empty",  # of every run that goes on
+    "Experiment logs directory .* exists and is not empty",  # of every run, and untrue of one that goes on
     "LightningCLI's args parameter is intended",  # the arguments are those of the process, with config names resolved
 )
 
@@ -108,10 +110,10 @@ class KdvitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.subcommand]
+        if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
+            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         if self.subcommand == "check":
             return
-        if self.subcommand == "fit" and config.trainer.max_epochs in (None, -1):
-            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         folder = Path(config.last_checkpoint.dirpath)
         if self.subcommand == "fit" and config.ckpt_path is None and (folder / "last.ckpt").is_file():
             config.ckpt_path = "last"
@@ -128,7 +130,7 @@ class KdvitCLI(LightningCLI):
         """Builds data, model and trainer; what is wrong with a config shows here."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,10 +17,8 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
         resumed_from: The checkpoint that the run goes on from. The rows of metrics.csv up to its step are kept; without
             it the table starts anew.
     """
-    kept = _rows_before(Path(root) / "metrics.csv", resumed_from) if resumed_from else []
     table = CSVLogger(root, name="", version="")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Experiment logs directory")
+    if resumed_from and (kept := _rows_before(Path(root) / "metrics.csv", resumed_from)):
         table.experiment.metrics.extend(kept)
     return [TensorBoardLogger(root, name="", version=""), table]
 

@@ -239,6 +239,7 @@ WRONG = {
     "optimizer": ({"model/optimizer/name": "adamww"}, "optimizer.name: timm has no 'adamww'. Near: adamw"),
     "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
     "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
+    "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
     "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
     "broken YAML": (
         "model: [",
@@ -298,10 +299,21 @@ def test_a_check_names_a_broken_image(capsys) -> None:
     data = ["--data", "ImageFolder", "--data.root", "images", "--data.batch_size", "2", "--data.num_workers", "0"]
     student = ["--model.student", "TimmStudent", "--model.student.arch", "resnet18", "--model.student.num_classes", "2"]
     with pytest.raises(SystemExit):
-        main(["check", *data, *student])
+        main(["check", *data, *student, "--trainer.max_epochs", "1"])
     message = capsys.readouterr().err.splitlines()[-1]
     assert "Cannot read the image" in message
     assert "images/val/cat/0.jpg" in message
+
+
+def test_a_network_of_ones_own_is_student_or_teacher_by_its_class_path(capsys) -> None:
+    own = "tests.models.test_checkpoint.MyNet"
+    images = ["--data", "tests.tiny.TinyData", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", *QUIET]
+    supervised = ["--model.student", own, "--trainer.default_root_dir", "teacher"]
+    main(["fit", *images, *supervised])
+    assert load_student("teacher/student")(torch.randn(1, 3, 16, 16)).logits.shape == (1, 5)
+    pair = json.dumps({"map": {"class_path": "FeatureDistiller", "init_args": {"projector": "linear"}}})
+    main(["fit", *images, "--model.student", own, "--model.teacher", own, "--model.distillers", pair])
+    assert "train/map" in Path("runs/default/metrics.csv").read_text()
 
 
 @pytest.fixture(scope="module")
