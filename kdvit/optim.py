@@ -112,6 +112,6 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     groups: dict[float, list[nn.Parameter]] = {}
     for module in modules:
         exempt: Any = getattr(module, "no_weight_decay", set)()
-        for group in param_groups_weight_decay(module, weight_decay, exempt):
+        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt):
             groups.setdefault(group["weight_decay"], []).extend(group["params"])
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
