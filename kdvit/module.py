@@ -166,8 +166,8 @@ class DistillationModule(pl.LightningModule):
         """Computes the loss of one batch."""
         teacher = None
         if self.teacher is not None:
-            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits).to_float32()
-        student = self.student(batch.image, self._student_layers).to_float32()
+            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits).at_least_float32()
+        student = self.student(batch.image, self._student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
             terms = self.terms(student, teacher, batch.target)
             weights = self.weights()

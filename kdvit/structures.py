@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Layer = int | float | str
 """A layer as a user names it: a block index (``-1`` is the last), a fraction of the depth (``0.5``), or a name."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns half precision as float32, and anything better as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Batch(NamedTuple):
@@ -36,11 +42,10 @@ class ViTOutput(NamedTuple):
     logits: Tensor | None
     features: tuple[Tensor, ...] = ()
 
-    def to_float32(self) -> ViTOutput:
-        """Returns the same output in float32, where losses are computed whatever the precision of the network."""
-        return ViTOutput(
-            None if self.logits is None else self.logits.float(), tuple(feature.float() for feature in self.features)
-        )
+    def at_least_float32(self) -> ViTOutput:
+        """Returns the same output in float32 or better, where losses are computed whatever the network's precision."""
+        logits = None if self.logits is None else at_least_float32(self.logits)
+        return ViTOutput(logits, tuple(at_least_float32(feature) for feature in self.features))
 
 
 class OutputShapes(NamedTuple):

@@ -159,7 +159,9 @@ def test_biases_norms_and_exempt_names_are_not_decayed() -> None:
     for parameter in plain["params"]:
         name = names[id(parameter)]
         assert parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    for parameter in decayed["params"]:
+        assert parameter.ndim > 1
+        assert not names[id(parameter)].endswith(("pos_embed", "cls_token"))
     assert len(plain["params"]) + len(decayed["params"]) == len(names)
 
 

@@ -12,7 +12,7 @@ from torchmetrics.functional import explained_variance
 
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.spectral import spectral_mse
-from kdvit.structures import Layer, OutputShapes, ViTOutput
+from kdvit.structures import Layer, OutputShapes, ViTOutput, at_least_float32
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``[B, C, H, W]``.
         teacher: ``[B, C, H, W]``.
     """
-    return F.mse_loss(student.float(), teacher.float())
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": feature_mse, "spectral": spectral_mse}

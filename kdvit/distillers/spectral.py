@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdvit.structures import at_least_float32
+
 
 def spectral_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error between the 2-D spectra of two maps.
@@ -19,11 +21,12 @@ def spectral_mse(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: ``[B, C, H, W]``.
 
     Returns:
-        A float32 scalar.
+        A scalar, float32 or better.
 
     Example:
         >>> spectral_mse(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
         tensor(0.6667)
     """
-    ours, theirs = (torch.view_as_real(torch.fft.rfft2(x.float(), norm="ortho")) for x in (student, teacher))
+    maps = at_least_float32(student), at_least_float32(teacher)
+    ours, theirs = (torch.view_as_real(torch.fft.rfft2(feature, norm="ortho")) for feature in maps)
     return F.mse_loss(ours, theirs)

@@ -94,9 +94,11 @@ class FrozenTeacher:
         return output
 
     def convert(self, image: Tensor) -> Tensor:
-        """Returns images ``[B, 3, H, W]`` in the teacher's own size and normalisation."""
+        """Returns images ``[B, 3, H, W]`` in the teacher's own size, normalisation and precision."""
+        weight = next(self.network.parameters())
+        image = image.to(weight.dtype)
         if self.converts_values:
-            image = torch.addcmul(self._shift, image, self._scale)
+            image = torch.addcmul(self._shift.to(weight.dtype), image, self._scale.to(weight.dtype))
         if self.converts_size:
             size = list(self.network.image_format.size)
             image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=True)
