@@ -15,16 +15,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import kdvit.data  # noqa: F401  (short class names resolve for imported classes)
 from kdvit import __version__
 from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.compare import compare
 from kdvit.config_files import find_configs
+from kdvit.data.base import IMAGENET_MEAN, IMAGENET_STD
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
+from kdvit.models import export_student, load_released
+from kdvit.models.checkpoint import student_spec
+from kdvit.models.cost import parameter_count
 from kdvit.module import DistillationModule
 from kdvit.plugins import known_distillers, load_plugins
+from kdvit.structures import ImageFormat
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -74,8 +78,8 @@ class KdvitCLI(LightningCLI):
             parser_kwargs={
                 "prog": "kdvit",
                 "exit_on_error": False,
-                "description": "Distill vision transformers. Two more commands: `kdvit distillers` lists the objectives, "
-                "`kdvit compare RUN ...` shows finished runs side by side.",
+                "description": "Distill vision transformers. More commands: `kdvit distillers` lists the objectives, "
+                "`kdvit compare RUN ...` shows finished runs side by side, `kdvit import FILE` reads an authors' checkpoint.",
                 "version": __version__,
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
@@ -194,8 +198,31 @@ def distillers_command(args: list[str]) -> None:
         print(f"{name:<20} {summary}")
 
 
+def import_command(args: list[str]) -> None:
+    """Runs `kdvit import`."""
+    parser = ArgumentParser(prog="kdvit import", description=IMPORT, exit_on_error=False)
+    parser.add_argument("checkpoint", help="the authors' .pth file")
+    parser.add_argument("--out", required=True, help="folder of the student; kdvit.load_student reads it")
+    parser.add_argument("--weights", choices=["raw", "ema"], default="raw", help="raw is what the paper reports")
+    parser.add_argument("--num_heads", type=int, help="heads of the wide blocks, where they are not 64 channels each")
+    given = parser.parse_args(args)
+    try:
+        released = load_released(given.checkpoint, given.weights == "ema", given.num_heads)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    student = released.student
+    images = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD)
+    export_student(student, student_spec(student, images), given.out)
+    print(
+        f"{type(student).__name__}, {parameter_count(student):,} parameters, {given.weights} weights, in {given.out}."
+    )
+    if released.dropped:
+        print(f"Left out, as no output depends on them: {', '.join(released.dropped)}.")
+
+
 COMPARE = "Show finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture."
-COMMANDS = {"compare": compare_command, "distillers": distillers_command}
+IMPORT = "Turn a Lift or WideLast checkpoint of the authors into a student of kdvit."
+COMMANDS = {"compare": compare_command, "distillers": distillers_command, "import": import_command}
 
 
 def main(args: list[str] | None = None) -> None:

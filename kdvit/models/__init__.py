@@ -3,6 +3,7 @@
 from kdvit.models.checkpoint import export_student, load_student
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network
+from kdvit.models.released import load_released
 from kdvit.models.teacher import FrozenTeacher, TimmTeacher
 from kdvit.models.wide_last import WideLastViT
 
@@ -16,5 +17,6 @@ __all__ = [
     "WideLastViT",
     "as_network",
     "export_student",
+    "load_released",
     "load_student",
 ]

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kdvit
 from kdvit.models.network import Network, TimmNetwork
+from kdvit.models.released import read_weights_only
 from kdvit.structures import ImageFormat
 
 WEIGHTS = "model.safetensors"
@@ -112,9 +112,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_weights_only(path)
     if "kdvit" not in checkpoint:
-        raise ValueError(f"{str(path)!r} is no checkpoint of `kdvit fit`: it says nothing of a student.")
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint of `kdvit fit`, which say what student they hold. One that the authors' code "
+            "wrote is read by kdvit.models.load_released, or `kdvit import`."
+        )
     if ema:
         if "StudentEMA" not in checkpoint.get("callbacks", {}):
             raise ValueError(f"{str(path)!r} has no averaged weights: the run had no EMA (`--ema.decay`).")

@@ -1,0 +1,156 @@
+"""Checkpoints that the authors' code wrote (arXiv:2511.15572), as students of kdvit."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdvit.models.lift import LiftViT
+from kdvit.models.network import TimmNetwork
+from kdvit.models.wide_last import WideLastViT
+
+HEAD_DIM = 64  # of DeiT, and of the wide blocks where 64 divides their width
+DEAD = ("base_model.norm.", "base_model.head.")
+
+
+class Released(NamedTuple):
+    """A student read from an authors' checkpoint.
+
+    Attributes:
+        student: The student, in eval.
+        dropped: Keys of parameters that no output depends on, and that kdvit's network does not have.
+    """
+
+    student: TimmNetwork
+    dropped: list[str]
+
+
+def load_released(path: str | Path, ema: bool = False, num_heads: int | None = None) -> Released:
+    """Reads a Lift or WideLast checkpoint of the authors, whichever its keys show it to be.
+
+    Width, depth, patch size, image size and number of classes follow from the shapes. The number of heads does not:
+    it is taken as in the authors' schedules, 64 channels a head, or 3 heads where 64 does not divide the widths.
+
+    Args:
+        path: The .pth file.
+        ema: Take the averaged weights instead of the raw ones, which are what the paper reports.
+        num_heads: Heads of the wide blocks, for the authors' variant "384 with 3 heads".
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, holds something else than tensors and plain options, or is another network.
+    """
+    weights = _read(Path(path), "model_ema" if ema else "model")
+    if any(key.startswith("projections.") for key in weights):
+        student, mapped, dropped = _lift(weights, path)
+    elif any(re.fullmatch(r"blocks\.\d+\.proj_in\.weight", key) for key in weights):
+        student, mapped, dropped = _wide_last(weights, path, num_heads)
+    else:
+        raise ValueError(
+            f"{str(path)!r} is neither a Lift nor a WideLast checkpoint of the authors: expected keys such as "
+            f"projections.11.weight or blocks.11.proj_in.weight, found {_some(weights)}."
+        )
+    wanted = student.model.state_dict()
+    missing, unexpected = [key for key in wanted if key not in mapped], [key for key in mapped if key not in wanted]
+    wrong = [key for key in wanted if key in mapped and wanted[key].shape != mapped[key].shape]
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{str(path)!r} does not fit a {type(student).__name__} of its widths: missing {_some(missing)}; unexpected "
+            f"{_some(unexpected)}; of another shape {_some(wrong)}."
+        )
+    student.model.load_state_dict(mapped)
+    return Released(student.eval(), dropped)
+
+
+def read_weights_only(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that holds tensors and plain options, and runs no code that a file may bring.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {str(path.absolute())!r}.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain options: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}; expected a dictionary.")
+    return content
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor]:
+    content = read_weights_only(path)
+    weights = content.get(key)
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{str(path)!r} has no weights under {key!r}; it has {_some(content)}.")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _lift(weights: dict[str, Tensor], path: str | Path) -> tuple[TimmNetwork, dict[str, Tensor], list[str]]:
+    base = {key.removeprefix("base_model."): value for key, value in weights.items() if key.startswith("base_model.")}
+    args = _plain_args(base, path)
+    last = args["model_args"]["depth"] - 1
+    mapped = {key: value for key, value in base.items() if not f"base_model.{key}".startswith(DEAD)}
+    for key, value in weights.items():
+        if not key.startswith("base_model."):
+            place = key.replace(f"projections.{last}.", "norm.0.").replace(f"layer_norms.{last}.", "norm.1.")
+            mapped[place] = value
+    width = _shape(weights, f"projections.{last}.weight", path)[0]
+    student = LiftViT(**args, width=width, num_classes=_shape(weights, "head.weight", path)[0])
+    return student, mapped, sorted(key for key in weights if key.startswith(DEAD))
+
+
+def _wide_last(
+    weights: dict[str, Tensor], path: str | Path, num_heads: int | None
+) -> tuple[TimmNetwork, dict[str, Tensor], list[str]]:
+    args = _plain_args(weights, path)
+    depth = args["model_args"]["depth"]
+    wide = [i for i in range(depth) if f"blocks.{i}.proj_in.weight" in weights]
+    widths = [_shape(weights, f"blocks.{i}.proj_in.weight", path)[0] for i in wide]
+    if wide != list(range(depth - len(wide), depth)):
+        raise ValueError(f"{str(path)!r} widens blocks {wide} of {depth}; expected the last ones.")
+    if num_heads is None and any(width % HEAD_DIM for width in widths):
+        num_heads = 3
+    classes = _shape(weights, "head.weight", path)[0]
+    student = WideLastViT(**args, width=widths, num_heads=num_heads, num_classes=classes)
+    mapped = {}
+    for key, value in weights.items():
+        block = re.match(r"blocks\.(\d+)\.", key)
+        if block and int(block[1]) in wide:
+            inner = key.removeprefix(block[0])
+            place = inner.replace("proj_in.", "0.", 1) if inner.startswith("proj_in.") else f"2.{inner}"
+            place = inner.replace("proj_norm.", "1.", 1) if inner.startswith("proj_norm.") else place
+            key = f"{block[0]}{place}"
+        mapped[key] = value
+    return student, mapped, []
+
+
+def _plain_args(weights: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """Returns the constructor's arguments of the narrow part, all of which its shapes show."""
+    width, _, patch, _ = _shape(weights, "patch_embed.proj.weight", path)
+    tokens = _shape(weights, "pos_embed", path)[1]
+    depth = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=0)
+    model_args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": max(width // HEAD_DIM, 1)}
+    size = patch * round((tokens - 1) ** 0.5)
+    return {"arch": "deit_tiny_patch16_224", "img_size": size, "model_args": model_args}
+
+
+def _shape(weights: dict[str, Tensor], key: str, path: str | Path) -> tuple[int, ...]:
+    if key not in weights:
+        raise ValueError(f"{str(path)!r} does not fit: missing {key!r}.")
+    return tuple(weights[key].shape)
+
+
+def _some(keys: Any) -> str:
+    named = [repr(key) for key in keys]
+    return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "") or "none"

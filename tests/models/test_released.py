@@ -1,0 +1,112 @@
+"""The authors' checkpoints, made from their key lists, whole and damaged."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdvit import load_student
+from kdvit.cli import main
+from kdvit.models import LiftViT, WideLastViT, load_released
+from tests.reference import ARRAYS, reference_image, reference_weights
+
+
+def _save(file: Path, weights: dict, **more) -> str:
+    """Saves as the authors' code does: optimizer, averages and an argparse Namespace beside the weights."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(model="deit_tiny_patch16_224", lr=5e-4, output_dir="out")
+    averaged = {key: value + 1 for key, value in weights.items()}
+    state = {"model": weights, "model_ema": averaged, "optimizer": optimizer.state_dict(), "epoch": 299, "args": args}
+    torch.save({**state, "lr_scheduler": {"last_epoch": 3}, "scaler": {"scale": 65536.0}, **more}, file)
+    return str(file)
+
+
+@pytest.mark.parametrize(("name", "cls", "dead"), [("lift", LiftViT, 4), ("widelast", WideLastViT, 0)])
+def test_a_released_checkpoint_becomes_the_same_student(name: str, cls: type, dead: int, tmp_path, capsys) -> None:
+    file = _save(tmp_path / "reference.pth", reference_weights(name))
+    main(["import", file, "--out", "student"])
+    shown = capsys.readouterr().out
+    assert f"{cls.__name__}, " in shown
+    assert shown.count("base_model.") == dead
+    student = load_student("student")
+    assert type(student) is cls
+    assert student.image_format.mean == (0.485, 0.456, 0.406)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            student(reference_image(name)).logits, ARRAYS[f"{name}_logits"], atol=1e-5, rtol=1e-5
+        )
+    averaged = load_released(file, ema=True).student
+    assert torch.equal(averaged.model.pos_embed, student.model.pos_embed + 1)
+
+
+SCHEDULES = [
+    ([384], None, [6]),
+    ([384], 3, [3]),
+    ([256, 320, 384], None, [4, 5, 6]),
+    ([240, 312, 384], None, [3, 3, 3]),
+]
+
+
+@pytest.mark.parametrize(("widths", "num_heads", "expected"), SCHEDULES)
+def test_the_four_widening_schedules_are_recognised(widths, num_heads, expected, tmp_path) -> None:
+    source = WideLastViT("deit_tiny_patch16_224", widths, num_heads or (3 if 240 in widths else None), num_classes=7)
+    weights = {}
+    for key, value in source.model.state_dict().items():
+        parts = key.split(".")
+        if parts[0] == "blocks" and int(parts[1]) >= 12 - len(widths):
+            parts[2:3] = {"0": ["proj_in"], "1": ["proj_norm"], "2": []}[parts[2]]
+        weights[".".join(parts)] = value
+    student = load_released(_save(tmp_path / "wide.pth", weights), num_heads=num_heads).student
+    assert [block[2].attn.num_heads for block in student.model.blocks[-len(widths) :]] == expected
+    image = torch.randn(1, 3, 224, 224)
+    assert torch.equal(student(image).logits, source.eval()(image).logits)
+
+
+class _Foreign:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def _without(name: str, key: str) -> dict:
+    weights = reference_weights(name)
+    del weights[key]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda file: _save(file, _without("lift", "head.bias")), "does not fit a LiftViT.*missing 'head.bias'"),
+        (lambda file: _save(file, _without("lift", "projections.11.weight")), "neither a Lift nor a WideLast"),
+        (lambda file: _save(file, _without("widelast", "pos_embed")), "missing 'pos_embed'"),
+        (lambda file: _save(file, {**reference_weights("lift"), "extra": torch.zeros(1)}), "unexpected 'extra'"),
+        (
+            lambda file: _save(file, {**reference_weights("widelast"), "norm.bias": torch.zeros(5)}),
+            "of another shape 'norm.bias'",
+        ),
+        (lambda file: _save(file, {"a.weight": torch.zeros(1)}), "neither a Lift nor a WideLast.*found 'a.weight'"),
+        (lambda file: torch.save({"state_dict": {}}, file), "no weights under 'model'; it has 'state_dict'"),
+        (lambda file: torch.save([1, 2], file), "holds a list; expected a dictionary"),
+        (lambda file: _save(file, reference_weights("lift"), args=_Foreign()), "damaged, or holds more than tensors"),
+        (lambda file: file.write_bytes(Path(_save(file, reference_weights("lift"))).read_bytes()[:9999]), "is damaged"),
+        (lambda file: None, "no checkpoint file"),
+    ],
+)
+def test_anything_else_is_refused_in_one_message_and_runs_no_code(damage, text: str, tmp_path, capsys) -> None:
+    file = tmp_path / "reference.pth"
+    damage(file)
+    with pytest.raises(SystemExit) as end:
+        main(["import", str(file), "--out", "student"])
+    assert end.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert re.search(text, message), message
+    assert not Path("student").exists()
+    assert not Path("executed").exists()
