@@ -16,6 +16,7 @@ from kdvit.structures import ImageFormat
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+REGISTERED = {"LiftViT": "lift_vit", "WideLastViT": "wide_last_vit"}
 
 
 def student_spec(student: Network, image_format: ImageFormat, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def student_spec(student: Network, image_format: ImageFormat, class_names: list[
 def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -> None:
     """Writes model.safetensors and config.json, which `load_student` reads.
 
-    A TimmStudent without remedy is also a folder of timm's: ``timm.create_model("local-dir:FOLDER")`` loads it.
+    The folder is also one of timm's: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, a remedied
+    student once `kdvit.models` has been imported.
 
     Args:
         student: The student.
@@ -79,12 +81,17 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
 
 
 def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
-    if spec["class"] != "TimmStudent":
+    """Describes the student as timm does; a network of other make has no such description."""
+    if spec["class"] not in ("TimmStudent", *REGISTERED):
         return {}
     args, images = spec["init_args"], spec["image_format"]
-    model_args = {"img_size": args["img_size"], **(args["model_args"] or {})}
+    model_args = {name: value for name, value in args.items() if name not in ("arch", "num_classes", "model_args")}
+    if spec["class"] in REGISTERED:
+        model_args |= {"arch": args["arch"], "model_args": args["model_args"]}
+    else:
+        model_args |= args["model_args"] or {}
     return {
-        "architecture": args["arch"],
+        "architecture": REGISTERED.get(spec["class"], args["arch"]),
         "num_classes": args["num_classes"],
         "model_args": {name: value for name, value in model_args.items() if value is not None},
         "pretrained_cfg": {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from kdvit import load_student
-from kdvit.models import Network, export_student
+from kdvit.models import Network, TimmTeacher, export_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.structures import ImageFormat, ViTOutput
 from tests.tiny import FORMAT, student
@@ -42,13 +44,23 @@ def test_an_exported_student_comes_back_as_it_was(network: Network, tmp_path) ->
     assert json.loads((tmp_path / "config.json").read_text())["kdvit"]["class_names"] == list("abcde")
 
 
-def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
-    network = student().eval()
+@pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])
+def test_an_exported_folder_is_one_of_timms(remedy: str | None, tmp_path) -> None:
+    network = student(remedy, drop_path_rate=0.1).eval()
     export_student(network, student_spec(network, FORMAT), tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = torch.rand(2, 3, 16, 16)
     assert torch.equal(model(image), network(image).logits)
     assert tuple(model.pretrained_cfg["mean"]) == FORMAT.mean
+    teacher = TimmTeacher(f"local-dir:{tmp_path}").eval()
+    assert torch.equal(teacher(image).logits, network(image).logits)
+    assert teacher.image_format == FORMAT
+
+
+def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
+    export_student(student(), student_spec(student(), FORMAT), tmp_path)
+    load = f"import sys, timm; timm.create_model('local-dir:{tmp_path}', pretrained=True); assert 'kdvit' not in sys.modules"
+    subprocess.run([sys.executable, "-c", load], check=True)
 
 
 def test_what_is_no_student_is_refused(tmp_path) -> None:
