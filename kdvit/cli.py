@@ -15,12 +15,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import kdvit.data  # noqa: F401  (short class names resolve for imported classes)
 from kdvit import __version__
 from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.compare import compare
 from kdvit.config_files import find_configs
-from kdvit.data.base import IMAGENET_MEAN, IMAGENET_STD
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
 from kdvit.models import export_student, load_released
@@ -28,7 +28,6 @@ from kdvit.models.checkpoint import student_spec
 from kdvit.models.cost import parameter_count
 from kdvit.module import DistillationModule
 from kdvit.plugins import known_distillers, load_plugins
-from kdvit.structures import ImageFormat
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -211,8 +210,7 @@ def import_command(args: list[str]) -> None:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     student = released.student
-    images = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD)
-    export_student(student, student_spec(student, images), given.out)
+    export_student(student, student_spec(student, student.image_format), given.out)
     print(
         f"{type(student).__name__}, {parameter_count(student):,} parameters, {given.weights} weights, in {given.out}."
     )

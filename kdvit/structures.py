@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,8 +67,22 @@ class ImageFormat(NamedTuple):
         size: Height and width in pixels.
         mean: Mean of each channel that was subtracted, for pixel values in 0..1.
         std: Standard deviation of each channel that was divided by, for pixel values in 0..1.
+        crop_pct: The centre crop of the evaluation, as a share of the resized shorter side.
+        interpolation: Of the resizing.
     """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain types, of which `from_json` makes the same again."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> ImageFormat:
+        """Returns the format that `to_json` wrote."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        return cls(**fields)

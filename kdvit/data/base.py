@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,8 +17,6 @@ from kdvit.data.sampling import ResumableLoader, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, ImageFormat
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Split = Literal["train", "val", "test"]
 
 
@@ -66,7 +66,7 @@ class ImageDataModule(pl.LightningDataModule):
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
         self.batch_size, self.num_workers, self.repeats = batch_size, num_workers, repeats
-        self.image_format = ImageFormat((img_size, img_size), mean, std)
+        self.image_format = ImageFormat((img_size, img_size), mean, std, interpolation="bilinear")
         self.mixup, self.cutmix = mixup, cutmix
         self.seed = torch.initial_seed() if seed is None else seed
 

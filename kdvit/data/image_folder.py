@@ -53,6 +53,7 @@ class ImageFolder(ImageDataModule):
         self.root = Path(root).absolute()
         self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
         self.class_names = _same_classes(self.root, list(self.samples))
+        self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
         size, mean, std = self.image_format.size[0], self.image_format.mean, self.image_format.std
         self.train_transform = train_transform(
             size, mean, std, auto_augment, color_jitter, random_erasing, interpolation

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdvit
 from kdvit.models.network import Network, TimmNetwork
-from kdvit.models.released import read_weights_only
+from kdvit.models.released import load_released, read_weights_only
 from kdvit.structures import ImageFormat
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +31,7 @@ def student_spec(student: Network, image_format: ImageFormat, class_names: list[
         "kdvit_version": kdvit.__version__,
         "class": type(student).__name__,
         "init_args": getattr(student, "init_args", None),
-        "image_format": {name: list(value) for name, value in image_format._asdict().items()},
+        "image_format": image_format.to_json(),
         "class_names": class_names,
     }
 
@@ -56,7 +56,7 @@ def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -
 
 
 def load_student(path: str | Path, ema: bool = False) -> Network:
-    """Loads a student from an exported folder or from a checkpoint of `kdvit fit`, in eval.
+    """Loads a student from an exported folder, a checkpoint of `kdvit fit`, or one of the authors' code, in eval.
 
     Args:
         path: The folder, or the checkpoint file.
@@ -76,7 +76,7 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
     student = _build(spec, path)
     target = student.model if path.is_dir() and isinstance(student, TimmNetwork) else student
     target.load_state_dict(weights)
-    student.image_format = ImageFormat(**{name: tuple(value) for name, value in spec["image_format"].items()})
+    student.image_format = ImageFormat.from_json(spec["image_format"])
     return student.eval()
 
 
@@ -99,6 +99,8 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
             "fixed_input_size": True,
             "mean": images["mean"],
             "std": images["std"],
+            "crop_pct": images["crop_pct"],
+            "interpolation": images["interpolation"],
             "num_classes": args["num_classes"],
         },
     }
@@ -121,10 +123,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     checkpoint = read_weights_only(path)
     if "kdvit" not in checkpoint:
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint of `kdvit fit`, which say what student they hold. One that the authors' code "
-            "wrote is read by kdvit.models.load_released, or `kdvit import`."
-        )
+        try:
+            released = load_released(path, ema).student
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r} is neither a checkpoint of `kdvit fit` nor one of the authors' code: {error}"
+            ) from error
+        return student_spec(released, released.image_format), released.state_dict()
     if ema:
         if "StudentEMA" not in checkpoint.get("callbacks", {}):
             raise ValueError(f"{str(path)!r} has no averaged weights: the run had no EMA (`--ema.decay`).")

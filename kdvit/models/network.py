@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from kdvit.models.timm_model import create_timm_model
@@ -60,6 +61,19 @@ class Network(nn.Module):
     def named_layers(self) -> dict[str, int]:
         """Layers that have a name of their own, with their index."""
         return {}
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """The evaluation transform of `image_format`: makes a tensor ``[3, H, W]`` of an RGB image."""
+        images = self.image_format
+        return create_transform(  # type: ignore[no-any-return]
+            (3, *images.size),
+            is_training=False,
+            mean=images.mean,
+            std=images.std,
+            crop_pct=images.crop_pct,
+            interpolation=images.interpolation,
+        )
 
     def resolve(self, layer: Layer) -> int:
         """Returns the index of a layer named by index, negative index, fraction of the depth, or name.
@@ -211,4 +225,5 @@ def _depth(model: nn.Module) -> int:
 def _image_format(model: nn.Module) -> ImageFormat:
     config: Any = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-    return ImageFormat(tuple(size), tuple(config["mean"]), tuple(config["std"]))
+    crop = config["crop_pct"], config["interpolation"]
+    return ImageFormat(tuple(size), tuple(config["mean"]), tuple(config["std"]), *crop)

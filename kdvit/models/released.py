@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import TimmNetwork
 from kdvit.models.wide_last import WideLastViT
+from kdvit.structures import ImageFormat
 
 HEAD_DIM = 64  # of DeiT, and of the wide blocks where 64 divides their width
 DEAD = ("base_model.norm.", "base_model.head.")
@@ -65,6 +68,7 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
             f"{_some(unexpected)}; of another shape {_some(wrong)}."
         )
     student.model.load_state_dict(mapped)
+    student.image_format = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
     return Released(student.eval(), dropped)
 
 

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
+from torchvision.transforms import functional as TF
 
 from kdvit import load_student
 from kdvit.models import Network, TimmTeacher, export_student
@@ -63,13 +66,24 @@ def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", load], check=True)
 
 
+def test_a_student_brings_the_transform_of_its_images(tmp_path) -> None:
+    images = FORMAT._replace(crop_pct=0.5, interpolation="bilinear")
+    export_student(student(), student_spec(student(), images), tmp_path)
+    loaded = load_student(tmp_path)
+    photograph = Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 60, 3), dtype=np.uint8))
+    resized = TF.resize(photograph, 32, TF.InterpolationMode.BILINEAR)
+    expected = (TF.to_tensor(TF.center_crop(resized, [16, 16])) - 0.5) / 0.5
+    torch.testing.assert_close(loaded.transform(photograph), expected)
+    assert loaded(loaded.transform(photograph)[None]).logits.shape == (1, 5)
+
+
 def test_what_is_no_student_is_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no exported folder or checkpoint '.*nothing'"):
         load_student(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"expected config.json and model.safetensors"):
         load_student(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of `kdvit fit`"):
+    with pytest.raises(ValueError, match="neither a checkpoint of `kdvit fit` nor one of the authors' code"):
         load_student(tmp_path / "other.ckpt")
     torch.save({"kdvit": {"class": "Gone", "init_args": {}}, "state_dict": {}}, tmp_path / "gone.ckpt")
     with pytest.raises(ValueError, match="is a Gone, which kdvit cannot build from the file alone"):

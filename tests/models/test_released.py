@@ -43,6 +43,8 @@ def test_a_released_checkpoint_becomes_the_same_student(name: str, cls: type, de
         torch.testing.assert_close(
             student(reference_image(name)).logits, ARRAYS[f"{name}_logits"], atol=1e-5, rtol=1e-5
         )
+    assert torch.equal(load_student(file).model.pos_embed, student.model.pos_embed)
+    assert student.image_format.crop_pct == 0.875
     averaged = load_released(file, ema=True).student
     assert torch.equal(averaged.model.pos_embed, student.model.pos_embed + 1)
 
