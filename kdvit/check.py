@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,13 +15,15 @@ from kdvit.structures import ImageFormat, Layer
 Rows = list[tuple[str, str]]
 
 
-def describe(module: DistillationModule, datamodule: pl.LightningDataModule, processes: int, batches: int) -> str:
+def describe(
+    module: DistillationModule, datamodule: pl.LightningDataModule, processes: int | None, batches: int
+) -> str:
     """Describes a run.
 
     Args:
         module: The module to train.
         datamodule: Its data.
-        processes: Processes that will train: devices times nodes.
+        processes: Processes that will train, devices times nodes; None where the machine of the run decides.
         batches: Batches accumulated before a step.
 
     Returns:
@@ -92,25 +95,24 @@ def _shape(shape: tuple[int, int, int]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
 
 
-def _steps(module: DistillationModule, datamodule: Any, processes: int, batches: int) -> Rows:
+def _steps(module: DistillationModule, datamodule: Any, processes: int | None, batches: int) -> Rows:
     options = module.optimizer_options
     loader = datamodule.train_dataloader()
-    global_batch = loader.batch_size * processes * batches
+    known = processes or 1
+    global_batch = loader.batch_size * known * batches
+    views = len(loader.sampler) // known
+    steps = math.ceil((views // loader.batch_size if loader.drop_last else views / loader.batch_size) / batches)
+    scaling = (
+        "unscaled" if options.lr_base_batch is None else f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
+    )
+    shown = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
     return [
-        (
-            "global batch",
-            f"{global_batch} = {loader.batch_size} images x {processes} processes x {batches} accumulated batches",
-        ),
-        ("steps an epoch", f"{max(len(loader) // (processes * batches), 1)}"),
+        ("global batch", f"{global_batch} = {loader.batch_size} images x {shown} x {batches} accumulated batches"),
+        ("steps an epoch", f"{steps}"),
         (
             "optimizer",
-            f"{options.name}, learning rate {options.scaled_lr(global_batch):.3g} "
-            + (
-                "(unscaled)"
-                if options.lr_base_batch is None
-                else f"= {options.lr:g} x {global_batch} / {options.lr_base_batch}"
-            )
-            + f", weight decay {options.weight_decay:g}",
+            f"{options.name}, learning rate {options.scaled_lr(global_batch):.3g} ({scaling}), "
+            f"weight decay {options.weight_decay:g}",
         ),
     ]
 

@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import kdvit.data  # noqa: F401  (short class names resolve for imported classes)
 from kdvit import __version__
+from kdvit.benchmark import benchmark
 from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.compare import compare
 from kdvit.config_files import find_configs
+from kdvit.data import ImageDataModule
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
-from kdvit.models import export_student, load_released
+from kdvit.models import export_student, load_released, load_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.cost import parameter_count
+from kdvit.models.export import export_onnx, export_program
 from kdvit.module import DistillationModule
 from kdvit.plugins import known_distillers, load_plugins
 
@@ -38,18 +41,25 @@ NOISE = (
 )
 
 
+CHECKED_IMAGES = 8
+
+
 class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also check a run."""
 
     def check(self, model: DistillationModule, datamodule: pl.LightningDataModule) -> None:
         """Build everything, show what a run will do, and take one training and one validation batch on the CPU."""
+        if isinstance(datamodule, ImageDataModule):
+            datamodule.batch_size, datamodule.num_workers = min(datamodule.batch_size, CHECKED_IMAGES), 0
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
         self.callbacks = [each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport))]
         try:
             self.fit(model, datamodule=datamodule)
         except Exception as error:
             raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
-        print("One training and one validation batch went through. This config is ready for `kdvit fit`.")
+        print(
+            f"A training and a validation batch of at most {CHECKED_IMAGES} images went through. This config is ready for `kdvit fit`."
+        )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -77,8 +87,9 @@ class KdvitCLI(LightningCLI):
             parser_kwargs={
                 "prog": "kdvit",
                 "exit_on_error": False,
-                "description": "Distill vision transformers. More commands: `kdvit distillers` lists the objectives, "
-                "`kdvit compare RUN ...` shows finished runs side by side, `kdvit import FILE` reads an authors' checkpoint.",
+                "description": "Distill vision transformers. More commands, each with --help: distillers (lists the "
+                "objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
+                "checkpoint of the authors).",
                 "version": __version__,
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
@@ -115,26 +126,54 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
-        if self.subcommand == "check":
-            return
-        folder = Path(config.last_checkpoint.dirpath)
-        if self.subcommand == "fit" and config.ckpt_path is None and (folder / "last.ckpt").is_file():
-            config.ckpt_path = "last"
-            rank_zero_info(
-                f"Going on from {folder / 'last.ckpt'}. (To start anew, choose another --trainer.default_root_dir.)"
-            )
-        if config.ckpt_path in ("best", "last"):
-            file = folder / f"{config.ckpt_path}.ckpt"
+        self.checkpoint = None if self.subcommand == "check" else self._find_checkpoint()
+
+    def _find_checkpoint(self) -> str | None:
+        config = self.config[self.subcommand]
+        root, folder = Path(config.trainer.default_root_dir), Path(config.last_checkpoint.dirpath)
+        if config.ckpt_path is not None:
+            named = config.ckpt_path in ("best", "last")
+            file = folder / f"{config.ckpt_path}.ckpt" if named else Path(config.ckpt_path)
             if not file.is_file():
                 raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
-            config.ckpt_path = str(file)
+        elif self.subcommand == "fit":
+            file = folder / "last.ckpt"
+            if not file.is_file() or any(root.glob("hpc_ckpt_*.ckpt")):  # those Lightning finds by itself
+                return None
+            self._refuse_another_run(root)
+            rank_zero_info(f"Going on from {file}. (To start anew, choose another --trainer.default_root_dir.)")
+        else:
+            file = folder / "best.ckpt"
+            if not file.is_file():
+                rank_zero_info(f"There is no {file}: the student is taken as the config builds it.")
+                return None
+        return str(file)
+
+    def _refuse_another_run(self, root: Path) -> None:
+        """Raises if the run to go on with was of another model or other data."""
+        if not (root / "config.yaml").is_file():
+            return
+        parser = self._parser(self.subcommand)
+        ours = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
+        theirs = yaml.safe_load((root / "config.yaml").read_text())
+        known = ("model", "data", "seed_everything")
+        differing = [key for part in known for key in _differing(ours.get(part), theirs.get(part), part)]
+        if differing:
+            raise UserError(
+                f"{str(root)!r} holds a run with other settings: {'; '.join(differing[:5])}. Go on with its own config.yaml, "
+                "or choose another --trainer.default_root_dir."
+            )
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
         try:
             super().instantiate_classes()
+            if self.subcommand in ("fit", "check") and isinstance(self.datamodule, ImageDataModule):
+                self.datamodule.dataset("train")
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
+        if self.subcommand != "check":
+            self.config_init[self.subcommand]["ckpt_path"] = self.checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Gives a fit its loggers; a check runs on one CPU process, whatever the config says."""
@@ -154,12 +193,11 @@ class KdvitCLI(LightningCLI):
         elif self.subcommand != "fit":
             kwargs = {"logger": False}
         elif given["logger"] in (None, True):
-            kwargs = {"logger": run_loggers(root, self.config.fit.ckpt_path)}
+            kwargs = {"logger": run_loggers(root, self.checkpoint)}
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "check":
-            print(
-                describe(self.model, self.datamodule, _processes(given), given["accumulate_grad_batches"]), flush=True
-            )
+            planned = _planned_processes(given)
+            print(describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"]), flush=True)
         return trainer
 
 
@@ -175,10 +213,21 @@ def _class_names(data: Any) -> Any:
     return getattr(data, "class_names", None)
 
 
-def _processes(trainer: Any) -> int:
-    devices = trainer["devices"]
-    nodes: int = trainer["num_nodes"]
-    return nodes * (devices if isinstance(devices, int) and devices > 0 else 1)
+def _planned_processes(trainer: Any) -> int | None:
+    """Returns devices times nodes of a config; None where the machine of the run decides."""
+    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list):
+        return nodes * len(devices)
+    return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None
+
+
+def _differing(ours: Any, theirs: Any, key: str) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = sorted({*ours, *theirs})
+        return [each for name in names for each in _differing(ours.get(name), theirs.get(name), f"{key}.{name}")]
+    return [] if ours == theirs else [f"{key} is {ours!r} and was {theirs!r}"]
 
 
 def compare_command(args: list[str]) -> None:
@@ -218,9 +267,56 @@ def import_command(args: list[str]) -> None:
         print(f"Left out, as no output depends on them: {', '.join(released.dropped)}.")
 
 
+def export_command(args: list[str]) -> None:
+    """Runs `kdvit export`."""
+    parser = ArgumentParser(prog="kdvit export", description=EXPORT, exit_on_error=False)
+    parser.add_argument(
+        "--ckpt", required=True, help="a checkpoint of `kdvit fit` or of the authors, or an exported folder"
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder of model.safetensors and config.json, and of the format's file"
+    )
+    parser.add_argument(
+        "--format", choices=["timm", "onnx", "torch-export"], default="timm", help="timm: the folder alone"
+    )
+    parser.add_argument("--weights", choices=["raw", "ema"], default="raw", help="raw is what is trained and reported")
+    given = parser.parse_args(args)
+    out = Path(given.out)
+    try:
+        student = load_student(given.ckpt, ema=given.weights == "ema")
+        export_student(student, student.spec, out)
+        print(f"{type(student).__name__}, {parameter_count(student):,} parameters, {given.weights} weights, in {out}.")
+        if given.format != "timm":
+            write, file = {"onnx": (export_onnx, "model.onnx"), "torch-export": (export_program, "model.pt2")}[
+                given.format
+            ]
+            largest = write(student, out / file)
+            print(f"{out / file}: its logits differ from PyTorch's by at most {largest:.2g}.")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
+def benchmark_command(args: list[str]) -> None:
+    """Runs `kdvit benchmark`."""
+    parser = ArgumentParser(prog="kdvit benchmark", description=BENCHMARK, exit_on_error=False)
+    parser.add_argument("networks", nargs="+", help="timm names, exported folders, checkpoints, or configs")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once, for the throughput")
+    parser.add_argument("--out", help="a JSON file for the numbers and the machine")
+    given = parser.parse_args(args)
+    benchmark(given.networks, given.batch_size, given.out)
+
+
 COMPARE = "Show finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture."
 IMPORT = "Turn a Lift or WideLast checkpoint of the authors into a student of kdvit."
-COMMANDS = {"compare": compare_command, "distillers": distillers_command, "import": import_command}
+EXPORT = "Take a student out of a run: as safetensors that timm loads, as ONNX, or as a program of torch.export."
+BENCHMARK = "Show parameters, FLOPs, latency and throughput of networks side by side."
+COMMANDS = {
+    "benchmark": benchmark_command,
+    "compare": compare_command,
+    "distillers": distillers_command,
+    "export": export_command,
+    "import": import_command,
+}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from kdvit.benchmark import latency_ms
 from kdvit.messages import UserError
-from kdvit.models import Network, load_student
+from kdvit.models import load_student
 from kdvit.models.cost import parameter_count
 
 
@@ -63,25 +60,15 @@ def read_run(folder: Path) -> Run:
     with (folder / "metrics.csv").open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("val/acc1")]
     curve = [(int(float(row["epoch"])), float(row["val/acc1"])) for row in rows]
-    student = load_student(folder / "student")
+    if not curve:
+        raise UserError(f"{str(folder.absolute())!r} has no val/acc1 in its metrics.csv: it was never validated.")
+    try:
+        student = load_student(folder / "student")
+    except ValueError as error:
+        raise UserError(str(error)) from error
     config = json.loads((folder / "student" / "config.json").read_text())
     seconds = config["kdvit"]["run"]["seconds"]
     return Run(folder.name, parameter_count(student), latency_ms(student), curve[-1][1], seconds, curve)
-
-
-@torch.inference_mode()
-def latency_ms(student: Network, repeats: int = 50) -> float:
-    """Returns the median time of one image, in milliseconds, on the device of the student."""
-    weight = next(student.parameters())
-    image = torch.zeros(1, 3, *student.image_format.size, device=weight.device)
-    times = []
-    for _ in range(repeats + 5):
-        start = time.perf_counter()
-        student(image)
-        if weight.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[5:])
 
 
 def table(runs: list[Run]) -> str:

@@ -25,12 +25,13 @@ def find_configs(args: list[str]) -> list[str]:
     for i, arg in enumerate(args):
         flag, equals, value = arg.partition("=")
         if flag in ("--config", "-c") and equals:
-            found[i] = f"{flag}={_find(value)}"
+            found[i] = f"{flag}={find_config(value)}"
         elif i > 0 and args[i - 1] in ("--config", "-c"):
-            found[i] = _find(arg)
+            found[i] = find_config(arg)
     return found
 
 
-def _find(name: str) -> str:
+def find_config(name: str) -> str:
+    """Returns the path of a config that kdvit brings, where no file of that name is at hand; else the name itself."""
     packaged = packaged_configs() / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name

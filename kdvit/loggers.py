@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> list[Logger]:
@@ -18,8 +19,10 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
             it the table starts anew.
     """
     table = CSVLogger(root, name="", version="")
-    if resumed_from and (kept := _rows_before(Path(root) / "metrics.csv", resumed_from)):
+    if resumed_from and getattr(rank_zero_only, "rank", 0) == 0:
+        kept = _rows_before(Path(root) / "metrics.csv", resumed_from)
         table.experiment.metrics.extend(kept)
+        table.save()
     return [TensorBoardLogger(root, name="", version=""), table]
 
 

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
+from kdvit.structures import subclasses
 
 CLASSES: dict[str, type] = {
     "model.distillers": Distiller,
@@ -44,15 +45,6 @@ def explain(error: Exception) -> str | None:
     return _named(_condensed(str(error)))
 
 
-def subclasses(cls: type) -> dict[str, type]:
-    """Returns the imported subclasses of a class by name."""
-    found: dict[str, type] = {}
-    each: type
-    for each in cls.__subclasses__():
-        found.update({each.__name__: each, **subclasses(each)})
-    return found
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean X?" for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -64,7 +56,8 @@ def _condensed(text: str) -> str:
     for line in text.splitlines():
         line = line.strip().removeprefix("- ")
         if line.startswith("Given value:"):
-            said += [f"(got {line.removeprefix('Given value: ')!r})"] if len(line) < 60 else []
+            value = line.removeprefix("Given value: ")
+            said += [f"(got {value!r})"] if re.fullmatch(r"[\w./:+-]{1,50}", value) else []
             break
         if line.startswith("Given value type"):
             continue
@@ -74,7 +67,8 @@ def _condensed(text: str) -> str:
     condensed = re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)
     condensed = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", condensed)
     condensed = re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[.*?\]))\. Got value: (.*)", _expected, condensed)
-    return re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)
+    condensed = re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)
+    return re.sub(r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1", condensed)
 
 
 def _expected(match: re.Match[str]) -> str:
@@ -85,12 +79,14 @@ def _expected(match: re.Match[str]) -> str:
 def _named(text: str) -> str:
     key = text.partition(":")[0]
     if match := re.search(r"Expected a dot import path string: (\S+)", text):
-        known = subclasses(CLASSES.get(key, object)) if key in CLASSES else {}
+        known: dict[str, type] = subclasses(CLASSES.get(key, object)) if key in CLASSES else {}
         listed = f" Known: {', '.join(sorted(known))}." if known else ""
         return (
             f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
             "path, such as my_package.MyClass."
         )
+    if "kdvit.Distiller is abstract" in text:
+        return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
     if match := re.search(r"([\w.]+): Option '([^']+)' is not accepted", text):
         known_options = _parameters(match[1])
         return f"{text}.{nearest(match[2], known_options)} It takes: {', '.join(known_options)}."
@@ -103,5 +99,12 @@ def _named(text: str) -> str:
 
 
 def _parameters(class_path: str) -> list[str]:
+    """Returns the names of a constructor's arguments, those behind **kwargs included."""
     module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(import_module(module), name)).parameters)
+    names: dict[str, None] = {}
+    for cls in getattr(import_module(module), name).__mro__:
+        parameters = inspect.signature(cls).parameters.values() if "__init__" in vars(cls) else ()
+        names |= {each.name: None for each in parameters if each.kind is not each.VAR_KEYWORD}
+        if parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    return list(names)

@@ -205,7 +205,7 @@ class DistillationModule(pl.LightningModule):
 
     def _is_logged_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.trainer.global_step + 1) % every == 0
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     @torch.no_grad()
     def _log_step(
@@ -278,8 +278,10 @@ class DistillationModule(pl.LightningModule):
     # Checkpoints
 
     def spec(self) -> dict[str, Any]:
-        """Describes the student in plain types; see `kdvit.models.checkpoint.student_spec`."""
-        return student_spec(self.student, self.image_format, self.class_names)
+        """Describes the student in plain types, and how it fares; see `kdvit.models.checkpoint.student_spec`."""
+        measured = self.trainer.callback_metrics.items()
+        run = {"epochs": self.current_epoch, **{name: float(v) for name, v in measured if name.startswith("val/")}}
+        return {**student_spec(self.student, self.image_format, self.class_names), "run": run}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the student's description, by which `kdvit.load_student` works from the file alone."""

@@ -45,6 +45,10 @@ class OptimizerOptions:
             )
         if self.lr_base_batch is not None and self.lr_base_batch < 1:
             raise ValueError(f"optimizer.lr_base_batch must be 1 or more, or null, got {self.lr_base_batch}.")
+        try:
+            self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer.args: {self.name} does not take {self.args}: {error}") from error
 
     def scaled_lr(self, global_batch: int) -> float:
         """Returns the learning rate for a global batch: images a step over all processes and accumulated batches."""

@@ -6,6 +6,7 @@ import inspect
 from importlib.metadata import entry_points
 
 from kdvit.distillers import Distiller
+from kdvit.structures import subclasses
 
 GROUP = "kdvit.distillers"
 
@@ -26,11 +27,6 @@ def load_plugins() -> None:
 
 def known_distillers() -> dict[str, str]:
     """Returns the short names of the imported distillers with the first line of their documentation."""
-    known: dict[str, str] = {}
-    classes: list[type[Distiller]] = [Distiller]
-    while classes:
-        cls = classes.pop()
-        classes += cls.__subclasses__()
-        if cls is not Distiller and not inspect.isabstract(cls):
-            known[cls.__name__] = (inspect.getdoc(cls) or "").partition("\n")[0]
-    return dict(sorted(known.items()))
+    every: dict[str, type[Distiller]] = subclasses(Distiller)  # type: ignore[type-abstract]
+    known = {name: cls for name, cls in every.items() if not inspect.isabstract(cls)}
+    return {name: (inspect.getdoc(cls) or "").partition("\n")[0] for name, cls in sorted(known.items())}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Layer = int | float | str
 """A layer as a user names it: a block index (``-1`` is the last), a fraction of the depth (``0.5``), or a name."""
 
@@ -14,6 +15,14 @@ Layer = int | float | str
 def at_least_float32(x: Tensor) -> Tensor:
     """Returns half precision as float32, and anything better as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def subclasses(cls: type[T]) -> dict[str, type[T]]:
+    """Returns the imported subclasses of a class, at any depth, by name."""
+    found: dict[str, type[T]] = {}
+    for each in cls.__subclasses__():
+        found |= {each.__name__: each, **subclasses(each)}
+    return found
 
 
 class Batch(NamedTuple):

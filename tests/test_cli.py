@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdvit import load_student
 from kdvit.cli import main
 from kdvit.config_files import packaged_configs
+from kdvit.loggers import run_loggers
 from tests.data.test_data_modules import fashion_root, image_folder
 
 CONFIGS = packaged_configs()
@@ -67,7 +68,7 @@ def test_every_imagenet_config_goes_through_a_step_on_tiny_stand_ins(name: str, 
     main(["check", "--config", f"configs/{name}.yaml", *given])
     shown = capsys.readouterr().out
     assert " 16 = 4 images x 4 processes x 1" in shown
-    assert "One training and one validation batch went through" in shown
+    assert "A training and a validation batch of at most 8 images went through" in shown
 
 
 def _plain(value) -> str:
@@ -161,6 +162,69 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: s
     assert _column("whole", columns) == _column("run", columns)
 
 
+def test_resume_is_exact_with_accumulated_batches(demo_teacher: str) -> None:
+    accumulating = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.accumulate_grad_batches=2"]
+    _fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
+    _fit("wide_last", demo_teacher, *accumulating, "--trainer.max_steps=10")
+    _fit("wide_last", demo_teacher, *accumulating)
+    for ema in (False, True):
+        one, other = (load_student(f"{root}/checkpoints/last.ckpt", ema).state_dict() for root in ("whole", "run"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(demo_teacher: str, capsys) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    before = Path("run/config.yaml").read_text()
+    with pytest.raises(SystemExit):
+        _fit("plain", demo_teacher, *SHORT, "--model.optimizer.lr", "0.9")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "'run' holds a run with other settings: model.optimizer.lr is 0.9 and was 0.004" in message
+    assert Path("run/config.yaml").read_text() == before
+    _fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_the_config_of_a_resumed_run_starts_a_new_one_elsewhere(demo_teacher: str) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    _fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["ckpt_path"] is None
+    main(["fit", "--config", "run/config.yaml", "--trainer.default_root_dir", "other"])
+    one, other = (load_student(f"{root}/student").state_dict() for root in ("run", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_validate_takes_the_best_checkpoint_unless_told_otherwise(demo_teacher: str, capsys) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    with Path("run/metrics.csv").open() as stream:
+        best = max(float(row["val/acc1"]) for row in csv.DictReader(stream) if row["val/acc1"])
+    main(["validate", "--config", "run/config.yaml"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " val/acc1 " in line)
+    assert float(line.split()[-1]) == pytest.approx(best, abs=1e-6)
+
+
+def test_other_ranks_of_a_resumed_run_leave_its_table_alone(demo_teacher: str, monkeypatch) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    before = Path("run/metrics.csv").read_text()
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1, raising=False)
+    run_loggers("run", "run/checkpoints/last.ckpt")
+    assert Path("run/metrics.csv").read_text() == before
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 0, raising=False)
+    run_loggers("run", "run/checkpoints/last.ckpt")
+    assert len(Path("run/metrics.csv").read_text().splitlines()) == len(before.splitlines())
+
+
+def test_an_average_that_starts_late_starts_from_the_restored_weights(demo_teacher: str, capsys) -> None:
+    _fit("plain", demo_teacher, *SHORT)
+    main(["validate", "--config", "run/config.yaml", "--ema.decay", "0.9"])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "val/acc1" in line]
+    assert len({words[1] for words in shown}) == 1
+    assert {words[0] for words in shown} == {"val/acc1", "val/acc1_ema"}
+
+
+def test_nothing_is_logged_where_nothing_is_asked_for(demo_teacher: str) -> None:
+    _fit("lift", demo_teacher, *SHORT, "--trainer.log_every_n_steps", "0")
+
+
 def _column(root: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     with Path(root, "metrics.csv").open() as stream:
         rows = [tuple(float(row[name] or "nan") for name in names) for row in csv.DictReader(stream)]
@@ -240,6 +304,13 @@ WRONG = {
     "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
     "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
     "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
+    "optimizer argument": ({"model/optimizer/args": {"foo": 1}}, "optimizer.args: adamw does not take {'foo': 1}"),
+    "padding": ({"data/init_args/padding": -1}, "padding must be 0 or more"),
+    "option of all data": (
+        {"data/init_args/mixupp": 1},
+        "Option 'mixupp' is not accepted. Did you mean 'mixup'? It takes: batch_size",
+    ),
+    "precision": ({"trainer/precision": "bf17"}, "trainer.precision: "),
     "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
     "broken YAML": (
         "model: [",
@@ -278,7 +349,9 @@ def test_what_is_not_there_is_named(capsys) -> None:
         (["fit", "--config", "nothing.yaml"], "nothing.yaml"),
         (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "best"], "best.ckpt': train first"),
         (["compare", "nothing"], "nothing' holds no finished run"),
+        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "no.ckpt"], "There is no 'no.ckpt'"),
         (["fit"], "model.student"),
+        (["check", "--config", LIFT, "--model.distillers.lfit.weight", "2"], "one of them has no class_path"),
     ):
         with pytest.raises(SystemExit) as end:
             main(args)
@@ -314,6 +387,15 @@ def test_a_network_of_ones_own_is_student_or_teacher_by_its_class_path(capsys) -
     pair = json.dumps({"map": {"class_path": "FeatureDistiller", "init_args": {"projector": "linear"}}})
     main(["fit", *images, "--model.student", own, "--model.teacher", own, "--model.distillers", pair])
     assert "train/map" in Path("runs/default/metrics.csv").read_text()
+
+
+def test_training_without_training_images_is_refused_before_training(capsys) -> None:
+    image_folder(Path("images"))
+    shutil.rmtree("images/train")
+    student = ["--model.student", "TimmStudent", "--model.student.arch", "resnet18", "--model.student.num_classes", "2"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--data", "ImageFolder", "--data.root", "images", *student, "--trainer.max_epochs", "1"])
+    assert "There is no folder '" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ LEVELS = [
     {"models", "distillers", "data"},
     {"module", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
+    {"benchmark"},
     {"check", "compare"},
     {"cli"},
     {"__main__"},

@@ -30,6 +30,7 @@ class StudentEMA(pl.Callback):
             raise ValueError(f"ema.decay must be between 0 and 1 or null, got {decay}.")
         self.decay = decay
         self._average: ModelEmaV3 | None = None
+        self._started = False
 
     @property
     def state_key(self) -> str:
@@ -37,11 +38,31 @@ class StudentEMA(pl.Callback):
         return "StudentEMA"
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Copies the student."""
+        """Copies the student; a checkpoint's average takes its place in `load_state_dict`."""
         if self.decay is not None:
             self._average = ModelEmaV3(pl_module.student, decay=self.decay)
             self._scores = classification_scores(pl_module.num_classes)
-            self._updated = trainer.global_step
+            self._started = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the average, if the sanity check has not."""
+        self._start(pl_module)
+        self._updated = trainer.global_step
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the average, in a sanity check or without fit."""
+        self._start(pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the average of a test."""
+        self._start(pl_module)
+
+    def _start(self, pl_module: Any) -> None:
+        """Sets the average to the student's weights, restored by now, unless a checkpoint has brought an average."""
+        if self._average is not None and not self._started:
+            self._follow(pl_module)
+            self._average.set(pl_module.student)  # type: ignore[no-untyped-call]
+            self._started = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -80,6 +101,7 @@ class StudentEMA(pl.Callback):
         """Takes the average from a checkpoint."""
         if self._average is not None and "student" in state_dict:
             self._average.module.load_state_dict(state_dict["student"])
+            self._started = True
 
     def _follow(self, pl_module: Any) -> None:
         if self._average is not None:

@@ -38,8 +38,8 @@ class StudentExport(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / "student"
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        spec = {**pl_module.spec(), "run": {"seconds": self._seconds(), "epochs": trainer.current_epoch, **scores}}
+        spec = pl_module.spec()
+        spec["run"]["seconds"] = self._seconds()
         export_student(pl_module.student, spec, folder)
         rank_zero_info(f"The student is in {folder}: kdvit.load_student({str(folder)!r}) loads it.")
 

@@ -24,7 +24,8 @@ class Throughput(pl.Callback):
     ) -> None:
         """Counts the batch, and logs the rate on logged steps."""
         self._images += len(batch.image)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps
+        if every > 0 and trainer.global_step % every == 0:
             rate = self._images * trainer.world_size / (time.perf_counter() - self._since)
             pl_module.log("train/images_per_second", rate, prog_bar=True)
             self._start()

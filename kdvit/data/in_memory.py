@@ -36,6 +36,8 @@ class InMemoryImages(Dataset[Any]):
         padding: int = 0,
         hflip: float = 0.0,
     ) -> None:
+        if padding < 0 or not 0 <= hflip <= 1:
+            raise ValueError(f"padding must be 0 or more and hflip between 0 and 1, got {padding} and {hflip}.")
         pixels = images[:, None]
         if pixels.shape[2:] != image_format.size:
             pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)

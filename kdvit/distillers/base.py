@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from kdvit.structures import Layer, OutputShapes, ViTOutput
 
 
-class Distiller(nn.Module):
+class Distiller(nn.Module, ABC):
     """One loss between a student and a frozen teacher. Subclass it, override `forward`, and name it in a YAML file.
 
     A distiller declares the layers that it wants, may create parameters in `build`, and returns an unweighted scalar.
@@ -57,6 +58,7 @@ class Distiller(nn.Module):
             ValueError: If this objective cannot be computed for the pair.
         """
 
+    @abstractmethod
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
         """Computes the unweighted loss.
 
@@ -68,7 +70,6 @@ class Distiller(nn.Module):
         Returns:
             A float32 scalar.
         """
-        raise NotImplementedError(f"{type(self).__name__} must override forward(student, teacher, target).")
 
     def metrics(self, student: ViTOutput, teacher: ViTOutput) -> dict[str, Tensor]:
         """Measures the pair for the log. Called without gradient, on logged steps only.

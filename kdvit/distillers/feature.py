@@ -116,6 +116,7 @@ class FeatureDistiller(Distiller):
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
         """Checks the widths and creates the linear projectors, if asked for."""
+        self.projectors = nn.ModuleList()
         for (wide, *_), (target, *_), layer in zip(
             student.features, teacher.features, self.student_layers, strict=True
         ):

@@ -12,7 +12,7 @@ from torch import Tensor
 import kdvit
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.released import load_released, read_weights_only
-from kdvit.structures import ImageFormat
+from kdvit.structures import ImageFormat, subclasses
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -62,6 +62,10 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
         path: The folder, or the checkpoint file.
         ema: Take the averaged weights of a checkpoint instead of the raw ones.
 
+    Returns:
+        The student, with `transform` for its images, and `spec`, which says what is known of it: class names, the run's
+        scores.
+
     Raises:
         FileNotFoundError: If nothing is there.
         ValueError: If it is not a student of kdvit's, or its class has not been imported.
@@ -77,6 +81,7 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
     target = student.model if path.is_dir() and isinstance(student, TimmNetwork) else student
     target.load_state_dict(weights)
     student.image_format = ImageFormat.from_json(spec["image_format"])
+    student.spec = spec
     return student.eval()
 
 
@@ -142,7 +147,7 @@ def _read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, T
 
 
 def _build(spec: dict[str, Any], path: Path) -> Network:
-    classes = {cls.__name__: cls for cls in _subclasses(Network)}
+    classes = subclasses(Network)
     if spec["class"] not in classes or spec["init_args"] is None:
         raise ValueError(
             f"The student in {str(path)!r} is a {spec['class']}, which kdvit cannot build from the file alone. Import its "
@@ -150,7 +155,3 @@ def _build(spec: dict[str, Any], path: Path) -> Network:
         )
     student: Network = classes[spec["class"]](**spec["init_args"])
     return student
-
-
-def _subclasses(cls: type[Network]) -> list[type[Network]]:
-    return [each for sub in cls.__subclasses__() for each in (sub, *_subclasses(sub))]

@@ -21,8 +21,6 @@ def forward_flops(network: Network) -> int:
 
     Attention is counted with its plain kernel, since torch's counter reports 0 for the fused one on the CPU.
     """
-    weight = next(network.parameters())
-    image = torch.zeros(1, 3, *network.image_format.size, device=weight.device, dtype=weight.dtype)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        network(image)
+    with network.evaluating(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(network.blank_image())
     return int(counter.get_total_flops())

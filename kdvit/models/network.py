@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Network(nn.Module):
     Attributes:
         depth: Number of layers whose output can be asked for.
         image_format: Input size and normalisation that the network was made for.
+        spec: What a loaded student's file says of it, in plain types; empty otherwise.
 
     Example:
         A network of one's own, usable in YAML by its class path::
@@ -39,6 +41,7 @@ class Network(nn.Module):
         super().__init__()
         self.depth = depth
         self.image_format = image_format
+        self.spec: dict[str, Any] = {}
 
     def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
         """Runs the network.
@@ -75,6 +78,22 @@ class Network(nn.Module):
             interpolation=images.interpolation,
         )
 
+    def blank_image(self) -> Tensor:
+        """Returns one image ``[1, 3, H, W]`` of the network's own size, on its device and in its precision."""
+        weight = next(self.parameters())
+        return torch.zeros(1, 3, *self.image_format.size, device=weight.device, dtype=weight.dtype)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts every module in eval inside, and leaves each in the mode it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
     def resolve(self, layer: Layer) -> int:
         """Returns the index of a layer named by index, negative index, fraction of the depth, or name.
 
@@ -91,7 +110,7 @@ class Network(nn.Module):
                 return self.named_layers()[layer]
         elif isinstance(layer, float):
             if 0 < layer <= 1:
-                return max(math.ceil(layer * self.depth) - 1, 0)
+                return max(math.ceil(round(layer * self.depth, 6)) - 1, 0)
         elif -self.depth <= layer < self.depth:
             return layer % self.depth
         names = "".join(f", {name!r}" for name in self.named_layers())
@@ -109,15 +128,8 @@ class Network(nn.Module):
         """
         for layer in layers:
             self.resolve(layer)
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            weight = next(self.parameters())
-            image = torch.zeros(1, 3, *self.image_format.size, device=weight.device, dtype=weight.dtype)
-            output = self(image, layers, logits)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with self.evaluating():
+            output = self(self.blank_image(), layers, logits)
         classes = None if output.logits is None else output.logits.shape[1]
         shapes = tuple((int(f.shape[1]), int(f.shape[2]), int(f.shape[3])) for f in output.features)
         return OutputShapes(classes, shapes)

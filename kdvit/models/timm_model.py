@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_checkpoint
+from timm.models import load_state_dict
 from torch import nn
 
 
@@ -79,6 +80,15 @@ def _check_arch(arch: str) -> None:
 def _load(model: nn.Module, arch: str, checkpoint: str) -> None:
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        load_checkpoint(model, checkpoint, use_ema=False, filter_fn=filter_fn)
+        weights = load_state_dict(checkpoint, use_ema=False)
+        weights = filter_fn(weights, model) if filter_fn else weights
+        for key, own in model.state_dict().items():
+            if key.startswith("head") and key in weights and weights[key].shape != own.shape:
+                warnings.warn(
+                    f"{checkpoint!r}: {key} {tuple(weights[key].shape)} is left out; {arch} here has {tuple(own.shape)}.",
+                    stacklevel=2,
+                )
+                weights[key] = own
+        model.load_state_dict(weights)
     except Exception as error:
         raise ValueError(f"The checkpoint {checkpoint!r} does not fit {arch}: {error}") from error

@@ -8,7 +8,7 @@ import torch
 from kdvit.models import LiftViT, Network, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.cost import forward_flops, parameter_count
 from tests.reference import ARRAYS, NUMBERS, reference_image, reference_weights
-from tests.tiny import STUDENT, student
+from tests.tiny import FORMAT, STUDENT, student
 
 
 def _mapped_lift() -> dict[str, torch.Tensor]:
@@ -216,5 +216,24 @@ def test_a_local_checkpoint_starts_a_student_on_another_grid(tmp_path) -> None:
     larger = TimmStudent(**{**STUDENT, "img_size": 24}, checkpoint=str(tmp_path / "deit.pth"))
     assert larger.model.pos_embed.shape == (1, 37, 16)
     assert torch.equal(larger.model.head.weight, source.model.head.weight)
+    with pytest.warns(
+        UserWarning, match=r"head.weight \(5, 16\) is left out; deit_tiny_patch16_224 here has \(6, 16\)"
+    ):
+        other = LiftViT(**{**STUDENT, "num_classes": 6}, width=24, checkpoint=str(tmp_path / "deit.pth"))
+    assert torch.equal(other.model.pos_embed, source.model.pos_embed)
     with pytest.raises(ValueError, match=r"deit.pth' does not fit deit_tiny_patch16_224"):
-        TimmStudent(**{**STUDENT, "num_classes": 6}, checkpoint=str(tmp_path / "deit.pth"))
+        TimmStudent("deit_tiny_patch16_224", checkpoint=str(tmp_path / "deit.pth"))
+
+
+def test_flops_of_a_network_with_batch_norm_leave_it_as_it_was() -> None:
+    network = TimmStudent("resnet18", num_classes=3)
+    network.image_format = FORMAT
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert forward_flops(network) > 0
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_fractions_of_depth_are_not_moved_by_rounding() -> None:
+    network = Network(depth=25, image_format=FORMAT)
+    assert [network.resolve(layer) for layer in (0.28, 0.56, 0.04)] == [6, 13, 0]
