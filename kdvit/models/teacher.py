@@ -47,7 +47,12 @@ class TimmTeacher(TimmNetwork):
             )
         super().__init__(
             create_timm_model(
-                arch, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size, model_args=model_args
+                arch,
+                pretrained=pretrained,
+                checkpoint=checkpoint,
+                img_size=img_size,
+                model_args=model_args,
+                new_head=False,
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ def create_timm_model(
     img_size: int | None = None,
     drop_path_rate: float = 0.0,
     model_args: dict[str, Any] | None = None,
+    new_head: bool = True,
 ) -> nn.Module:
     """Builds a timm model.
 
@@ -32,6 +34,7 @@ def create_timm_model(
         img_size: Input size in pixels; None leaves the architecture's own.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the model.
+        new_head: Whether a checkpoint of other classes may leave the model with an untrained head.
 
     Raises:
         ValueError: If the architecture or an argument is unknown, or weights do not fit.
@@ -59,7 +62,7 @@ def create_timm_model(
             "is internet and pass the file as `checkpoint`, or set HF_HUB_CACHE to a folder that has them."
         ) from error
     if checkpoint:
-        _load(model, arch, checkpoint)
+        _load(model, arch, checkpoint, new_head)
     return model
 
 
@@ -77,18 +80,17 @@ def _check_arch(arch: str) -> None:
         raise ValueError(f"timm has no model {arch!r}.{hint}")
 
 
-def _load(model: nn.Module, arch: str, checkpoint: str) -> None:
+def _load(model: nn.Module, arch: str, checkpoint: str, new_head: bool) -> None:
+    """Loads weights of the same architecture; position embeddings are resized."""
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         weights = load_state_dict(checkpoint, use_ema=False)
         weights = filter_fn(weights, model) if filter_fn else weights
-        for key, own in model.state_dict().items():
-            if key.startswith("head") and key in weights and weights[key].shape != own.shape:
-                warnings.warn(
-                    f"{checkpoint!r}: {key} {tuple(weights[key].shape)} is left out; {arch} here has {tuple(own.shape)}.",
-                    stacklevel=2,
-                )
-                weights[key] = own
-        model.load_state_dict(weights)
-    except Exception as error:
+        own = model.state_dict()
+        found = [key for key in own if key.startswith("head") and key in weights]
+        heads = [key for key in found if len(weights[key]) != len(own[key])]
+        if heads and new_head:
+            warnings.warn(f"{checkpoint!r} is of other classes: {', '.join(heads)} are left out.", stacklevel=2)
+        model.load_state_dict({**weights, **({key: own[key] for key in heads} if new_head else {})})
+    except (RuntimeError, ValueError, KeyError, AttributeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"The checkpoint {checkpoint!r} does not fit {arch}: {error}") from error

@@ -12,7 +12,9 @@ import torch
 
 from kdvit import load_student
 from kdvit.cli import main
+from kdvit.data import ImageFolder
 from kdvit.models import LiftViT, WideLastViT, load_released
+from tests.data.test_data_modules import image_folder
 from tests.reference import ARRAYS, reference_image, reference_weights
 
 
@@ -47,6 +49,39 @@ def test_a_released_checkpoint_becomes_the_same_student(name: str, cls: type, de
     assert student.image_format.crop_pct == 0.875
     averaged = load_released(file, ema=True).student
     assert torch.equal(averaged.model.pos_embed, student.model.pos_embed + 1)
+
+
+def test_an_imported_student_is_validated_by_the_command_line(tmp_path, capsys) -> None:
+    source = LiftViT("deit_tiny_patch16_224", 384, num_classes=2)
+    weights = {}
+    for key, value in source.model.state_dict().items():
+        key = key.replace("norm.0.", "projections.11.") if key.startswith("norm.0") else key
+        key = key.replace("norm.1.", "layer_norms.11.") if key.startswith("norm.1.") else key
+        own = key.startswith(("projections", "layer_norms", "head"))
+        weights[key if own else f"base_model.{key}"] = value
+    main(["import", _save(tmp_path / "lift.pth", weights), "--out", "student"])
+    image_folder(tmp_path / "imagenet", val=5)
+    data = [
+        "--data.init_args.root",
+        "imagenet",
+        "--data.init_args.num_workers",
+        "0",
+        "--data.init_args.batch_size",
+        "4",
+    ]
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true"]
+    imported = ["--model.student.init_args.arch", "local-dir:student", "--model.student.init_args.pretrained", "true"]
+    two = ["--model.student.init_args.num_classes", "2", "--ema.decay", "null"]
+    capsys.readouterr()
+    main(["validate", "--config", "supervised.yaml", *data, *one, *imported, *two])
+    shown = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if "val/" in line}
+    batches = list(ImageFolder("imagenet", batch_size=4, num_workers=0).val_dataloader())
+    with torch.no_grad():
+        logits = torch.cat([load_student("student")(batch.image).logits for batch in batches])
+    targets = torch.cat([batch.target for batch in batches])
+    expected = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert float(shown["val/loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(shown["val/acc1"]) == pytest.approx((logits.argmax(1) == targets).float().mean().item())
 
 
 SCHEDULES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdvit.models import LiftViT, Network, TimmNetwork, TimmStudent, WideLastViT
+from kdvit.models import LiftViT, Network, TimmNetwork, TimmStudent, TimmTeacher, WideLastViT
 from kdvit.models.cost import forward_flops, parameter_count
 from tests.reference import ARRAYS, NUMBERS, reference_image, reference_weights
 from tests.tiny import FORMAT, STUDENT, student
@@ -210,19 +210,36 @@ def test_layers_are_resolved_by_index_fraction_and_name() -> None:
     assert isinstance(network, Network)
 
 
+@pytest.mark.parametrize(
+    ("key", "prefix"), [("model", ""), ("state_dict", "module."), ("model", "_orig_mod."), (None, "")]
+)
+def test_checkpoints_of_timm_and_deit_start_a_student_or_make_a_teacher(key, prefix: str, tmp_path) -> None:
+    source = TimmStudent(**STUDENT).eval()
+    weights = {f"{prefix}{name}": value for name, value in source.model.state_dict().items()}
+    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / "weights.pth")
+    given = {"img_size": 16, "checkpoint": str(tmp_path / "weights.pth")}
+    sizes = {**STUDENT["model_args"], "num_classes": 5}
+    image = torch.randn(2, 3, 16, 16)
+    for network in (TimmStudent(**{**STUDENT, **given}), TimmTeacher(STUDENT["arch"], **given, model_args=sizes)):
+        assert torch.equal(network.eval()(image).logits, source(image).logits)
+    larger = TimmTeacher(STUDENT["arch"], **{**given, "img_size": 24}, model_args=sizes)
+    assert larger.model.pos_embed.shape == (1, 37, 16)
+
+
 def test_a_local_checkpoint_starts_a_student_on_another_grid(tmp_path) -> None:
     source = TimmStudent(**STUDENT)
     torch.save({"model": {f"module.{k}": v for k, v in source.model.state_dict().items()}}, tmp_path / "deit.pth")
     larger = TimmStudent(**{**STUDENT, "img_size": 24}, checkpoint=str(tmp_path / "deit.pth"))
     assert larger.model.pos_embed.shape == (1, 37, 16)
     assert torch.equal(larger.model.head.weight, source.model.head.weight)
-    with pytest.warns(
-        UserWarning, match=r"head.weight \(5, 16\) is left out; deit_tiny_patch16_224 here has \(6, 16\)"
-    ):
+    with pytest.warns(UserWarning, match=r"deit.pth' is of other classes: head.weight, head.bias are left out"):
         other = LiftViT(**{**STUDENT, "num_classes": 6}, width=24, checkpoint=str(tmp_path / "deit.pth"))
     assert torch.equal(other.model.pos_embed, source.model.pos_embed)
     with pytest.raises(ValueError, match=r"deit.pth' does not fit deit_tiny_patch16_224"):
-        TimmStudent("deit_tiny_patch16_224", checkpoint=str(tmp_path / "deit.pth"))
+        TimmStudent("deit_tiny_patch16_224", num_classes=5, checkpoint=str(tmp_path / "deit.pth"))
+    sizes = {**STUDENT["model_args"], "num_classes": 6}
+    with pytest.raises(ValueError, match=r"(?s)does not fit .*size mismatch for head.weight"):
+        TimmTeacher(STUDENT["arch"], checkpoint=str(tmp_path / "deit.pth"), img_size=16, model_args=sizes)
 
 
 def test_flops_of_a_network_with_batch_norm_leave_it_as_it_was() -> None:
