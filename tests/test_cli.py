@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,25 +17,11 @@ from kdvit.cli import main
 from kdvit.config_files import packaged_configs
 from kdvit.loggers import run_loggers
 from tests.data.test_data_modules import fashion_root, image_folder
+from tests.runs import QUIET, SHORT, fit
 
 CONFIGS = packaged_configs()
 IMAGENET = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 METHODS = ["plain", "soft_kd", "feature", "lift", "wide_last"]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-SHORT = [*QUIET, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"]
-
-
-@pytest.fixture(scope="session")
-def demo_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Trains the demo's teacher for a few steps, and returns how a config names it."""
-    root = tmp_path_factory.mktemp("teacher")
-    main(["fit", "--config", "demo/teacher.yaml", *SHORT, "--trainer.default_root_dir", str(root)])
-    return f"local-dir:{root / 'student'}"
-
-
-def _fit(method: str, teacher: str, *more: str) -> None:
-    from_teacher = ["--model.teacher.init_args.arch", teacher] if method not in ("teacher", "plain") else []
-    main(["fit", "--config", f"demo/{method}.yaml", "--trainer.default_root_dir", "run", *from_teacher, *more])
 
 
 def test_there_are_the_configs_of_the_published_runs() -> None:
@@ -89,12 +72,12 @@ def test_every_fashion_mnist_config_goes_through_a_step(name: str, capsys) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_demo_config_trains(method: str, demo_teacher: str) -> None:
-    _fit(method, demo_teacher, *SHORT)
+    fit(method, demo_teacher, *SHORT)
     assert load_student("run/student")(torch.randn(2, 3, 8, 8)).logits.shape == (2, 10)
 
 
 def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: str, capsys) -> None:
-    _fit("lift", demo_teacher, *QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.log_every_n_steps=5")
+    fit("lift", demo_teacher, *QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.log_every_n_steps=5")
     run = Path("run")
     assert {"config.yaml", "metrics.csv", "checkpoints", "student"} <= {file.name for file in run.iterdir()}
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -127,7 +110,7 @@ def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: 
 
 
 def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> None:
-    _fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT)
     main(["compare", "run", "run", "--out", "side_by_side"])
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("run ")]
@@ -149,10 +132,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: s
         *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
         *["--model.student.init_args.drop_path_rate=0.2", f"--last_checkpoint.{saving}"],
     ]
-    _fit("lift", demo_teacher, *everything, "--trainer.default_root_dir=whole")
-    _fit("lift", demo_teacher, *everything, f"--trainer.max_steps={stop}")
+    fit("lift", demo_teacher, *everything, "--trainer.default_root_dir=whole")
+    fit("lift", demo_teacher, *everything, f"--trainer.max_steps={stop}")
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == stop
-    _fit("lift", demo_teacher, *everything)
+    fit("lift", demo_teacher, *everything)
     for ema in (False, True):
         whole, resumed = (load_student(f"{root}/checkpoints/best.ckpt", ema).state_dict() for root in ("whole", "run"))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -164,29 +147,29 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: s
 
 def test_resume_is_exact_with_accumulated_batches(demo_teacher: str) -> None:
     accumulating = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.accumulate_grad_batches=2"]
-    _fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
-    _fit("wide_last", demo_teacher, *accumulating, "--trainer.max_steps=10")
-    _fit("wide_last", demo_teacher, *accumulating)
+    fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
+    fit("wide_last", demo_teacher, *accumulating, "--trainer.max_steps=10")
+    fit("wide_last", demo_teacher, *accumulating)
     for ema in (False, True):
         one, other = (load_student(f"{root}/checkpoints/last.ckpt", ema).state_dict() for root in ("whole", "run"))
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_is_not_gone_on_with_under_other_settings(demo_teacher: str, capsys) -> None:
-    _fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT)
     before = Path("run/config.yaml").read_text()
     with pytest.raises(SystemExit):
-        _fit("plain", demo_teacher, *SHORT, "--model.optimizer.lr", "0.9")
+        fit("plain", demo_teacher, *SHORT, "--model.optimizer.lr", "0.9")
     message = capsys.readouterr().err.splitlines()[-1]
     assert "'run' holds a run with other settings: model.optimizer.lr is 0.9 and was 0.004" in message
     assert Path("run/config.yaml").read_text() == before
-    _fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
+    fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
 
 def test_the_config_of_a_resumed_run_starts_a_new_one_elsewhere(demo_teacher: str) -> None:
-    _fit("plain", demo_teacher, *SHORT)
-    _fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
+    fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
     assert yaml.safe_load(Path("run/config.yaml").read_text())["ckpt_path"] is None
     main(["fit", "--config", "run/config.yaml", "--trainer.default_root_dir", "other"])
     one, other = (load_student(f"{root}/student").state_dict() for root in ("run", "other"))
@@ -194,7 +177,7 @@ def test_the_config_of_a_resumed_run_starts_a_new_one_elsewhere(demo_teacher: st
 
 
 def test_validate_takes_the_best_checkpoint_unless_told_otherwise(demo_teacher: str, capsys) -> None:
-    _fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT)
     with Path("run/metrics.csv").open() as stream:
         best = max(float(row["val/acc1"]) for row in csv.DictReader(stream) if row["val/acc1"])
     main(["validate", "--config", "run/config.yaml"])
@@ -203,7 +186,7 @@ def test_validate_takes_the_best_checkpoint_unless_told_otherwise(demo_teacher: 
 
 
 def test_other_ranks_of_a_resumed_run_leave_its_table_alone(demo_teacher: str, monkeypatch) -> None:
-    _fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT)
     before = Path("run/metrics.csv").read_text()
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1, raising=False)
     run_loggers("run", "run/checkpoints/last.ckpt")
@@ -214,7 +197,7 @@ def test_other_ranks_of_a_resumed_run_leave_its_table_alone(demo_teacher: str, m
 
 
 def test_an_average_that_starts_late_starts_from_the_restored_weights(demo_teacher: str, capsys) -> None:
-    _fit("plain", demo_teacher, *SHORT)
+    fit("plain", demo_teacher, *SHORT)
     main(["validate", "--config", "run/config.yaml", "--ema.decay", "0.9"])
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if "val/acc1" in line]
     assert len({words[1] for words in shown}) == 1
@@ -222,7 +205,7 @@ def test_an_average_that_starts_late_starts_from_the_restored_weights(demo_teach
 
 
 def test_nothing_is_logged_where_nothing_is_asked_for(demo_teacher: str) -> None:
-    _fit("lift", demo_teacher, *SHORT, "--trainer.log_every_n_steps", "0")
+    fit("lift", demo_teacher, *SHORT, "--trainer.log_every_n_steps", "0")
 
 
 def _column(root: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -234,7 +217,7 @@ def _column(root: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:You passed `Trainer:UserWarning")
 def test_every_precision_trains(precision: str, demo_teacher: str) -> None:
-    _fit("wide_last", demo_teacher, *SHORT, "--trainer.precision", precision)
+    fit("wide_last", demo_teacher, *SHORT, "--trainer.precision", precision)
     weights = load_student("run/student").state_dict().values()
     assert all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in weights)
 
@@ -261,121 +244,10 @@ def test_distillers_are_listed(capsys) -> None:
     assert "LiftDistiller        Lift: the lifted map of a LiftViT" in capsys.readouterr().out
 
 
-LIFT = "demo/lift.yaml"
-WRONG = {
-    "class name": (
-        {"model/distillers/lift/class_path": "LiftDistler"},
-        "no class 'LiftDistler'. Did you mean 'LiftDistiller'? Known: ",
-    ),
-    "student class": ({"model/student/class_path": "LiftVit"}, "no class 'LiftVit'. Did you mean 'LiftViT'?"),
-    "data class": ({"data/class_path": "Digit"}, "no class 'Digit'. Did you mean 'Digits'?"),
-    "foreign class": ({"data/class_path": "no_package.Data"}, "No module named 'no_package'"),
-    "key": (
-        {"model/student/init_args/widht": 64},
-        "Option 'widht' is not accepted. Did you mean 'width'? It takes: arch",
-    ),
-    "model key": ({"model/task_wight": 1}, "no option 'model.task_wight'. Did you mean 'task_weight'?"),
-    "trainer key": ({"trainer/max_epoch": 1}, "no option 'trainer.max_epoch'. Did you mean 'max_epochs'?"),
-    "type": ({"model/student/init_args/width": "wide"}, "width: expected int, got 'wide'."),
-    "distiller type": ({"model/distillers/lift/init_args/weight": "heavy"}, "weight: expected float, got 'heavy'."),
-    "optional type": ({"trainer/max_epochs": "ten"}, "trainer.max_epochs: expected int (got 'ten')"),
-    "layer out of range": (
-        {"model/distillers/lift/init_args/teacher_layer": 9},
-        "distillers.lift: TimmTeacher has no layer 9. Its layers: 0 to 3",
-    ),
-    "width mismatch": ({"model/student/init_args/width": 32}, "Set the width of LiftViT to 64."),
-    "missing teacher": ({"model/teacher/init_args/arch": "local-dir:nowhere"}, "no exported network in '"),
-    "missing checkpoint": ({"model/student/init_args/checkpoint": "no.pth"}, "no checkpoint file '"),
-    "unknown data root": ({"data": {"class_path": "ImageFolder", "init_args": {"root": "nowhere"}}}, "no folder '"),
-    "negative weight": ({"model/distillers/lift/init_args/weight": -1}, "weight must be 0 or more, got -1.0"),
-    "class count": (
-        {"model/student/init_args/num_classes": 12},
-        "The student has 12 classes and the data 10. Set num_classes",
-    ),
-    "unequal layer lists": (
-        {"model/distillers/lift": {"class_path": "FeatureDistiller", "init_args": {"teacher_layers": [0, 1]}}},
-        "lists of one length, got 1 ([-1]) and 2 ([0, 1])",
-    ),
-    "image size": (
-        {"model/student/init_args/img_size": 16},
-        "takes images of (16, 16) pixels and the data gives (8, 8)",
-    ),
-    "optimizer": ({"model/optimizer/name": "adamww"}, "optimizer.name: timm has no 'adamww'. Near: adamw"),
-    "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
-    "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
-    "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
-    "optimizer argument": ({"model/optimizer/args": {"foo": 1}}, "optimizer.args: adamw does not take {'foo': 1}"),
-    "padding": ({"data/init_args/padding": -1}, "padding must be 0 or more"),
-    "option of all data": (
-        {"data/init_args/mixupp": 1},
-        "Option 'mixupp' is not accepted. Did you mean 'mixup'? It takes: batch_size",
-    ),
-    "precision": ({"trainer/precision": "bf17"}, "trainer.precision: "),
-    "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
-    "broken YAML": (
-        "model: [",
-        "Problems parsing config: while parsing a flow node did not find expected node content",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", WRONG)
-def test_a_typing_error_gives_one_clear_message(mistake: str, demo_teacher: str, capsys) -> None:
-    change, text = WRONG[mistake]
-    if isinstance(change, str):
-        Path("broken.yaml").write_text(change)
-    else:
-        config = yaml.safe_load((CONFIGS / LIFT).read_text())
-        config["model"]["teacher"]["init_args"]["arch"] = demo_teacher
-        for path, value in change.items():
-            *keys, last = path.split("/")
-            place = config
-            for key in keys:
-                place = place.setdefault(key, {})
-            place[last] = value
-        Path("broken.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", "broken.yaml", *SHORT[:4]])
-    assert end.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("kdvit: error: ")
-    assert text in message
-    assert len(message) < 500
-    assert not Path("runs").exists()
-
-
-def test_what_is_not_there_is_named(capsys) -> None:
-    for args, text in (
-        (["fit", "--config", "nothing.yaml"], "nothing.yaml"),
-        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "best"], "best.ckpt': train first"),
-        (["compare", "nothing"], "nothing' holds no finished run"),
-        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "no.ckpt"], "There is no 'no.ckpt'"),
-        (["fit"], "model.student"),
-        (["check", "--config", LIFT, "--model.distillers.lfit.weight", "2"], "one of them has no class_path"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(args)
-        assert end.value.code == 2
-        assert text in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_check_leaves_nothing_behind(capsys) -> None:
     main(["check", "--config", "demo/plain.yaml"])
     assert re.search(r"steps an epoch +20\n", capsys.readouterr().out)
     assert list(Path().iterdir()) == []
-
-
-def test_a_check_names_a_broken_image(capsys) -> None:
-    image_folder(Path("images"))
-    for file in Path("images/val").rglob("*.jpg"):
-        file.write_bytes(b"no image")
-    data = ["--data", "ImageFolder", "--data.root", "images", "--data.batch_size", "2", "--data.num_workers", "0"]
-    student = ["--model.student", "TimmStudent", "--model.student.arch", "resnet18", "--model.student.num_classes", "2"]
-    with pytest.raises(SystemExit):
-        main(["check", *data, *student, "--trainer.max_epochs", "1"])
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "Cannot read the image" in message
-    assert "images/val/cat/0.jpg" in message
 
 
 def test_a_network_of_ones_own_is_student_or_teacher_by_its_class_path(capsys) -> None:
@@ -387,52 +259,3 @@ def test_a_network_of_ones_own_is_student_or_teacher_by_its_class_path(capsys) -
     pair = json.dumps({"map": {"class_path": "FeatureDistiller", "init_args": {"projector": "linear"}}})
     main(["fit", *images, "--model.student", own, "--model.teacher", own, "--model.distillers", pair])
     assert "train/map" in Path("runs/default/metrics.csv").read_text()
-
-
-def test_training_without_training_images_is_refused_before_training(capsys) -> None:
-    image_folder(Path("images"))
-    shutil.rmtree("images/train")
-    student = ["--model.student", "TimmStudent", "--model.student.arch", "resnet18", "--model.student.num_classes", "2"]
-    with pytest.raises(SystemExit):
-        main(["fit", "--data", "ImageFolder", "--data.root", "images", *student, "--trainer.max_epochs", "1"])
-    assert "There is no folder '" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory):
-    """Installs the plug-in as a user would, into a folder of its own."""
-    target = tmp_path_factory.mktemp("site")
-    source = shutil.copytree(Path(__file__).parent / "plugin", tmp_path_factory.mktemp("source") / "plugin")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(target),
-    ]
-    subprocess.run([*pip, str(source)], check=True)
-    sys.path.insert(0, str(target))
-    yield
-    sys.path.remove(str(target))
-
-
-@pytest.mark.parametrize("name", ["RelationalDistiller", "kdvit_plugin.RelationalDistiller"])
-def test_an_outside_distiller_is_found_and_trained(name: str, plugin, demo_teacher: str, capsys) -> None:
-    distillers = json.dumps({"relations": {"class_path": name, "init_args": {"weight": 0.5}}})
-    _fit("lift", demo_teacher, *SHORT, "--model.distillers", distillers, "--trainer.log_every_n_steps=1")
-    with Path("run/metrics.csv").open() as stream:
-        assert "train/relations_weighted" in next(csv.reader(stream))
-    main(["distillers"])
-    assert "RelationalDistiller  Relations between images" in capsys.readouterr().out
-
-
-def test_an_outside_distiller_keeps_the_contract(plugin) -> None:
-    from kdvit_plugin import RelationalDistiller
-
-    from kdvit.testing import check_distiller
-
-    check_distiller(RelationalDistiller(weight=0.5))

@@ -18,6 +18,7 @@ LEVELS = [
     {"messages"},
     {"benchmark"},
     {"check", "compare"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
