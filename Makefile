@@ -31,7 +31,7 @@ demo: install  ## Train a teacher and five students on scikit-learn's digits, an
 	@echo "          --trainer.default_root_dir runs/demo/lift_2"
 	@echo "      make fashion-mnist"
 
-fashion-mnist: install  ## The same on Fashion-MNIST (about 40 minutes on two cores; goes on where it stopped)
+fashion-mnist: install  ## The same on Fashion-MNIST (about 30 minutes on two cores; goes on where it stopped)
 	@$(call train_all,fashion_mnist)
 
 lint: install  ## Check style

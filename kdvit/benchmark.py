@@ -95,7 +95,6 @@ def _of_config(file: Path) -> list[tuple[str, Network]]:
     return found
 
 
-@torch.inference_mode()
 def measure(name: str, network: Network, batch_size: int) -> Cost:
     """Measures a network on the device that it is on."""
     network.eval()

@@ -15,7 +15,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@torch.no_grad()
+@torch.enable_grad()  # without it, torch's module tracker trips over views of parameters, such as CaiT's class token
 def forward_flops(network: Network) -> int:
     """Counts the operations of one image's logits; a multiply-add counts as 2.
 
