@@ -101,7 +101,8 @@ def _steps(module: DistillationModule, datamodule: Any, processes: int | None, b
     known = processes or 1
     global_batch = loader.batch_size * known * batches
     views = len(loader.sampler) // known
-    steps = math.ceil((views // loader.batch_size if loader.drop_last else views / loader.batch_size) / batches)
+    whole = views // loader.batch_size or 1  # a last batch that is not whole counts only where it is the only one
+    steps = math.ceil(whole / batches)
     scaling = (
         "unscaled" if options.lr_base_batch is None else f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
     )

@@ -44,7 +44,7 @@ class Trainer(pl.Trainer):
     def check(self, model: DistillationModule, datamodule: pl.LightningDataModule) -> None:
         """Build everything, show what a run will do, and take one training and one validation batch on the CPU."""
         if isinstance(datamodule, ImageDataModule):
-            datamodule.batch_size, datamodule.num_workers = min(datamodule.batch_size, CHECKED_IMAGES), 0
+            datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
         self.callbacks = [each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport))]
         try:
@@ -191,6 +191,7 @@ class KdvitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "check":
             planned = _planned_processes(given)
+            self.datamodule.num_workers = 0
             print(describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"]), flush=True)
         return trainer
 
