@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdvit import load_student
@@ -107,6 +108,18 @@ def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: 
     targets = load_digits(return_X_y=True)[1]
     right = [int(row["class"]) == targets[int(row["path"].removeprefix("digits/"))] for row in predictions]
     assert sum(right) / 500 == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["null", "0.9"], ids=["without EMA", "with EMA"])
+def test_no_file_of_a_run_holds_a_weight_of_the_teacher(decay: str, demo_teacher: str) -> None:
+    fit("lift", demo_teacher, *SHORT, "--ema.decay", decay)
+    teacher = load_file(Path(demo_teacher.removeprefix("local-dir:")) / "model.safetensors").values()
+    secret = [weight.numpy().tobytes() for weight in teacher if weight.numel() > 100]
+    files = [file for file in Path("run").rglob("*") if file.is_file()]
+    assert {"best.ckpt", "last.ckpt", "model.safetensors", "metrics.csv"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        assert not [weight for weight in secret if weight in content], file
 
 
 def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> None:
