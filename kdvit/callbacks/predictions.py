@@ -11,7 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class PredictionWriter(pl.Callback):
-    """Writes path, class and probability of every image of `kdvit predict` into ``RUN/predictions.csv``."""
+    """Writes path, class and probability of every image of `kdvit predict` into ``RUN/predictions.csv``.
+
+    The path is what the data module's ``path(index)`` says, or the index where it has none.
+    """
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Opens this rank's part of the table."""
@@ -22,9 +25,9 @@ class PredictionWriter(pl.Callback):
     ) -> None:
         """Takes a batch's predictions."""
         names = pl_module.class_names or [str(i) for i in range(pl_module.num_classes)]
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        path = getattr(trainer.datamodule, "path", str)  # type: ignore[attr-defined]
         for index, predicted, probability in zip(*(value.tolist() for value in outputs), strict=True):
-            self._rows.append((index, data.path(index), names[predicted], probability))
+            self._rows.append((index, path(index), names[predicted], probability))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the table, gathered over ranks and in the order of the data set."""
