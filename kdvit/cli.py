@@ -36,6 +36,7 @@ NOISE = (
 
 
 CHECKED_IMAGES = 8
+MAY_MOVE = ("data.init_args.root ", "data.init_args.num_workers ")  # a run may go on elsewhere
 
 
 class Trainer(pl.Trainer):
@@ -151,7 +152,12 @@ class KdvitCLI(LightningCLI):
         ours = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
         theirs = yaml.safe_load((root / "config.yaml").read_text())
         known = ("model", "data", "seed_everything")
-        differing = [key for part in known for key in _differing(ours.get(part), theirs.get(part), part)]
+        differing = [
+            key
+            for part in known
+            for key in _differing(ours.get(part), theirs.get(part), part)
+            if not key.startswith(MAY_MOVE)
+        ]
         if differing:
             raise UserError(
                 f"{str(root)!r} holds a run with other settings: {'; '.join(differing[:5])}. Go on with its own config.yaml, "

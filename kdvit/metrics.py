@@ -18,7 +18,7 @@ class CrossEntropy(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -28,7 +28,7 @@ class CrossEntropy(Metric):
 
     def compute(self) -> Tensor:
         """Returns the mean."""
-        return (self.total / self.count).float()
+        return self.total / self.count
 
 
 def classification_scores(num_classes: int) -> MetricCollection:

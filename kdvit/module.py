@@ -57,7 +57,7 @@ class DistillationModule(pl.LightningModule):
         self.student = as_network(student)
         self.image_format = image_format or self.student.image_format
         self.teacher = None if teacher is None else FrozenTeacher(as_network(teacher), self.image_format)
-        self.distillers = nn.ModuleDict(cast("dict[str, nn.Module]", distillers or {}))
+        self.distillers = self._named(distillers or {})
         self.task_weight = task_weight
         self.label_smoothing = label_smoothing
         self.optimizer_options = optimizer
@@ -68,6 +68,17 @@ class DistillationModule(pl.LightningModule):
         self._build_distillers()
         self.val_scores = classification_scores(self.num_classes)
         self.test_scores = classification_scores(self.num_classes)
+
+    @staticmethod
+    def _named(distillers: dict[str, Distiller]) -> nn.ModuleDict:
+        try:
+            if "task" in distillers:
+                raise KeyError("that is the name of the cross-entropy")
+            return nn.ModuleDict(distillers)
+        except KeyError as error:
+            raise ValueError(
+                f"distillers: {list(distillers)} has a name that cannot be used: {error.args[0]}."
+            ) from error
 
     def _check_task(self) -> int:
         if self.task_weight < 0:

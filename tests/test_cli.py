@@ -176,7 +176,7 @@ def test_a_run_is_not_gone_on_with_under_other_settings(demo_teacher: str, capsy
     message = capsys.readouterr().err.splitlines()[-1]
     assert "'run' holds a run with other settings: model.optimizer.lr is 0.9 and was 0.004" in message
     assert Path("run/config.yaml").read_text() == before
-    fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3")
+    fit("plain", demo_teacher, *SHORT, "--trainer.max_epochs", "3", "--data.init_args.num_workers", "1")
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
 

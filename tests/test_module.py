@@ -195,6 +195,11 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
     [
         ({"teacher": None}, r"distillers \['logit', 'feature'\] need a teacher"),
         ({"distillers": {}}, "nothing is distilled from it"),
+        (
+            {"distillers": {"task": LogitDistiller()}},
+            r"\['task'\] has a name that cannot be used: that is the name of the",
+        ),
+        ({"distillers": {"a.b": LogitDistiller()}}, r"\['a.b'\] has a name that cannot be used: module name"),
         ({"task_weight": -0.1}, "task_weight must be 0 or more, got -0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"class_names": list("abc")}, "student has 5 classes and the data 3. Set num_classes of the student to 3"),
