@@ -169,7 +169,7 @@ class KdvitCLI(LightningCLI):
         try:
             super().instantiate_classes()
             if self.subcommand in ("fit", "check") and isinstance(self.datamodule, ImageDataModule):
-                self.datamodule.dataset("train")
+                self.datamodule.require("train")
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
         if self.subcommand != "check":

@@ -66,8 +66,7 @@ def read_run(folder: Path) -> Run:
         student = load_student(folder / "student")
     except ValueError as error:
         raise UserError(str(error)) from error
-    config = json.loads((folder / "student" / "config.json").read_text())
-    seconds = config["kdvit"]["run"]["seconds"]
+    seconds = student.spec["run"]["seconds"]
     return Run(folder.name, parameter_count(student), latency_ms(student), curve[-1][1], seconds, curve)
 
 

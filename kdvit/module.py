@@ -122,9 +122,9 @@ class DistillationModule(pl.LightningModule):
                 distiller.build(student, teacher)
             except ValueError as error:
                 raise ValueError(f"distillers.{name}: {error}") from error
-            self._student_layers += distiller.student_layers
             if [shape[1:] for shape in student.features] != [shape[1:] for shape in teacher.features]:
                 self._resized.append(f"distillers.{name}: {student.features} and {teacher.features}")
+            self._student_layers += distiller.student_layers
             self._teacher_layers += distiller.teacher_layers
             self._teacher_logits |= distiller.needs_teacher_logits
 

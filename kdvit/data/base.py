@@ -84,6 +84,9 @@ class ImageDataModule(pl.LightningDataModule):
         """
         raise NotImplementedError
 
+    def require(self, split: Split) -> None:
+        """Raises if the images of a split are not there, without building its data set. Here, all splits are."""
+
     def path(self, index: int) -> str:
         """Returns the name of a test image, for tables."""
         raise NotImplementedError

@@ -60,11 +60,15 @@ class ImageFolder(ImageDataModule):
         )
         self.eval_transform = eval_transform(size, mean, std, crop_pct, interpolation)
 
+    def require(self, split: Split) -> None:
+        """Raises FileNotFoundError for training images where the root has validation images alone."""
+        if split == "train" and split not in self.samples:
+            raise FileNotFoundError(f"There is no folder {str(self.root / split)!r}. {LAYOUT}")
+
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of train, or of val for every evaluation."""
         split = "val" if split == "test" else split
-        if split not in self.samples:
-            raise FileNotFoundError(f"There is no folder {str(self.root / split)!r}. {LAYOUT}")
+        self.require(split)
         seed = self.seed if split == "train" else None
         transform = self.train_transform if split == "train" else self.eval_transform
         return FolderImages(self.samples[split], transform, seed)
