@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages
+from kdvit.data.in_memory import InMemoryImages, check_augmentation
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -53,6 +53,7 @@ class FashionMNIST(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
+        check_augmentation(padding, hflip)
         folder = find_fashion_mnist(root, download)
         images, targets, self.test_images, self.test_targets = (read_idx(folder, name) for name in FILES)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
