@@ -7,17 +7,14 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 
 from kdvit.config_files import find_config
-from kdvit.messages import UserError
-from kdvit.models import Network, TimmNetwork, load_student
+from kdvit.lookup import find_network, read_experiment
+from kdvit.models import Network, TimmTeacher
 from kdvit.models.cost import forward_flops, parameter_count
-from kdvit.models.timm_model import create_timm_model
-from kdvit.structures import subclasses
 
 
 class Cost(NamedTuple):
@@ -69,30 +66,12 @@ def find_networks(name: str) -> list[tuple[str, Network]]:
     Raises:
         UserError: If there is nothing of that name.
     """
-    config = Path(find_config(name))
-    try:
-        if config.suffix in (".yaml", ".yml"):
-            return _of_config(config)
-        if Path(name).exists():
-            return [(name, load_student(name))]
-        return [(name, TimmNetwork(create_timm_model(name)))]
-    except (ValueError, OSError, TypeError) as error:
-        raise UserError(str(error)) from error
-
-
-def _of_config(file: Path) -> list[tuple[str, Network]]:
-    model = yaml.safe_load(file.read_text())["model"]
-    classes = subclasses(Network)
-    found = []
-    for role in ("student", "teacher"):
-        if model.get(role):
-            name = model[role]["class_path"].rpartition(".")[2]
-            if name not in classes:
-                raise ValueError(f"{str(file)!r}: {role} {name!r} is none of {', '.join(sorted(classes))}.")
-            make: Any = classes[name]
-            network: Network = make(**{**model[role].get("init_args", {}), "pretrained": False})
-            found.append((f"{file.stem}: {role}", network))
-    return found
+    if Path(find_config(name)).suffix not in (".yaml", ".yml"):
+        return [(name, find_network(name, pretrained=False, kind=TimmTeacher))]
+    random = {"pretrained": False}
+    found = read_experiment(name, ("student", "teacher"), {"student": random, "teacher": random})
+    stem, roles = Path(name).stem, {"student": found.student, "teacher": found.teacher}
+    return [(f"{stem}: {role}", network) for role, network in roles.items() if network is not None]
 
 
 def measure(name: str, network: Network, batch_size: int) -> Cost:

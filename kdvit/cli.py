@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import __version__
+from kdvit.analysis import GeometryMonitor
 from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.commands import COMMANDS
@@ -47,7 +48,9 @@ class Trainer(pl.Trainer):
         if isinstance(datamodule, ImageDataModule):
             datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
-        self.callbacks = [each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport))]
+        self.callbacks = [
+            each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport, GeometryMonitor))
+        ]
         try:
             self.fit(model, datamodule=datamodule)
         except Exception as error:
@@ -82,8 +85,8 @@ class KdvitCLI(LightningCLI):
             parser_kwargs={
                 "prog": "kdvit",
                 "exit_on_error": False,
-                "description": "Distill vision transformers. More commands, each with --help: distillers (lists the "
-                "objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
+                "description": "Distill vision transformers. More commands, each with --help: analyze (the encoding mismatch of "
+                "a pair, and what to do), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
                 "checkpoint of the authors).",
                 "version": __version__,
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
@@ -104,8 +107,9 @@ class KdvitCLI(LightningCLI):
         return super().init_parser(dump_header=[f"kdvit=={__version__}"], **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `ema` and the checkpoints, and hands the data's image format and class names to the model."""
+        """Adds `ema`, `geometry` and the checkpoints, and hands the data's image format and class names to the model."""
         parser.add_lightning_class_args(StudentEMA, "ema")
+        parser.add_lightning_class_args(GeometryMonitor, "geometry")
         best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "mode": "max"}
         last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from kdvit.analyze import run_analysis
 from kdvit.benchmark import benchmark
 from kdvit.compare import compare
 from kdvit.messages import UserError
@@ -92,11 +93,58 @@ def benchmark_command(args: list[str]) -> None:
     benchmark(given.networks, given.batch_size, given.out)
 
 
+def analyze_command(args: list[str]) -> None:
+    """Runs `kdvit analyze`."""
+    parser = ArgumentParser(prog="kdvit analyze", description=ANALYZE, exit_on_error=False)
+    named = parser.add_argument_group("what to analyse: --model, or --teacher and --student, or --config")
+    named.add_argument(
+        "--model", nargs="+", help="timm names, exported folders, checkpoints, or .npy and .npz features"
+    )
+    named.add_argument("--teacher", help="timm name or exported folder")
+    named.add_argument("--student", help="timm name, exported folder or checkpoint")
+    named.add_argument(
+        "--config", help="a config of `kdvit fit`: its teacher, its student (trained, if its run is there)"
+    )
+    named.add_argument("--data", help="folder of images (ROOT/val/CLASS or ROOT/CLASS), or FashionMNIST or Digits")
+    named.add_argument(
+        "--pretrained", type=bool, default=True, help="published weights for timm names; else random ones"
+    )
+    measured = parser.add_argument_group("what to measure")
+    measured.add_argument("--images", type=int, default=1000, help="how many, one of each class first")
+    measured.add_argument(
+        "--layers", nargs="+", help="indices, fractions of the depth or names; or all. Default: the last"
+    )
+    measured.add_argument(
+        "--energies", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.99], help="shares of the energy"
+    )
+    measured.add_argument("--centred", type=bool, default=False, help="dataset PCA without the mean token")
+    measured.add_argument("--permutations", type=int, default=100, help="of the channels, beside SEP")
+    measured.add_argument("--seed", type=int, default=0, help="of the choice of images, the controls, random weights")
+    run = parser.add_argument_group("how to run")
+    run.add_argument("--out", default="runs/analysis", help="folder of the report")
+    run.add_argument("--batch_size", type=int, default=32, help="images at once")
+    run.add_argument("--num_workers", type=int, default=2, help="processes that load images")
+    run.add_argument("--memory", type=float, default=4.0, help="GB for tokens; with less, images pass twice")
+    run.add_argument("--trainer.accelerator", help="by default gpu where there is one, else cpu")
+    run.add_argument("--trainer.devices", type=int, default=1, help="processes that share the images")
+    run.add_argument("--trainer.num_nodes", type=int, default=1, help="machines")
+    run.add_argument("--trainer.strategy", default="auto", help="Lightning's, for several processes")
+    run.add_argument(
+        "--trainer.precision", choices=["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of the networks"
+    )
+    run_analysis(parser.parse_args(args))
+
+
 COMPARE = "Show finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture."
 IMPORT = "Turn a Lift or WideLast checkpoint of the authors into a student of kdvit."
 EXPORT = "Take a student out of a run: as safetensors that timm loads, as ONNX, or as a program of torch.export."
 BENCHMARK = "Show parameters, FLOPs, latency and throughput of networks side by side."
+ANALYZE = (
+    "Measure how many directions the features of one image and of all images take, how they spread over the channels, and "
+    "what that means for a teacher and a student (arXiv:2511.15572). Writes a page, tables, numbers and figures."
+)
 COMMANDS = {
+    "analyze": analyze_command,
     "benchmark": benchmark_command,
     "compare": compare_command,
     "distillers": distillers_command,

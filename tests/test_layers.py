@@ -14,10 +14,11 @@ import kdvit
 LEVELS = [
     {"structures", "optim", "metrics", "config_files"},
     {"models", "distillers", "data"},
-    {"module", "callbacks", "loggers", "plugins", "testing"},
+    {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
+    {"lookup"},
     {"benchmark"},
-    {"check", "compare"},
+    {"analyze", "check", "compare"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -93,6 +93,11 @@ class FolderImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def targets(self) -> list[int]:
+        """Class index of each image."""
+        return [target for _, target in self.samples]
+
     def __getitem__(self, index: View | int) -> tuple[Tensor, int, int]:
         view = View.of(index)
         path, target = self.samples[view.image]

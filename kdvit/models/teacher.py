@@ -55,6 +55,7 @@ class TimmTeacher(TimmNetwork):
                 new_head=False,
             )
         )
+        self.init_args = {"arch": arch, "img_size": img_size, "model_args": model_args}
 
 
 class FrozenTeacher:

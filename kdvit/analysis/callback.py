@@ -1,0 +1,116 @@
+"""The student's geometry while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, p99
+from kdvit.analysis.plots import figures
+from kdvit.analysis.report import NetworkReport, Report
+from kdvit.analysis.run import chosen_layers
+from kdvit.analysis.tokens import as_tokens
+from kdvit.models import Network
+from kdvit.structures import Layer
+
+LEVEL = 0.95
+
+
+class GeometryMonitor(pl.Callback):
+    """Measures student and teacher on a few fixed validation images, so that one sees the student's bandwidth grow.
+
+    Logs SVD rank, PCA dimension, rotation, SEP bandwidth and participation ratio of the student's last layer (or its
+    remedy's map) as ``geometry/NAME``, the teacher's, measured once, as ``geometry/teacher_NAME``, and the figures of
+    `kdvit analyze` to TensorBoard. The few images make ranks and dimensions smaller than those of `kdvit analyze`:
+    compare epochs, not papers.
+
+    Args:
+        every_n_epochs: How often, after validation; 0 for never.
+        images: Validation images, evenly spaced over the data set.
+        batch_size: Images at once.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, every_n_epochs: int = 0, images: int = 64, batch_size: int = 32) -> None:
+        if every_n_epochs < 0 or images < 1 or batch_size < 1:
+            raise ValueError(
+                "geometry: every_n_epochs must be 0 or more, images and batch_size 1 or more; got "
+                f"{every_n_epochs}, {images} and {batch_size}."
+            )
+        self.every_n_epochs, self.images, self.batch_size = every_n_epochs, images, batch_size
+        self.options = Options(permutations=20)
+        self._share: Tensor | None = None
+        self._order = torch.empty(0)
+        self._teacher: NetworkReport | None = None
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measures and logs, where the epoch's turn has come."""
+        if not self.every_n_epochs or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        if self._share is None:
+            self._choose(trainer)
+        measured = [self._measure(trainer, "student", pl_module.student, pl_module.student, pl_module.device)]
+        if pl_module.teacher is not None:
+            holder = pl_module.teacher
+            self._teacher = self._teacher or self._measure(trainer, "teacher", holder.network, holder, pl_module.device)
+            measured.append(self._teacher)
+        for network in measured:
+            prefix = "geometry/" if network.name == "student" else "geometry/teacher_"
+            values = scalars(network.face)
+            pl_module.log_dict({f"{prefix}{name}": value for name, value in values.items()})
+        self._draw(trainer, Report(measured, self.images, "validation", self.options, 1))
+
+    def _choose(self, trainer: pl.Trainer) -> None:
+        """Reads this rank's share of the images."""
+        loader: Any = trainer.val_dataloaders
+        size = len(loader.dataset)
+        ranks = trainer.world_size
+        numbers = np.unique(np.linspace(0, size - 1, max(self.images, ranks)).astype(int))
+        batch = loader.collate_fn([loader.dataset[int(i)] for i in numbers[trainer.global_rank :: ranks]])
+        self._share = batch.image
+        self._order = torch.from_numpy(np.argsort(np.concatenate([numbers[rank::ranks] for rank in range(ranks)])))
+
+    @torch.no_grad()
+    def _measure(
+        self, trainer: pl.Trainer, name: str, network: Network, forward: Any, device: torch.device
+    ) -> NetworkReport:
+        """Runs `forward` (a network, or the holder that converts its images) in eval."""
+        layer: Layer = chosen_layers(network, None)[-1]
+        on = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+        geometry: LayerGeometry | None = None
+        assert self._share is not None
+        with network.evaluating():
+            for image in torch.split(self._share, self.batch_size):
+                with trainer.precision_plugin.forward_context():
+                    (feature,) = forward(image.to(device), (layer,), logits=False).features
+                geometry = geometry or LayerGeometry(feature.shape[1], self.options).to(on)
+                with torch.autocast(device.type, enabled=False):
+                    geometry.update(as_tokens(feature).to(on), keep=True)
+        assert geometry is not None
+        geometry.find_axes()
+        report = geometry.report(str(layer), network.resolve(layer), self._order)
+        return NetworkReport(name, "", 0, 0, "", network.image_format, network.depth, [report])
+
+    def _draw(self, trainer: pl.Trainer, report: Report) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                for name, figure in figures(report).items():
+                    logger.experiment.add_figure(f"geometry/{name}", figure, trainer.global_step)
+
+
+def scalars(layer: LayerReport) -> dict[str, float]:
+    """Returns what is logged of one layer."""
+    return {
+        "svd_rank_95": p99(layer.svd_rank(LEVEL)),
+        "pca_dimension_95": p99(layer.pca_dimension(LEVEL)),
+        "rotation": layer.rotation(LEVEL),
+        "sep_90": layer.bandwidths[-1][0].value,
+        "participation": float(layer.participation.mean()),
+    }

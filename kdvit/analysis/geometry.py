@@ -1,0 +1,240 @@
+"""All analyses of one layer, in one pass over its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdvit.analysis.controls import Interval, bandwidth_intervals, gaussian_spectrum, permuted_spectra
+from kdvit.analysis.participation import ParticipationRatio
+from kdvit.analysis.pca import DatasetPCA, PCAEnergy
+from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, sep_curve
+from kdvit.analysis.svd_rank import SVDRank, energy_rank
+
+Array = NDArray[np.float64]
+BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Options(NamedTuple):
+    """What to measure.
+
+    Attributes:
+        energies: Shares of the energy at which ranks and dimensions are given.
+        centred: Subtract the mean token before the dataset PCA; the paper does not.
+        permutations: Random permutations of the channels beside SEP.
+        seed: Of the controls and of the choice of images.
+    """
+
+    energies: tuple[float, ...] = (0.8, 0.9, 0.95, 0.99)
+    centred: bool = False
+    permutations: int = 100
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError if a value is out of range."""
+        if not self.energies or not all(0 < level < 1 for level in self.energies):
+            raise ValueError(f"energies must be shares above 0 and below 1, got {list(self.energies)}.")
+        if self.permutations < 1:
+            raise ValueError(f"permutations must be 1 or more, for SEP means nothing without; got {self.permutations}.")
+
+
+class LayerReport(NamedTuple):
+    """What was measured at one layer.
+
+    Attributes:
+        layer: The layer as it was asked for.
+        index: Its index.
+        tokens: Patch tokens N of an image.
+        width: Channels D.
+        svd_energy: Share of each image's energy in its leading singular directions, ``[images, min(N, D)]``.
+        pca_energy: Share of each image's energy in the leading axes of all images, ``[images, D]``.
+        pca_spectrum: Eigenvalues of all tokens' second moment, descending, ``[D]``.
+        participation: Participation ratio of each image's tokens, ``[images]``.
+        participation_shared: The same in the basis of the dataset PCA, ``[images]``.
+        spectrum: Mean channel spectrum, ``[D // 2 + 1]``.
+        permuted: The same under random permutations of the channels, ``[P, D // 2 + 1]``.
+        gaussian: The same of Gaussian noise of the same shape, ``[D // 2 + 1]``.
+        bandwidths: At 50, 60, 70, 80 and 90 %: the bandwidth, and its difference from the permuted channels'.
+    """
+
+    layer: str
+    index: int  # type: ignore[assignment]  # tuple.index is of no use here
+    tokens: int
+    width: int
+    svd_energy: Array
+    pca_energy: Array
+    pca_spectrum: Array
+    participation: Array
+    participation_shared: Array
+    spectrum: Array
+    permuted: Array
+    gaussian: Array
+    bandwidths: list[tuple[Interval, Interval]]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.svd_energy)
+
+    def svd_rank(self, level: float) -> Array:
+        """Returns the per-image SVD rank at a level, ``[images]``."""
+        return _rank(self.svd_energy, level)
+
+    def pca_dimension(self, level: float) -> Array:
+        """Returns the least number of shared axes that hold a level of each image's energy, ``[images]``."""
+        return _rank(self.pca_energy, level)
+
+    def sep(self, spectrum: Array | None = None, folded: bool = False) -> Array:
+        """Returns the SEP curve of `spectrum`, or of a control's spectra, ``[..., D]``."""
+        chosen = torch.from_numpy(self.spectrum if spectrum is None else spectrum)
+        curve: Array = sep_curve(chosen, self.width, folded).numpy()
+        return curve
+
+    @property
+    def dc_share(self) -> float:
+        """The share of the tokens' energy in their channel mean (frequency 0)."""
+        return float(self.spectrum[0])
+
+    def rotation(self, level: float = 0.95) -> float:
+        """Returns PCA dimension over SVD rank, 99th percentiles: how far the images' subspaces turn from each other."""
+        return p99(self.pca_dimension(level)) / p99(self.svd_rank(level))
+
+
+def p99(values: Array) -> float:
+    """Returns the 99th percentile over images (numpy's linear one), the paper's figure for a data set."""
+    return float(np.percentile(values, 99))
+
+
+def bandwidths(layer: LayerReport, folded: bool = False) -> dict[str, dict[str, float]]:
+    """Returns the bandwidths of a layer's tokens and of their controls, by level."""
+    ours, permuted, gaussian = (
+        torch.from_numpy(layer.sep(of, folded)) for of in (layer.spectrum, layer.permuted, layer.gaussian)
+    )
+    found = {}
+    for level in BANDWIDTH_LEVELS:
+        controls = bandwidth(permuted, level)
+        found[f"{level:g}"] = {
+            "tokens": float(bandwidth(ours, level)),
+            "permuted_mean": float(controls.mean()),
+            "permuted_min": float(controls.min()),
+            "permuted_max": float(controls.max()),
+            "gaussian": float(bandwidth(gaussian, level)),
+        }
+    return found
+
+
+def _rank(energy: Array, level: float) -> Array:
+    rank: Array = energy_rank(torch.from_numpy(energy), level).numpy()
+    return rank
+
+
+class LayerGeometry(nn.Module):
+    """Measures one layer: ranks, shared axes, spectra and participation, over all batches and ranks.
+
+    The energy in the shared axes needs every image again once the axes are known. Either the tokens are kept until
+    then, or all images are passed in a second time.
+
+    Args:
+        width: Channels D.
+        options: What to measure.
+    """
+
+    def __init__(self, width: int, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.svd = SVDRank()
+        self.pca = DatasetPCA(width, options.centred)
+        self.sep = SpectralEnergyPattern(width)
+        self.participation = ParticipationRatio()
+        self.inside: PCAEnergy | None = None
+        self.shape = (0, width)
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor, keep: bool = False) -> None:
+        """Adds images by their tokens ``[B, N, D]``; in a second pass, for the energy in the shared axes."""
+        self.shape = (tokens.shape[1], tokens.shape[2])
+        if self.inside is not None:
+            self.inside.update(tokens)
+            return
+        for metric in (self.svd, self.pca, self.sep, self.participation):
+            metric.update(tokens)
+        if keep:
+            self._kept.append(tokens.detach().cpu())
+
+    @torch.no_grad()
+    def find_axes(self) -> None:
+        """Finds the shared axes (together with all ranks), and measures the kept tokens in them."""
+        device = self.pca.moment.device
+        self.inside = PCAEnergy(self.pca.compute()).to(device)
+        for tokens in self._kept:
+            self.inside.update(tokens.to(device))
+        self._kept.clear()
+
+    def report(self, layer: str, index: int, order: Tensor) -> LayerReport:
+        """Returns what was measured, together with all ranks.
+
+        Args:
+            layer: The layer as it was asked for.
+            index: Its index.
+            order: Order in which to put the images, ``[images]``, so that it does not depend on the number of ranks.
+        """
+        assert self.inside is not None
+        pca_energy, participation_shared = (value.cpu()[order] for value in self.inside.compute())
+        spectra, counts, moment = (value.cpu() for value in self.sep.compute())
+        spectra, counts = spectra[order], counts[order]
+        generator = torch.Generator().manual_seed(self.options.seed)
+        tokens, width = self.shape
+        spectrum = (counts[:, None] * spectra).sum(0) / counts.sum()
+        permuted = permuted_spectra(moment, self.options.permutations, generator)
+        gaussian = gaussian_spectrum(len(order), tokens, width, generator)
+        intervals = bandwidth_intervals(spectra, counts, width, BANDWIDTH_LEVELS, generator)
+        energy, participation = self.svd.compute().cpu()[order], self.participation.compute().cpu()[order]
+        return LayerReport(
+            layer=layer,
+            index=index,
+            tokens=tokens,
+            width=width,
+            svd_energy=energy.numpy(),
+            pca_energy=pca_energy.numpy(),
+            pca_spectrum=self.inside.basis.spectrum.cpu().numpy(),
+            participation=participation.numpy(),
+            participation_shared=participation_shared.numpy(),
+            spectrum=spectrum.numpy(),
+            permuted=permuted.numpy(),
+            gaussian=gaussian.numpy(),
+            bandwidths=intervals,
+        )
+
+
+def measure(batches: Sequence[Tensor] | Tensor, options: Options | None = None, layer: str = "tokens") -> LayerReport:
+    """Returns all analyses of tokens that are at hand.
+
+    Args:
+        batches: Tokens ``[images, N, D]``, or batches of them.
+        options: What to measure.
+        layer: What to call them.
+
+    Raises:
+        ValueError: If there are no tokens, or they are not finite or zero.
+
+    Example:
+        >>> report = measure(torch.randn(8, 16, 12, generator=torch.Generator().manual_seed(0)))
+        >>> report.images, report.svd_rank(0.95).max() <= 12
+        (8, True)
+    """
+    options = options or Options()
+    options.check()
+    parts = list(torch.split(batches, 32) if isinstance(batches, Tensor) else batches)
+    if not parts:
+        raise ValueError("There are no tokens to measure.")
+    geometry = LayerGeometry(parts[0].shape[-1], options)
+    for tokens in parts:
+        geometry.update(tokens, keep=True)
+    geometry.find_axes()
+    return geometry.report(layer, 0, torch.arange(sum(len(part) for part in parts)))

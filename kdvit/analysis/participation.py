@@ -1,0 +1,55 @@
+"""How evenly a token uses its channels: a measure of kdvit's own, which does not depend on the channels' order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from kdvit.analysis.tokens import over_images
+
+
+def participation_ratio(tokens: Tensor) -> Tensor:
+    """Returns ``(sum x^2)^2 / (D * sum x^4)`` of a token's channels, as the mean over each image's tokens.
+
+    1 where all channels of a token have one magnitude, 1 / D where a single channel has all of it, 1/3 for Gaussian
+    noise (the limit for large D). It is kdvit's, not the paper's; unlike the spectrum along the channels, a permutation
+    of them leaves it as it is. Tokens of zeros do not count.
+
+    Args:
+        tokens: ``[B, N, D]``.
+
+    Returns:
+        ``[B]``, float64.
+
+    Example:
+        >>> participation_ratio(torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[0.0, 0.0, 5.0, 0.0]]]))
+        tensor([1.0000, 0.2500], dtype=torch.float64)
+    """
+    tokens = tokens.double()
+    largest = tokens.abs().amax(dim=2, keepdim=True)
+    square = (tokens / largest.where(largest > 0, 1)).square()
+    quartic = tokens.shape[2] * square.square().sum(2)
+    counts = quartic > 0
+    ratio = square.sum(2).square() / quartic.where(counts, 1)
+    return ratio.sum(1) / counts.sum(1)
+
+
+class ParticipationRatio(Metric):
+    """`participation_ratio` of every image of a data set, over all batches and ranks."""
+
+    full_state_update = False
+    ratio: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("ratio", [], dist_reduce_fx="cat")
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        self.ratio.append(torch.cat(over_images(participation_ratio, tokens)))
+
+    def compute(self) -> Tensor:
+        """Returns the ratio of every image, ``[images]``, float64."""
+        return dim_zero_cat(self.ratio)

@@ -1,0 +1,149 @@
+"""How many directions, shared by all images, hold the energy of each (arXiv:2511.15572, dataset PCA)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from kdvit.analysis.participation import participation_ratio
+from kdvit.analysis.tokens import over_images
+
+
+class SharedBasis(NamedTuple):
+    """The principal axes of all tokens of a data set.
+
+    Attributes:
+        spectrum: Eigenvalues of the tokens' second moment, descending, ``[D]``.
+        axes: The eigenvectors as columns, ``[D, D]``.
+        mean: What is subtracted of a token before, ``[D]``: zero, or the mean token where the analysis is centred.
+    """
+
+    spectrum: Tensor
+    axes: Tensor
+    mean: Tensor
+
+
+def moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sums over tokens ``[B, N, D]`` of ``x x^T``, ``[D, D]``, and of x, ``[D]``, in float64."""
+    sums = over_images(lambda part: (part.flatten(0, 1).T @ part.flatten(0, 1), part.sum((0, 1))), tokens)
+    second, first = zip(*sums, strict=True)
+    return torch.stack(second).sum(0), torch.stack(first).sum(0)
+
+
+def shared_basis(moment: Tensor, total: Tensor, count: Tensor | int, centred: bool = False) -> SharedBasis:
+    """Returns the principal axes of tokens by their sums.
+
+    Args:
+        moment: Sum of ``x x^T`` over all tokens, ``[D, D]``.
+        total: Sum of all tokens, ``[D]``.
+        count: Number of tokens.
+        centred: Take the covariance instead of the second moment, which is the paper's.
+
+    Example:
+        >>> tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> shared_basis(*moments(tokens), 2).spectrum
+        tensor([2.0000, 0.5000], dtype=torch.float64)
+    """
+    mean = total.double() / count * centred
+    values, axes = torch.linalg.eigh(moment / count - torch.outer(mean, mean))
+    return SharedBasis(values.flip(-1).clamp(min=0), axes.flip(-1), mean)
+
+
+def pca_energy(tokens: Tensor, basis: SharedBasis) -> Tensor:
+    """Returns ``E_i(d) = ||X_i V_d||_F^2 / ||X_i||_F^2``: the share of each image in the d leading shared axes.
+
+    Args:
+        tokens: ``[B, N, D]``.
+        basis: Of D channels.
+
+    Returns:
+        ``[B, D]``, float64, rising to 1.
+
+    Raises:
+        ValueError: If the tokens are empty, not finite, or zero.
+
+    Example:
+        >>> basis = SharedBasis(torch.ones(2), torch.eye(2).double(), torch.zeros(2))
+        >>> pca_energy(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), basis)
+        tensor([[0.9000, 1.0000]], dtype=torch.float64)
+    """
+    return in_shared_basis(tokens, basis)[0]
+
+
+def in_shared_basis(tokens: Tensor, basis: SharedBasis) -> tuple[Tensor, Tensor]:
+    """Returns `pca_energy` ``[B, D]`` and the participation ratio of the tokens' coordinates, ``[B]``."""
+
+    def measure(part: Tensor) -> tuple[Tensor, Tensor]:
+        coordinates = (part - basis.mean) @ basis.axes
+        scale = coordinates.abs().amax(dim=(1, 2), keepdim=True)
+        energy = (coordinates / scale.where(scale > 0, 1)).square().sum(1).cumsum(-1)
+        if not energy[:, -1].all():
+            raise ValueError("All tokens of an image are the mean token: centred, they have no energy.")
+        return energy / energy[:, -1:], participation_ratio(coordinates)
+
+    energies, ratios = zip(*over_images(measure, tokens), strict=True)
+    return torch.cat(energies), torch.cat(ratios)
+
+
+class DatasetPCA(Metric):
+    """The `SharedBasis` of a data set, from float64 sums over all batches and ranks.
+
+    Args:
+        width: Channels D.
+        centred: Take the covariance instead of the second moment, which is the paper's.
+    """
+
+    full_state_update = False
+    moment: Tensor
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, width: int, centred: bool = False) -> None:
+        super().__init__()
+        self.centred = centred
+        self.add_state("moment", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        second, first = moments(tokens)
+        self.moment += second
+        self.total += first
+        self.count += tokens.shape[0] * tokens.shape[1]
+
+    def compute(self) -> SharedBasis:
+        """Returns the basis."""
+        return shared_basis(self.moment, self.total, self.count, self.centred)
+
+
+class PCAEnergy(Metric):
+    """`pca_energy` of every image, and its participation ratio in the shared basis, over all batches and ranks.
+
+    Args:
+        basis: The basis of the data set, from `DatasetPCA`.
+    """
+
+    full_state_update = False
+    energy: list[Tensor]
+    participation: list[Tensor]
+
+    def __init__(self, basis: SharedBasis) -> None:
+        super().__init__()
+        self.basis = basis
+        self.add_state("energy", [], dist_reduce_fx="cat")
+        self.add_state("participation", [], dist_reduce_fx="cat")
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        energy, participation = in_shared_basis(tokens, self.basis)
+        self.energy.append(energy)
+        self.participation.append(participation)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Returns the energy ``[images, D]`` and the participation ratio ``[images]`` of every image, float64."""
+        return dim_zero_cat(self.energy), dim_zero_cat(self.participation)

@@ -1,0 +1,197 @@
+"""The figures of an analysis, in colours that colour-blind readers tell apart (Okabe and Ito)."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kdvit.analysis.geometry import LayerReport, p99
+
+if TYPE_CHECKING:
+    from kdvit.analysis.report import NetworkReport, Report
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+BANDS = ((1, 99, 0.15), (10, 90, 0.3))
+LEVEL = 0.95
+
+
+def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
+    """Draws all figures of a report.
+
+    Args:
+        report: The report.
+        width: In inches: 7 for a page, 3.5 for a column.
+
+    Returns:
+        Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several layers were measured.
+    """
+    drawn = {
+        "ranks": draw_ranks(report, width),
+        "energy": draw_energy(report, width),
+        "sep": draw_sep(report, width),
+    }
+    if any(len(network.layers) > 1 for network in report.networks):
+        drawn["depth"] = draw_depth(report, width)
+    return drawn
+
+
+def draw_ranks(report: Report, width: float = 7.0) -> Figure:
+    """Draws, for each network, how SVD rank and PCA dimension at 95 % of the energy spread over the images."""
+    figure, panels = _panels(report, width, 2.7)
+    for network, axes in zip(report.networks, panels, strict=True):
+        layer = network.face
+        for values, colour, name in (
+            (layer.svd_rank(LEVEL), BLUE, "one image (SVD)"),
+            (layer.pca_dimension(LEVEL), ORANGE, "shared axes (PCA)"),
+        ):
+            low, high = int(values.min()), int(values.max())
+            step = max(1, -(-(high - low + 1) // 40))
+            bins = np.arange(low - 0.5, high + step + 0.5, step)
+            axes.hist(values, bins, color=colour, alpha=0.75)
+            label = f"{name}: p99 {p99(values):.0f}"
+            axes.axvline(p99(values), ymax=0.7, color=colour, linestyle="--", linewidth=1.2, label=label)
+        if report.advice is not None and network is report.networks[0]:
+            have = report.advice.have
+            axes.axvline(have, ymax=0.7, color="black", linestyle=":", linewidth=1.5, label=f"student's width: {have}")
+        axes.set(xlim=(0, 1.03 * layer.width), ylim=(0, 1.42 * axes.get_ylim()[1]))
+        _label(axes, network, width, f"directions for 95 % of the energy, of {layer.width}")
+        axes.legend(loc="upper right", fontsize=8, frameon=False, labelspacing=0.2)
+    _left(panels, "images")
+    return figure
+
+
+def draw_energy(report: Report, width: float = 7.0) -> Figure:
+    """Draws, for each network, the energy in the leading directions: of each image alone, and shared; with bands."""
+    figure, panels = _panels(report, width, 2.6)
+    for network, axes in zip(report.networks, panels, strict=True):
+        layer = network.face
+        for energy, colour, style, name in (
+            (layer.svd_energy, BLUE, "-", "one image (SVD)"),
+            (layer.pca_energy, ORANGE, "--", "shared axes (PCA)"),
+        ):
+            number = np.arange(1, energy.shape[1] + 1)
+            for low, high, alpha in BANDS:
+                bounds = 100 * np.percentile(energy, (low, high), axis=0)
+                axes.fill_between(number, *bounds, color=colour, alpha=alpha, linewidth=0)
+            axes.plot(number, 100 * np.median(energy, axis=0), style, color=colour, linewidth=1.3, label=name)
+        axes.axhline(100 * LEVEL, color=GREY, linestyle=":", linewidth=1)
+        axes.set(xlim=(1, layer.width), ylim=(0, 101))
+        _label(axes, network, width, f"directions, of {layer.width}")
+        axes.legend(loc="lower right", fontsize=8, frameon=False)
+    _left(panels, "energy (%)")
+    return figure
+
+
+def draw_sep(report: Report, width: float = 7.0) -> Figure:
+    """Draws, for each network, SEP and its controls: the curves above, what they differ from the diagonal below."""
+    count = len(report.networks)
+    columns = _columns(count, width)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, 4.0 * rows), layout="constrained")
+    grid: Any = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows, sharex=False)
+    for i, network in enumerate(report.networks):
+        upper, lower = grid[2 * (i // columns)][i % columns], grid[2 * (i // columns) + 1][i % columns]
+        _draw_sep(network.face, upper, lower)
+        _label(upper, network, width)
+        _label(lower, None, width, f"share of {network.face.width} frequencies")
+        _left([upper], "share of energy")
+        _left([lower], "minus diagonal")
+    _legend(figure, grid[0][0], 2)
+    for i in range(count, rows * columns):
+        for axes in (grid[2 * (i // columns)][i % columns], grid[2 * (i // columns) + 1][i % columns]):
+            axes.set_axis_off()
+    return figure
+
+
+def _draw_sep(layer: LayerReport, upper: Any, lower: Any) -> None:
+    share = np.arange(1, layer.width + 1) / layer.width
+    permuted = layer.sep(layer.permuted)
+    curves = (
+        (layer.sep(), BLUE, "-", 1.6, "tokens"),
+        (permuted.mean(0), ORANGE, "--", 1.3, f"channels permuted ({len(permuted)}x)"),
+        (layer.sep(layer.gaussian), GREEN, ":", 1.6, "Gaussian noise"),
+    )
+    for axes, minus in ((upper, np.zeros_like(share)), (lower, share)):
+        axes.fill_between(
+            share, permuted.min(0) - minus, permuted.max(0) - minus, color=ORANGE, alpha=0.25, linewidth=0
+        )
+        axes.plot(share, share - minus, color=GREY, linewidth=0.8, label="diagonal")
+        for curve, colour, style, thickness, name in curves:
+            axes.plot(share, curve - minus, style, color=colour, linewidth=thickness, label=name)
+        axes.set_xlim(0, 1)
+    upper.set_ylim(0, 1)
+    upper.tick_params(labelbottom=False)
+
+
+def draw_depth(report: Report, width: float = 7.0) -> Figure:
+    """Draws SVD rank and PCA dimension at 95 % of the energy (99th percentiles) over the depth of all networks."""
+    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for i, network in enumerate(report.networks):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        depth = [
+            min((layer.index + 1) / network.depth, 1.0 + 0.05 * (layer.index >= network.depth))
+            for layer in network.layers
+        ]
+        for values, style, name in (
+            ([p99(layer.pca_dimension(LEVEL)) for layer in network.layers], "--", "shared axes (PCA)"),
+            ([p99(layer.svd_rank(LEVEL)) for layer in network.layers], "-", "one image (SVD)"),
+        ):
+            axes.plot(
+                depth,
+                values,
+                style,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.3,
+                label=f"{network.name}: {name}",
+            )
+    axes.set(ylabel="directions for 95 %, p99", ylim=(0, None))
+    _label(axes, None, width, "share of the depth")
+    _legend(figure, axes, 2 if width > 5 else 1)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _columns(count: int, width: float) -> int:
+    return min(count, 3 if width > 9 else 2 if width > 5 else 1)
+
+
+def _panels(report: Report, width: float, height: float) -> tuple[Figure, list[Any]]:
+    """Returns a figure with one panel for each network."""
+    count = len(report.networks)
+    columns = _columns(count, width)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _label(axes: Any, network: NetworkReport | None, width: float, below: str = "") -> None:
+    if network is not None:
+        text = f"{network.name}, layer {network.face.layer}"
+        axes.set_title("\n".join(textwrap.wrap(text, 38 if width > 5 else 44)), fontsize=9)
+    axes.set_xlabel(below, fontsize=9)
+    axes.yaxis.label.set_size(9)
+    axes.tick_params(labelsize=8)
+
+
+def _left(panels: list[Any], label: str) -> None:
+    for axes in panels:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel(label, fontsize=9)
+
+
+def _legend(figure: Figure, axes: Any, columns: int) -> None:
+    """Puts the legend of one panel above all."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", fontsize=8, frameon=False, ncols=columns)

@@ -1,0 +1,127 @@
+"""How a token's energy spreads over the frequencies along its channels: SEP (arXiv:2511.15572).
+
+Channels have no natural order, and the spectrum of a real vector is symmetric. So any token without structure along the
+channel axis has a curve close to the diagonal, whether it is noise or confined to a few directions: read the curve only
+beside its controls (`kdvit.analysis.controls`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from kdvit.analysis.svd_rank import energy_rank
+from kdvit.analysis.tokens import over_images
+
+
+def channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean power spectrum of each image's tokens along their channels, each token's power being 1.
+
+    Args:
+        tokens: ``[B, N, D]``. Tokens of zeros have no spectrum and do not count.
+
+    Returns:
+        The share of power at each frequency from 0 (the channel mean) to D // 2, conjugate pairs summed,
+        ``[B, D // 2 + 1]``, float64; and the number of tokens that count, ``[B]``.
+
+    Raises:
+        ValueError: If the tokens are empty, not finite, or zero.
+    """
+    spectra, counts, _ = zip(*over_images(lambda part: _channel_spectrum(part, False), tokens), strict=True)
+    return torch.cat(spectra), torch.cat(counts)
+
+
+def _channel_spectrum(tokens: Tensor, with_moment: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    norm = tokens.norm(dim=2, keepdim=True)
+    unit = tokens / norm.where(norm > 0, 1)
+    power = torch.fft.rfft(unit).abs().square().sum(1)
+    counts = (norm > 0).sum((1, 2))
+    width = tokens.shape[2]
+    moment = unit.flatten(0, 1).T @ unit.flatten(0, 1) if with_moment else None
+    return power * multiplicity(width, power) / (width * counts[:, None]), counts, moment
+
+
+def multiplicity(width: int, like: Tensor) -> Tensor:
+    """Returns how many of the D frequencies of the full spectrum each of the D // 2 + 1 folded ones stands for."""
+    counts = torch.full((width // 2 + 1,), 2, dtype=like.dtype, device=like.device)
+    counts[0] = 1
+    if width % 2 == 0:
+        counts[-1] = 1
+    return counts
+
+
+def sep_curve(spectrum: Tensor, width: int, folded: bool = False) -> Tensor:
+    """Returns the Spectral Energy Pattern: the cumulative share of power in the order of frequencies.
+
+    Args:
+        spectrum: Shares of power ``[..., D // 2 + 1]``, as of `channel_spectrum`.
+        width: Channels D.
+        folded: Over the D // 2 + 1 frequencies of a real vector. By default over the D of the complex spectrum, as in
+            the paper, where the second half mirrors the first.
+
+    Returns:
+        ``[..., D]``, or ``[..., D // 2 + 1]`` if folded, rising to 1.
+
+    Example:
+        >>> sep_curve(torch.tensor([0.25, 0.5, 0.25]), width=4)
+        tensor([0.2500, 0.5000, 0.7500, 1.0000])
+    """
+    if folded:
+        return spectrum.cumsum(-1)
+    index = torch.arange(width, device=spectrum.device)
+    return (spectrum / multiplicity(width, spectrum))[..., torch.minimum(index, width - index)].cumsum(-1)
+
+
+def bandwidth(curve: Tensor, level: float) -> Tensor:
+    """Returns the share of frequencies that holds a share of the energy: (1 + first index at the level) / frequencies.
+
+    Args:
+        curve: Of `sep_curve`, ``[..., F]``.
+        level: In (0, 1). A tie within 1e-10 counts as reached.
+
+    Returns:
+        ``[...]``, float64, in (0, 1].
+
+    Example:
+        >>> bandwidth(torch.tensor([0.2, 0.5, 0.9, 1.0]), 0.5).item()
+        0.5
+    """
+    return energy_rank(curve, level).double() / curve.shape[-1]
+
+
+class SpectralEnergyPattern(Metric):
+    """The channel spectrum of every image, and what its controls need, over all batches and ranks.
+
+    Args:
+        width: Channels D.
+    """
+
+    full_state_update = False
+    spectrum: list[Tensor]
+    counts: list[Tensor]
+    moment: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.add_state("spectrum", [], dist_reduce_fx="cat")
+        self.add_state("counts", [], dist_reduce_fx="cat")
+        self.add_state("moment", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        spectra, counts, moments = zip(*over_images(lambda part: _channel_spectrum(part, True), tokens), strict=True)
+        self.spectrum += spectra
+        self.counts += counts
+        self.moment += torch.stack(moments).sum(0)
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what the curve and its controls are made of.
+
+        Returns:
+            The spectrum of every image ``[images, D // 2 + 1]``, the tokens that count in each ``[images]``, and the
+            second moment of all tokens at length 1, ``[D, D]``, whose trace is 1.
+        """
+        counts = dim_zero_cat(self.counts)
+        return dim_zero_cat(self.spectrum), counts, self.moment / counts.sum()
