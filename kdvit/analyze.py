@@ -29,6 +29,7 @@ from kdvit.structures import ImageFormat, Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"
 FEATURES = (".npy", ".npz")
+KEPT = ("seed_everything", "trainer", "ema", "data", "model")  # of a config; the rest belongs to its run
 
 
 class Images(NamedTuple):
@@ -189,7 +190,8 @@ def analyze_config(file: str, data: str | None, choice: Choice) -> tuple[Report,
     if TEACHER not in networks:
         return report, None
     report = _advised(report, networks)
-    base = {**experiment.config, "data": {**experiment.config["data"]}}
+    base = {key: value for key, value in experiment.config.items() if key in KEPT}
+    base["data"] = dict(base["data"])
     base["data"]["init_args"] = {**base["data"].get("init_args", {}), **changes.get("data", {})}
     base["trainer"] = {**base.get("trainer", {}), "default_root_dir": "runs/advised"}
     return report, _advised_config(base, report, networks, base["model"]["teacher"], images.classes)

@@ -158,12 +158,12 @@ class LayerGeometry(nn.Module):
     @torch.no_grad()
     def update(self, tokens: Tensor, keep: bool = False) -> None:
         """Adds images by their tokens ``[B, N, D]``; in a second pass, for the energy in the shared axes."""
-        self.shape = (tokens.shape[1], tokens.shape[2])
         if self.inside is not None:
             self.inside.update(tokens)
             return
         for metric in (self.svd, self.pca, self.sep, self.participation):
             metric.update(tokens)
+        self.shape = (tokens.shape[1], tokens.shape[2])
         if keep:
             self._kept.append(tokens.detach().cpu())
 
@@ -225,8 +225,8 @@ def measure(batches: Sequence[Tensor] | Tensor, options: Options | None = None, 
 
     Example:
         >>> report = measure(torch.randn(8, 16, 12, generator=torch.Generator().manual_seed(0)))
-        >>> report.images, report.svd_rank(0.95).max() <= 12
-        (8, True)
+        >>> report.images, report.svd_energy.shape
+        (8, (8, 12))
     """
     options = options or Options()
     options.check()

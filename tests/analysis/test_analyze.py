@@ -1,0 +1,150 @@
+"""Networks and images in, a report out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader
+
+from kdvit.analysis import Options, Report, analyze, as_tokens, measure
+from kdvit.analysis.run import analysis_trainer, chosen_layers
+from kdvit.models import TimmNetwork
+from tests.tiny import FORMAT, TinyData, student, teacher
+
+FEW = Options(permutations=2)
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
+
+
+def _loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
+    return DataLoader(torch.utils.data.TensorDataset(images), batch_size=batch_size)
+
+
+FAMILIES = {
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32, "depth": 3},
+    "cait_xxs24_224": {"img_size": 32, "depth": 3},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 28, "depth": 2},
+    "vit_base_patch16_clip_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 0},
+    "vit_base_patch16_224.mae": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 0},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
+    "convnext_atto": {},
+    "resnet18": {},
+}
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_the_patch_tokens_of_every_family_are_measured_at_every_layer(arch: str) -> None:
+    model = timm.create_model(arch, **FAMILIES[arch]).eval()
+    size = FAMILIES[arch].get("img_size", 64)
+    images = torch.randn(5, 3, size, size)
+    network = TimmNetwork(model)
+    network.image_format = network.image_format._replace(size=(size, size))
+    report = analyze(network, _loader(images), "all", FEW)
+    with torch.no_grad():
+        maps = model.forward_intermediates(images, intermediates_only=True)
+    assert len(report.networks[0].layers) == len(maps) == network.depth
+    for layer, feature in zip(report.networks[0].layers, maps, strict=True):
+        expected = measure(as_tokens(feature), FEW)
+        assert (layer.tokens, layer.width) == (feature.shape[2] * feature.shape[3], feature.shape[1])
+        np.testing.assert_allclose(layer.svd_energy, expected.svd_energy, atol=1e-5)
+        np.testing.assert_allclose(layer.pca_energy, expected.pca_energy, atol=1e-4)
+        np.testing.assert_allclose(layer.sep(), expected.sep(), atol=1e-5)
+
+
+def test_without_memory_the_images_pass_twice_and_no_number_changes() -> None:
+    pair, loader = {"teacher": teacher(), "student": student("lift")}, TinyData().val_dataloader()
+    kept, twice = (analyze(pair, loader, options=FEW, memory=memory) for memory in (1.0, 0.0))
+    assert (kept.passes, twice.passes) == (1, 2)
+    for name, curve in kept.curves().items():
+        np.testing.assert_array_equal(twice.curves()[name], curve)
+
+
+def test_the_teacher_gets_the_images_in_its_own_size_and_normalisation() -> None:
+    pair = {"student": student(), "teacher": teacher(img_size=32)}
+    pair["teacher"].image_format = FORMAT._replace(size=(32, 32), mean=(0.1, 0.2, 0.3))
+    report = analyze(pair, TinyData().val_dataloader(), options=FEW)
+    assert [network.face.tokens for network in report.networks] == [16, 64]
+
+
+def test_layers_are_asked_for_like_those_of_a_distiller() -> None:
+    assert chosen_layers(student(), None) == (-1,)
+    assert chosen_layers(student("lift"), None) == (-1, "lift")
+    assert chosen_layers(student("wide_last"), None) == ("wide_last",)
+    assert chosen_layers(student("lift"), "all") == (0, 1, 2, "lift")
+    assert chosen_layers(student(), [-1, 0.34, 2, 0]) == (0, 0.34, 2)
+    with pytest.raises(ValueError, match="has no layer 7"):
+        chosen_layers(student(), [7])
+
+
+def test_bfloat16_runs_the_network_and_not_the_moments() -> None:
+    network = teacher()
+    loader = TinyData().val_dataloader()
+    exact = analyze(network, loader, options=FEW).networks[0].face
+    half = analyze(network, loader, options=FEW, trainer=_quiet(precision="bf16-mixed")).networks[0].face
+    assert half.pca_spectrum.dtype == np.float64
+    assert 0 < np.abs(half.svd_energy - exact.svd_energy).max() < 0.02
+    assert half.pca_energy[:, -1] == pytest.approx(1, abs=1e-12)
+
+
+def _quiet(**more: object) -> object:
+    return analysis_trainer(**more, callbacks=[], enable_progress_bar=False)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_a_loader_without_images_and_few_images_are_said() -> None:
+    with pytest.raises(ValueError, match="There is no image to analyse"):
+        analyze(teacher(), _loader(torch.randn(0, 3, 16, 16)), options=FEW)
+    with pytest.warns(UserWarning, match="5 images are few.*The paper has 1,000"):
+        analyze(teacher(), _loader(torch.randn(5, 3, 16, 16)), options=FEW)
+
+
+@pytest.fixture
+def report() -> Report:
+    pair = {"<b>teacher</b>": teacher(), "student": student("lift")}
+    return analyze(pair, TinyData().val_dataloader(), "all", FEW, data="<script>alert(1)</script>")
+
+
+def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: Report, tmp_path: Path) -> None:
+    files = {file.name for file in report.save(tmp_path / "out")}
+    figures = {f"{name}.{kind}" for name in ("ranks", "energy", "sep", "depth") for kind in ("png", "pdf")}
+    assert files == {"report.html", "report.json", "tables.csv", "curves.npz"} | figures
+    assert files == {file.name for file in (tmp_path / "out").iterdir()}
+    numbers = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    layers = numbers["networks"][1]["layers"]
+    assert [layer["layer"] for layer in layers] == ["0", "1", "2", "lift"]
+    assert [layer["width"] for layer in layers] == [16, 16, 16, 24]
+    face = report.networks[1].face
+    assert layers[-1]["svd_rank"]["0.95"]["mean"] == face.svd_rank(0.95).mean()
+    with (tmp_path / "out/tables.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 8
+    assert float(rows[-1]["pca_dimension_p99_0.95"]) == layers[-1]["pca_dimension"]["0.95"]["p99"]
+    curves = np.load(tmp_path / "out/curves.npz")
+    np.testing.assert_array_equal(curves["student/lift/sep"], face.sep())
+    assert curves["student/lift/svd_rank"].shape == (40, 4)
+
+
+def test_names_on_the_page_are_escaped_and_nothing_is_fetched(report: Report, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "<b>teacher" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count('src="data:image/png;base64,') == 4
+    assert page.count("src=") == 4
+    assert "http" not in page
+
+
+def test_the_weights_are_fingerprinted() -> None:
+    network = teacher()
+    loader = TinyData().val_dataloader()
+    one, same = (analyze(network, loader, options=FEW).networks[0].weights_sha256 for _ in range(2))
+    with torch.no_grad():
+        next(network.parameters()).flatten()[0] += 1e-3
+    assert one == same != analyze(network, loader, options=FEW).networks[0].weights_sha256

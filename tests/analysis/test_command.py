@@ -1,0 +1,156 @@
+"""`kdvit analyze`, by the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from kdvit.analysis import measure
+from kdvit.analyze import Images, choose
+from kdvit.cli import main
+from kdvit.models import export_student
+from kdvit.models.checkpoint import student_spec
+from tests.runs import SHORT, fit
+from tests.tiny import FORMAT, student, teacher
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
+QUICK = ["--images", "12", "--permutations", "2", "--num_workers", "0", "--out", "out"]
+
+
+def _report() -> dict:
+    return json.loads(Path("out/report.json").read_text())
+
+
+@pytest.fixture
+def folder() -> str:
+    """Images in the layout of ImageNet: 5 classes of 3."""
+    for split in ("train", "val"):
+        for i, name in enumerate("abcde"):
+            home = Path("images", split, name)
+            home.mkdir(parents=True)
+            for j in range(3):
+                pixels = np.random.default_rng(10 * i + j).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(home / f"{j}.png")
+    return "images"
+
+
+def _exported(name: str, network: object) -> str:
+    export_student(network, student_spec(network, FORMAT), name)
+    return name
+
+
+def test_a_model_and_a_folder_become_a_table_and_files(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["analyze", "--model", _exported("student", student("lift")), "--data", folder, "--layers", "all", *QUICK])
+    shown = capsys.readouterr().out
+    assert "SVD rank p99 at 80/90/95/99 %" in shown
+    assert "To read: out/report.html. Numbers: out/report.json." in shown
+    report = _report()
+    assert report["images"] == 12
+    assert report["data"] == str(Path(folder).absolute())
+    assert [layer["layer"] for layer in report["networks"][0]["layers"]] == ["0", "1", "2", "lift"]
+    assert report["advice"] is None
+
+
+def test_several_models_by_timm_name_each_get_the_images_in_their_own_format() -> None:
+    models = ["--model", "cait_xxs24_224", "resnet18", "--pretrained", "false"]
+    main(["analyze", *models, "--data", "Digits", *QUICK, "--images", "2", "--energies", "0.99", "0.5"])
+    report = _report()
+    assert [network["name"] for network in report["networks"]] == ["cait_xxs24_224", "resnet18"]
+    assert [network["layers"][0]["tokens"] for network in report["networks"]] == [196, 49]
+    assert list(report["networks"][0]["layers"][0]["svd_rank"]) == ["0.5", "0.99"]
+
+
+def test_features_that_others_saved_are_analysed_without_images() -> None:
+    tokens = np.random.default_rng(0).standard_normal((12, 9, 6)).astype(np.float16)
+    np.save("one.npy", tokens)
+    np.savez("two.npz", first=tokens, last=2 * tokens)
+    main(["analyze", "--model", "one.npy", "two.npz", *QUICK])
+    one, two = _report()["networks"]
+    assert [layer["layer"] for layer in two["layers"]] == ["first", "last"]
+    expected = measure(torch.from_numpy(tokens)).svd_rank(0.95)
+    assert (
+        one["layers"][0]["svd_rank"]["0.95"]["mean"] == two["layers"][1]["svd_rank"]["0.95"]["mean"] == expected.mean()
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(teacher, lambda: student()), (lambda: teacher(num_classes=7), lambda: student()), (teacher, teacher)],
+)
+def test_the_advice_on_a_pair_is_a_config_that_check_accepts(
+    folder: str, theirs: object, ours: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--teacher", _exported("teacher", theirs()), "--student", _exported("student", ours())]
+    main(["analyze", *pair, "--data", folder, *QUICK])
+    assert "Advice: " in capsys.readouterr().out
+    config = yaml.safe_load(Path("out/advised.yaml").read_text())
+    assert ("logit" in config["model"]["distillers"]) == (theirs is teacher)
+    main(["check", "--config", "out/advised.yaml"])
+    assert "ready for `kdvit fit`" in capsys.readouterr().out
+
+
+def test_a_config_gives_its_pair_its_data_and_its_trained_student(
+    demo_teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("feature", demo_teacher, *SHORT)
+    main(["analyze", "--config", "run/config.yaml", *QUICK])
+    report = _report()
+    assert report["notes"] == ["The student is that of run/checkpoints/best.ckpt."]
+    assert [network["name"] for network in report["networks"]] == ["teacher", "student"]
+    assert report["advice"]["teacher_width"] == 64
+    main(["check", "--config", "out/advised.yaml"])
+    assert "ready for `kdvit fit`" in capsys.readouterr().out
+    main(["analyze", "--config", "demo/plain.yaml", *QUICK])
+    assert "The student is untrained" in _report()["notes"][0]
+    assert len(_report()["networks"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Say what to analyse by one of: --model NAMES"),
+        (["--teacher", "cait_s24_224"], "Say what to analyse by one of"),
+        (["--model", "resnet18", "--pretrained", "false"], "Give --data: a folder of images, or one of Digits"),
+        (["--model", "resnet181", "--data", "Digits"], "no model 'resnet181'. Did you mean"),
+        (["--model", "resnet18", "--pretrained", "false", "--data", "nowhere"], "neither a folder nor one of"),
+        (["--model", "resnet18", "--pretrained", "false", "--data", "."], "There is no class folder in"),
+        (["--model", "resnet18", "--pretrained", "false", "--data", "Digits", "--layers", "9"], "has no layer 9"),
+        (["--model", "x.npy"], "There is no file"),
+        (["--model", "flat.npy"], "expected floating-point tokens"),
+        (["--model", "pickled.npy"], "Python objects"),
+        (["--config", "nothing.yaml"], "There is no config 'nothing.yaml'"),
+        (["--config", "list.yaml"], "is no config of `kdvit fit`"),
+        (["--config", "demo/lift.yaml"], "There is no exported network in"),
+        (
+            ["--model", "resnet18", "--data", "Digits", "--images", "0", "--pretrained", "false"],
+            "--images must be 1 or more",
+        ),
+        (["--model", "resnet18", "--energies", "95"], "energies must be shares above 0 and below 1"),
+        (["--teacher", "a.ckpt", "--student", "resnet18", "--data", "Digits"], "kdvit export --ckpt a.ckpt"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("flat.npy", np.zeros((3, 4)))
+    np.save("pickled.npy", np.array([{}]), allow_pickle=True)
+    Path("list.yaml").write_text("- 1\n")
+    Path("a.ckpt").write_text("")
+    with pytest.raises(SystemExit):
+        main(["analyze", *args])
+    assert message in capsys.readouterr().err
+
+
+def test_images_are_chosen_one_of_each_class_first() -> None:
+    targets = [0] * 50 + [1] * 5 + [2] * 2
+    images = Images(torch.utils.data.TensorDataset(torch.zeros(57)), targets, FORMAT, None, "", None, 3)
+    chosen = choose(images, 7, seed=0)
+    assert chosen == sorted(set(chosen))
+    assert sorted(targets[i] for i in chosen) == [0, 0, 0, 1, 1, 2, 2]
+    assert choose(images, 7, seed=0) == chosen != choose(images, 7, seed=1)
+    assert choose(images, 1000, seed=0) == list(range(57))
+    assert len(choose(images._replace(targets=None), 7, seed=0)) == 7
