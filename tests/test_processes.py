@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,17 @@ def test_the_command_line_trains_validates_and_predicts_with_two_processes() -> 
     with Path("run/predictions.csv").open() as stream:
         paths = [row["path"] for row in csv.DictReader(stream)]
     assert len(paths) == len(set(paths)) == 500
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    _kdvit("fit", "--config", "demo/teacher.yaml", "--trainer.max_epochs", "1", "--trainer.default_root_dir", "run")
+    given = ["analyze", "--model", "run/student", "--data", "Digits", "--images", "101", "--layers", "all"]
+    for devices in ("1", "2"):
+        _kdvit(*given, "--trainer.devices", devices, "--out", f"out{devices}", "--num_workers", "0")
+    one, two = (np.load(f"out{devices}/curves.npz") for devices in "12")
+    assert len(one) > 40
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def _kdvit(*args: str) -> str:
