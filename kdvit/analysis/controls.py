@@ -1,8 +1,7 @@
 """What SEP shows where there is nothing to see: the same tokens with their channels permuted, and Gaussian noise.
 
 Two facts make the permutations cheap. The mean spectrum of tokens under any permutation P follows from one matrix, the
-second moment M of the tokens at length 1: it is the Fourier transform of the sums of ``P M P^T`` along its circular
-diagonals. And its mean over all permutations is known: a permutation leaves the share of frequency 0 (the squared
+second moment M of the tokens at length 1, as that of ``P M P^T``. And its mean over all permutations is known: a permutation leaves the share of frequency 0 (the squared
 channel mean) as it is, and all others are alike, so each of them has ``(1 - share) / (D - 1)``.
 """
 
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdvit.analysis.spectral import bandwidth, channel_spectrum, multiplicity, sep_curve
+from kdvit.analysis.spectral import bandwidth, channel_spectrum, multiplicity, sep_curve, spectrum_of_moment
 
 RESAMPLES = 1000
 
@@ -31,17 +30,8 @@ def permuted_spectra(moment: Tensor, permutations: int, generator: torch.Generat
         ``[P, D // 2 + 1]``, float64.
     """
     moment = moment.cpu()
-    width = len(moment)
-    index = torch.arange(width)
-    diagonal = (index[:, None] - index) % width
-    spectra = []
-    for _ in range(permutations):
-        order = torch.randperm(width, generator=generator)
-        sums = torch.zeros(width, dtype=moment.dtype)
-        sums.index_add_(0, diagonal.flatten(), moment[order][:, order].flatten())
-        power = torch.fft.rfft(sums).real / width
-        spectra.append(power * multiplicity(width, power))
-    return torch.stack(spectra) if spectra else torch.empty(0, width // 2 + 1, dtype=moment.dtype)
+    orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
+    return torch.stack([spectrum_of_moment(moment[order][:, order]) for order in orders])
 
 
 def mean_permuted_spectrum(spectrum: Tensor, width: int) -> Tensor:

@@ -27,9 +27,7 @@ def participation_ratio(tokens: Tensor) -> Tensor:
         >>> participation_ratio(torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[0.0, 0.0, 5.0, 0.0]]]))
         tensor([1.0000, 0.2500], dtype=torch.float64)
     """
-    tokens = tokens.double()
-    largest = tokens.abs().amax(dim=2, keepdim=True)
-    square = (tokens / largest.where(largest > 0, 1)).square()
+    square = tokens.double().square()
     quartic = tokens.shape[2] * square.square().sum(2)
     counts = quartic > 0
     ratio = square.sum(2).square() / quartic.where(counts, 1)

@@ -78,9 +78,8 @@ def in_shared_basis(tokens: Tensor, basis: SharedBasis) -> tuple[Tensor, Tensor]
     """Returns `pca_energy` ``[B, D]`` and the participation ratio of the tokens' coordinates, ``[B]``."""
 
     def measure(part: Tensor) -> tuple[Tensor, Tensor]:
-        coordinates = (part - basis.mean) @ basis.axes
-        scale = coordinates.abs().amax(dim=(1, 2), keepdim=True)
-        energy = (coordinates / scale.where(scale > 0, 1)).square().sum(1).cumsum(-1)
+        coordinates = (part - basis.mean if basis.mean.any() else part) @ basis.axes
+        energy = coordinates.square().sum(1).cumsum(-1)
         if not energy[:, -1].all():
             raise ValueError("All tokens of an image are the mean token: centred, they have no energy.")
         return energy / energy[:, -1:], participation_ratio(coordinates)

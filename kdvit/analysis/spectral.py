@@ -29,18 +29,45 @@ def channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the tokens are empty, not finite, or zero.
     """
-    spectra, counts, _ = zip(*over_images(lambda part: _channel_spectrum(part, False), tokens), strict=True)
+    spectra, counts = zip(*over_images(_channel_spectrum, tokens), strict=True)
     return torch.cat(spectra), torch.cat(counts)
 
 
-def _channel_spectrum(tokens: Tensor, with_moment: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    norm = tokens.norm(dim=2, keepdim=True)
-    unit = tokens / norm.where(norm > 0, 1)
-    power = torch.fft.rfft(unit).abs().square().sum(1)
-    counts = (norm > 0).sum((1, 2))
+def _channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    transform = torch.fft.rfft(tokens)
+    power = transform.real.square().addcmul_(transform.imag, transform.imag)
+    energy = tokens.square().sum(2)
+    counts = (energy > 0).sum(1)
+    shares = torch.einsum("bnk,bn->bk", power, 1 / energy.where(energy > 0, torch.inf))
     width = tokens.shape[2]
-    moment = unit.flatten(0, 1).T @ unit.flatten(0, 1) if with_moment else None
-    return power * multiplicity(width, power) / (width * counts[:, None]), counts, moment
+    return shares * multiplicity(width, shares) / (width * counts[:, None]), counts
+
+
+def unit_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum of ``x x^T / |x|^2`` over the tokens of each image, ``[B, D, D]``, and how many count, ``[B]``."""
+    norm: Tensor = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
+    unit = tokens / norm.where(norm > 0, torch.inf)
+    return unit.mT @ unit, (norm > 0).sum((1, 2))
+
+
+def spectrum_of_moment(moment: Tensor) -> Tensor:
+    """Returns the channel spectrum that tokens of a given second moment have.
+
+    It is the Fourier transform of the moment's sums along its circular diagonals (the Wiener-Khinchin theorem).
+
+    Args:
+        moment: ``[..., D, D]``.
+
+    Returns:
+        Power at each frequency, conjugate pairs summed, ``[..., D // 2 + 1]``; with a moment of trace 1, its share.
+    """
+    width = moment.shape[-1]
+    twice = torch.cat([moment, moment], dim=-1).contiguous()
+    *outer, _, _ = twice.stride()
+    diagonals = twice.as_strided(moment.shape, (*outer, 2 * width + 1, 1))
+    power = torch.fft.rfft(diagonals.sum(-2)).real / width
+    share: Tensor = power * multiplicity(width, power)
+    return share
 
 
 def multiplicity(width: int, like: Tensor) -> Tensor:
@@ -91,6 +118,11 @@ def bandwidth(curve: Tensor, level: float) -> Tensor:
     return energy_rank(curve, level).double() / curve.shape[-1]
 
 
+def _measure(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    moments, counts = unit_moments(tokens)
+    return spectrum_of_moment(moments) / counts[:, None], counts, moments.sum(0)
+
+
 class SpectralEnergyPattern(Metric):
     """The channel spectrum of every image, and what its controls need, over all batches and ranks.
 
@@ -111,7 +143,7 @@ class SpectralEnergyPattern(Metric):
 
     def update(self, tokens: Tensor) -> None:
         """Adds images by their tokens ``[B, N, D]``."""
-        spectra, counts, moments = zip(*over_images(lambda part: _channel_spectrum(part, True), tokens), strict=True)
+        spectra, counts, moments = zip(*over_images(_measure, tokens), strict=True)
         self.spectrum += spectra
         self.counts += counts
         self.moment += torch.stack(moments).sum(0)

@@ -35,7 +35,6 @@ def svd_energy(tokens: Tensor) -> Tensor:
 
 
 def _svd_energy(tokens: Tensor) -> Tensor:
-    tokens = tokens / tokens.abs().amax(dim=(1, 2), keepdim=True)
     gram = tokens @ tokens.mT if tokens.shape[1] <= tokens.shape[2] else tokens.mT @ tokens
     energy: Tensor = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).cumsum(-1)
     share: Tensor = energy / energy[:, -1:]

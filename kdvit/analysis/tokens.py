@@ -38,7 +38,7 @@ def check_tokens(tokens: Tensor, first: int = 0) -> Tensor:
     if not tokens.is_floating_point():
         raise TypeError(f"Expected floating-point tokens, got {tokens.dtype}.")
     tokens = tokens.double()
-    largest = tokens.abs().amax(dim=(1, 2))
+    largest: Tensor = torch.linalg.vector_norm(tokens, torch.inf, dim=(1, 2))
     if not largest.isfinite().all():
         raise ValueError(
             f"The tokens of image {first + int((~largest.isfinite()).nonzero()[0])} of the batch are not finite."
