@@ -5,6 +5,7 @@ from kdvit.models.checkpoint import export_student, load_student
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network
 from kdvit.models.released import load_released
+from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.teacher import FrozenTeacher, TimmTeacher
 from kdvit.models.wide_last import WideLastViT
 
@@ -20,4 +21,5 @@ __all__ = [
     "export_student",
     "load_released",
     "load_student",
+    "use_fast_talking_heads",
 ]
