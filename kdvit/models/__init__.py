@@ -1,6 +1,7 @@
 """Networks: what is deployed. Students, remedies and teachers, each as logits plus chosen feature maps."""
 
 import kdvit.models.timm_registry  # noqa: F401  (its names are for timm.create_model)
+from kdvit.models.attention import avoid_slow_attention
 from kdvit.models.checkpoint import export_student, load_student
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network
@@ -18,6 +19,7 @@ __all__ = [
     "TimmTeacher",
     "WideLastViT",
     "as_network",
+    "avoid_slow_attention",
     "export_student",
     "load_released",
     "load_student",
