@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help install demo fashion-mnist lint types test test-slow clean
+.PHONY: help install demo fashion-mnist lint types test test-slow bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ test: install  ## Run the fast tests and the examples in the documentation
 
 test-slow: install  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+# glibc then keeps the memory of large tensors, for both sides of each comparison
+bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+bench: export MALLOC_TOP_PAD_ = 268435456
+bench: install  ## Measure the step and the teacher against plain PyTorch and timm (15 minutes); BENCH="NAMES --rounds N"
+	@mkdir -p runs
+	$(BIN)/python -m tests.bench $(BENCH) --out runs/bench.json
 
 clean:  ## Remove the environment, runs and caches
 	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache

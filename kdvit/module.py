@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from kdvit.distillers import Distiller
 from kdvit.metrics import classification_scores
-from kdvit.models import FrozenTeacher, Network, as_network
+from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention
 from kdvit.models.checkpoint import student_spec
-from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.optim import FUSED_DEVICES, OptimizerOptions, ScheduleOptions, parameter_groups
 from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
 
 
@@ -35,6 +35,9 @@ class DistillationModule(pl.LightningModule):
         image_format: Size and normalisation of the images that arrive; by default the student's own. On the command
             line it is taken from the data.
         class_names: Names of the classes, in the order of the student's outputs; on the command line taken from the data.
+        compile: Networks that torch.compile translates for training, in place: checkpoints have the same keys and go on
+            with or without it. It needs a C++ compiler on CPUs, costs a minute or so at the start and again for each new
+            shape or mode of the input (a smaller last batch, validation), and draws dropout and stochastic depth otherwise.
 
     Raises:
         TypeError: If student or teacher is not a network.
@@ -52,6 +55,7 @@ class DistillationModule(pl.LightningModule):
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
         image_format: ImageFormat | None = None,
         class_names: list[str] | None = None,
+        compile: Literal["none", "student", "teacher", "both"] = "none",
     ) -> None:
         super().__init__()
         self.student = as_network(student)
@@ -63,6 +67,7 @@ class DistillationModule(pl.LightningModule):
         self.optimizer_options = optimizer
         self.schedule_options = schedule
         self.class_names = class_names
+        self.compiled = compile
         self._run_seed = torch.initial_seed()
         self.num_classes = self._check_task()
         self._build_distillers()
@@ -106,6 +111,10 @@ class DistillationModule(pl.LightningModule):
                 f"The distillers {list(self.distillers)} need a teacher, and teacher is null. Give a teacher, or leave the "
                 "distillers out for a supervised run."
             )
+        if self.compiled in ("teacher", "both") and self.teacher is None:
+            raise ValueError(
+                f"compile is {self.compiled!r}, and teacher is null. Give a teacher, or compile the student."
+            )
         if self.teacher is not None and not self.distillers:
             raise ValueError(
                 "A teacher is given, but nothing is distilled from it. Add distillers, or set teacher: null."
@@ -131,6 +140,17 @@ class DistillationModule(pl.LightningModule):
     def objectives(self) -> dict[str, Distiller]:
         """Returns the distillers by name."""
         return cast("dict[str, Distiller]", dict(self.distillers.items()))
+
+    def setup(self, stage: str) -> None:
+        """Chooses the attention kernels, and compiles, once device and precision of the training are known."""
+        if stage != "fit":
+            return
+        if self.trainer.precision in ("bf16-mixed", "bf16-true"):
+            avoid_slow_attention(self.student, self.trainer.strategy.root_device, torch.bfloat16)
+        if self.compiled in ("student", "both"):
+            self.student.compile()
+        if self.compiled in ("teacher", "both") and self.teacher is not None:
+            self.teacher.network.compile()
 
     # One batch
 
@@ -265,7 +285,9 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"The schedule needs the number of epochs: set trainer.max_epochs (it is {epochs}).")
         groups = parameter_groups([self.student, self.distillers], self.optimizer_options.weight_decay)
         scaled = self.optimizer_options.lr_base_batch is not None
-        optimizer = self.optimizer_options.build(groups, self.global_batch() if scaled else 1)
+        # a fused step unscales fp16 gradients by itself, after their norm is logged and clipped
+        fused = self.device.type in FUSED_DEVICES and self.trainer.scaler is None
+        optimizer = self.optimizer_options.build(groups, self.global_batch() if scaled else 1, fused)
         schedule = self.schedule_options.build(optimizer, epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 

@@ -14,6 +14,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
+FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -25,7 +27,8 @@ class OptimizerOptions:
         lr: Learning rate at a global batch of `lr_base_batch` images.
         lr_base_batch: The learning rate is multiplied by (global batch / this); null leaves it as it is.
         weight_decay: Weight decay, not applied to biases, norms and the names that the student exempts.
-        args: More arguments of the optimizer, such as `betas`.
+        args: More arguments of the optimizer, such as `betas`. `fused` and `foreach` choose torch's implementation; by
+            default it is the fused one where there is one.
     """
 
     name: str = "adamw"
@@ -54,11 +57,20 @@ class OptimizerOptions:
         """Returns the learning rate for a global batch: images a step over all processes and accumulated batches."""
         return self.lr if self.lr_base_batch is None else self.lr * global_batch / self.lr_base_batch
 
-    def build(self, groups: list[dict[str, Any]], global_batch: int) -> torch.optim.Optimizer:
-        """Builds the optimizer over the groups of `parameter_groups`."""
+    def build(self, groups: list[dict[str, Any]], global_batch: int, fused: bool = False) -> torch.optim.Optimizer:
+        """Builds the optimizer over the groups of `parameter_groups`.
+
+        Args:
+            groups: The groups.
+            global_batch: Images behind a step, by which the learning rate is scaled.
+            fused: Whether a fused kernel may be used, if `args` do not say.
+        """
         parameters: Any = groups
+        args = self.args
+        if fused and self.name in FUSED and not {"fused", "foreach"} & set(args):
+            args = {**args, "fused": True}
         return create_optimizer_v2(
-            parameters, opt=self.name, lr=self.scaled_lr(global_batch), weight_decay=self.weight_decay, **self.args
+            parameters, opt=self.name, lr=self.scaled_lr(global_batch), weight_decay=self.weight_decay, **args
         )
 
 

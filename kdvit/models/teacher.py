@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.models.network import Network, TimmNetwork
+from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 
@@ -25,6 +26,8 @@ class TimmTeacher(TimmNetwork):
         img_size: Input size in pixels; position embeddings are resized where it differs from the architecture's.
         model_args: More arguments of the timm model. `num_classes` only beside `checkpoint`: published weights come
             with their own head.
+        fast_attention: Compute CaiT's talking heads as `kdvit.models.talking_heads` does: timm's numbers, weights and
+            names in less time. Of no effect on other architectures.
 
     Raises:
         ValueError: If the architecture or an argument is unknown, or `num_classes` would replace a trained head.
@@ -38,6 +41,7 @@ class TimmTeacher(TimmNetwork):
         checkpoint: str | None = None,
         img_size: int | None = None,
         model_args: dict[str, Any] | None = None,
+        fast_attention: bool = True,
     ) -> None:
         pretrained = pretrained and checkpoint is None
         if pretrained and "num_classes" in (model_args or {}):
@@ -45,16 +49,17 @@ class TimmTeacher(TimmNetwork):
                 f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of {arch} by a "
                 "random one. Leave it out; a teacher keeps its own classes."
             )
-        super().__init__(
-            create_timm_model(
-                arch,
-                pretrained=pretrained,
-                checkpoint=checkpoint,
-                img_size=img_size,
-                model_args=model_args,
-                new_head=False,
-            )
+        model = create_timm_model(
+            arch,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            img_size=img_size,
+            model_args=model_args,
+            new_head=False,
         )
+        if fast_attention:
+            use_fast_talking_heads(model)
+        super().__init__(model)
         self.init_args = {"arch": arch, "img_size": img_size, "model_args": model_args}
 
 

@@ -1,0 +1,209 @@
+"""What a training step does on the device: nothing that waits, the right kernels, and compiled where asked for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdvit import DistillationModule, load_student
+from kdvit.callbacks import StudentEMA, StudentExport, Throughput
+from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
+from kdvit.models import avoid_slow_attention
+from kdvit.optim import OptimizerOptions, ScheduleOptions
+from tests.tiny import FORMAT, TinyData, student, teacher, trainer
+
+WAITING = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "allclose")
+OBJECTIVES = {
+    None: {"feature": FeatureDistiller(0.2, loss="spectral", projector="linear")},
+    "lift": {"logit": LogitDistiller(0.9), "lift": LiftDistiller(0.2)},
+    "wide_last": {"logit": LogitDistiller(0.9), "wide_last": WideLastDistiller(0.2)},
+}
+
+
+def _module(remedy: str | None = "lift", **more: Any) -> DistillationModule:
+    torch.manual_seed(0)
+    given = {
+        "optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None),
+        "schedule": ScheduleOptions(warmup_epochs=0),
+        "image_format": FORMAT,
+        **more,
+    }
+    network = student(remedy, drop_path_rate=0.2)
+    return DistillationModule(network, teacher=teacher(), distillers=copy.deepcopy(OBJECTIVES[remedy]), **given)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Start(pl.Callback):
+    """Starts a list of operations with each step; stands before all other callbacks."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.calls = Calls().__enter__()
+
+
+class End(pl.Callback):
+    """Ends the list; stands behind all other callbacks."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.steps: list[list[str]] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.start.calls.__exit__(None, None, None)
+        self.steps.append(self.start.calls.names)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("remedy", OBJECTIVES)
+def test_only_logged_steps_may_wait_for_the_device(remedy: str | None, precision: str, tmp_path: Path) -> None:
+    start = Start()
+    end = End(start)
+    callbacks = [start, Throughput(), StudentEMA(0.9), end]
+    run = trainer(tmp_path, callbacks=callbacks, log_every_n_steps=4, precision=precision)
+    run.fit(_module(remedy), datamodule=TinyData())
+    assert len(end.steps) == 5
+    for step in (end.steps[i] for i in (0, 1, 2, 4)):
+        assert "_fused_adamw_" in step
+        assert {"convolution", "convolution_backward"} <= set(step)
+        assert [name for name in step if name in WAITING] == []
+
+
+def test_no_parameter_is_without_gradient() -> None:
+    for remedy in OBJECTIVES:
+        module = _module(remedy)
+        module.trainer = trainer(".", log_every_n_steps=10**9)
+        module.training_step(next(iter(TinyData().train_dataloader())), 0).backward()
+        assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "fused"), [("32-true", True), ("bf16-mixed", False), ("bf16-true", False), ("64-true", True)]
+)
+def test_fused_attention_gives_way_where_its_backward_is_slow(precision: str, fused: bool, tmp_path: Path) -> None:
+    module = _module()
+    trainer(tmp_path, limit_train_batches=1, precision=precision).fit(module, datamodule=TinyData())
+    assert {block.attn.fused_attn for block in module.student.model.blocks} == {fused}
+
+
+def test_fused_attention_stays_on_gpus() -> None:
+    network = student()
+    avoid_slow_attention(network, torch.device("cuda"), torch.bfloat16)
+    assert all(block.attn.fused_attn for block in network.model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"args": {"fused": False}}, False), ({"args": {"foreach": True}}, None), ({"name": "lamb"}, None)],
+)
+def test_the_optimizer_is_fused_where_it_can_be(options, fused: bool | None, tmp_path: Path) -> None:
+    module = _module(optimizer=OptimizerOptions(lr_base_batch=None, **options))
+    run = trainer(tmp_path, limit_train_batches=1, gradient_clip_val=1.0)
+    run.fit(module, datamodule=TinyData())
+    assert run.optimizers[0].defaults.get("fused") is fused
+
+
+def test_fp16_gradients_are_unscaled_before_they_are_logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pl.Trainer, "scaler", object())  # as 16-mixed has it, which needs a GPU
+    run = trainer(tmp_path, limit_train_batches=1)
+    run.fit(_module(), datamodule=TinyData())
+    assert run.optimizers[0].defaults["fused"] is None
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path: Path) -> None:
+    whole, first, second = _module(), _module(), _module()
+    trainer(tmp_path, max_epochs=3).fit(whole, datamodule=TinyData())
+    interrupted = trainer(tmp_path, max_epochs=3, callbacks=[StopAfter(1)])
+    interrupted.fit(first, datamodule=TinyData())
+    interrupted.save_checkpoint(tmp_path / "epoch1.ckpt")
+    resumed = trainer(tmp_path, max_epochs=3)
+    resumed.fit(second, datamodule=TinyData(), ckpt_path=tmp_path / "epoch1.ckpt", weights_only=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+class StopAfter(pl.Callback):
+    """Stops a run after so many epochs, as a time limit would."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Lets torch.compile trace without a C++ compiler, and lists the graphs that ran."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    return graphs
+
+
+@pytest.mark.parametrize(("compile", "graphs"), [("none", 0), ("student", 1), ("teacher", 1), ("both", 2)])
+def test_compiled_networks_train_as_others_do(compile: Any, graphs: int, eager: list[Any], tmp_path: Path) -> None:
+    expected, module = _module(), _module(compile=compile)
+    for each in (expected, module):
+        trainer(tmp_path, limit_val_batches=0).fit(each, datamodule=TinyData())
+    assert len(eager) == graphs
+    assert list(module.state_dict()) == list(expected.state_dict())
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("before", "after"), [("both", "none"), ("none", "both")])
+def test_a_checkpoint_goes_on_compiled_or_not(before: Any, after: Any, eager: list[Any], tmp_path: Path) -> None:
+    first = _module(compile=before)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[StudentEMA(0.9), StudentExport(), StopAfter(1)])
+    run.fit(first, datamodule=TinyData())
+    run.save_checkpoint(tmp_path / "epoch1.ckpt")
+    image = torch.randn(2, 3, 16, 16)
+    first.eval()
+    torch.testing.assert_close(load_student(tmp_path / "epoch1.ckpt")(image).logits, first(image))
+    torch.testing.assert_close(load_student(tmp_path / "student")(image).logits, first(image))
+    assert load_student(tmp_path / "epoch1.ckpt", ema=True)(image).logits.shape == (2, 5)
+
+    second = _module(compile=after)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[StudentEMA(0.9), StudentExport()])
+    run.fit(second, datamodule=TinyData(), ckpt_path=tmp_path / "epoch1.ckpt", weights_only=True)
+    assert run.global_step == 10
+
+
+@pytest.mark.slow
+def test_inductor_compiles_both_networks(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    expected, module = _module(), _module(compile="both")
+    for each in (expected, module):
+        for layer in each.student.modules():
+            if hasattr(layer, "drop_prob"):
+                layer.drop_prob = 0.0
+        trainer(tmp_path, limit_val_batches=0).fit(each, datamodule=TinyData())
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_compiling_a_teacher_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile is 'both', and teacher is null\. Give a teacher, or compile"):
+        DistillationModule(student(), image_format=FORMAT, compile="both")
