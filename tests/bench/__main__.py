@@ -16,7 +16,7 @@ import lightning
 import timm
 import torch
 
-from tests.bench import online, step, teacher
+from tests.bench import analyses, data, online, step, teacher
 from tests.bench.rounds import Row
 
 MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
@@ -24,6 +24,8 @@ MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
     "step-deit": step.deit,
     "teacher": teacher.rows,
     "online": online.rows,
+    "analyses": analyses.rows,
+    "data": data.rows,
 }
 
 
