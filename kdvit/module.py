@@ -297,7 +297,9 @@ class DistillationModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds dropout and stochastic depth by step and rank, so that a resumed run draws what it would have drawn."""
-        torch.manual_seed(hash((self._run_seed, self.trainer.global_step, batch_idx, self.global_rank)))
+        # torch.manual_seed keeps a stack trace of every call for GPUs that are not in use
+        seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        seed(hash((self._run_seed, self.trainer.global_step, batch_idx, self.global_rank)))
 
     def on_fit_start(self) -> None:
         """Says what is converted on the way: the teacher's input, and maps of unequal grids."""

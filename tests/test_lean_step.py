@@ -85,6 +85,12 @@ def test_only_logged_steps_may_wait_for_the_device(remedy: str | None, precision
         assert [name for name in step if name in WAITING] == []
 
 
+def test_seeding_a_step_keeps_nothing_for_gpus_that_are_not_in_use(tmp_path: Path) -> None:
+    before = len(torch.cuda._queued_calls)
+    trainer(tmp_path).fit(_module(), datamodule=TinyData())
+    assert len(torch.cuda._queued_calls) == before
+
+
 def test_no_parameter_is_without_gradient() -> None:
     for remedy in OBJECTIVES:
         module = _module(remedy)

@@ -77,12 +77,11 @@ class ReferenceLoop:
 def rows(rounds: int) -> list[Row]:
     """Measures steps under Lightning, with the weight average, against steps of the plain loop."""
     torch.manual_seed(0)
-    reference, student, teacher = (
-        ReferenceLoop(),
-        LiftViT("deit_tiny_patch16_224", width=384),
-        TimmTeacher("cait_s24_224", pretrained=False),
-    )
-    loader = batches(Batch(torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,)), torch.arange(BATCH)), STEPS)
+    reference = ReferenceLoop()
+    student = LiftViT("deit_tiny_patch16_224", width=384)
+    teacher = TimmTeacher("cait_s24_224", pretrained=False)
+    images = Batch(torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,)), torch.arange(BATCH))
+    loader = batches(images, STEPS)
 
     def kdvit() -> float:
         module = DistillationModule(
