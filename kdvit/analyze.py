@@ -20,7 +20,7 @@ from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
 from kdvit.config_files import find_config
 from kdvit.data import ImageDataModule
-from kdvit.data.base import collate
+from kdvit.data.cached import collate
 from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
 from kdvit.lookup import Experiment, build, find_network, read_experiment
 from kdvit.messages import UserError

@@ -10,13 +10,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import __version__
 from kdvit.analysis import GeometryMonitor
+from kdvit.cache import open_cache
+from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
 from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.commands import COMMANDS
@@ -41,7 +43,7 @@ MAY_MOVE = ("data.init_args.root ", "data.init_args.num_workers ")  # a run may 
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which can also check a run."""
+    """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
 
     def check(self, model: DistillationModule, datamodule: pl.LightningDataModule) -> None:
         """Build everything, show what a run will do, and take one training and one validation batch on the CPU."""
@@ -59,6 +61,48 @@ class Trainer(pl.Trainer):
             f"A training and a validation batch of at most {CHECKED_IMAGES} images went through. This config is ready for `kdvit fit`."
         )
 
+    def cache(
+        self,
+        model: DistillationModule,
+        datamodule: pl.LightningDataModule,
+        out: str | None = None,
+        views: int = 1,
+        store: Stored = "auto",
+        topk: int | None = None,
+        check: str | None = None,
+        samples: int = 64,
+    ) -> None:
+        """Run the teacher once over augmented views of the training images, and store what the distillers ask of it.
+
+        Args:
+            out: Folder to write. The same command again goes on where it was stopped.
+            views: Views of an image; epoch e of a training shows view e % views.
+            store: What to store; auto is what the distillers of the config ask for.
+            topk: Store the probabilities of so many classes instead of all logits. The rest is spread evenly.
+            check: A cache to compare with what the teacher gives now, instead of writing one.
+            samples: Number of its records to compare.
+        """
+        if not isinstance(datamodule, ImageDataModule):
+            raise UserError(f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}.")
+        if (out is None) == (check is None):
+            raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
+        self.callbacks = [each for each in self.callbacks if isinstance(each, ProgressBar)]
+        data, wanted = datamodule.fingerprint(), model.teacher_request()
+        if check is None:
+            options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
+            manifest = plan(model.teacher, wanted, data, **options)
+        else:
+            manifest = open_cache(Path(check), model.teacher, (), False, data).manifest
+        assert model.teacher is not None
+        folder = Path(check or out or "")
+        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader
+        if check is None:
+            done = fill(self, CacheWriting(*run))
+        else:
+            done = compare(self, CacheComparison(*run, samples=samples))
+        if self.is_global_zero:
+            print(done)
+
 
 class SaveConfig(SaveConfigCallback):
     """Saves the run's config.yaml, when training starts and not when a trained run is read."""
@@ -70,7 +114,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class KdvitCLI(LightningCLI):
-    """`kdvit fit`, `validate`, `test`, `predict` and `check`."""
+    """`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`."""
 
     def __init__(self, args: list[str]) -> None:
         callbacks = [Throughput(), TeacherScores(), StudentExport(), PredictionWriter()]
@@ -99,8 +143,8 @@ class KdvitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and `check`."""
-        return {**LightningCLI.subcommands(), "check": {"model", "datamodule"}}
+        """Lightning's subcommands, `check` and `cache`."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("check", "cache")}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Writes kdvit's version on top of every saved config."""
@@ -125,7 +169,7 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
-        self.checkpoint = None if self.subcommand == "check" else self._find_checkpoint()
+        self.checkpoint = None if self.subcommand in ("check", "cache") else self._find_checkpoint()
 
     def _find_checkpoint(self) -> str | None:
         config = self.config[self.subcommand]
@@ -155,6 +199,8 @@ class KdvitCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         ours = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
         theirs = yaml.safe_load((root / "config.yaml").read_text())
+        for data in (each.get("data", {}).get("init_args", {}) for each in (ours, theirs)):
+            data["cache"] = data.get("cache") is not None  # may move: what it holds is compared when it is opened
         known = ("model", "data", "seed_everything")
         differing = [
             key
@@ -172,11 +218,11 @@ class KdvitCLI(LightningCLI):
         """Builds data, model and trainer; what is wrong with a config shows here."""
         try:
             super().instantiate_classes()
-            if self.subcommand in ("fit", "check") and isinstance(self.datamodule, ImageDataModule):
+            if self.subcommand in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
                 self.datamodule.require("train")
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
-        if self.subcommand != "check":
+        if self.subcommand not in ("check", "cache"):
             self.config_init[self.subcommand]["ckpt_path"] = self.checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -11,6 +11,7 @@ from importlib import import_module
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 
+from kdvit.cache import CacheError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -40,7 +41,7 @@ def explain(error: Exception) -> str | None:
     jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
     misspelt name gets its nearest match.
     """
-    if not isinstance(error, (UserError, ArgumentError)):
+    if not isinstance(error, (UserError, ArgumentError, CacheError)):
         return None
     return _named(_condensed(str(error)))
 

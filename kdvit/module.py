@@ -152,6 +152,12 @@ class DistillationModule(pl.LightningModule):
         if self.compiled in ("teacher", "both") and self.teacher is not None:
             self.teacher.network.compile()
 
+    def teacher_request(self) -> tuple[tuple[int, ...], bool]:
+        """Returns the teacher's layers that the distillers want, by index and in their order, and whether logits too."""
+        if self.teacher is None:
+            return (), False
+        return tuple(self.teacher.network.resolve(layer) for layer in self._teacher_layers), self._teacher_logits
+
     # One batch
 
     def forward(self, image: Tensor) -> Tensor:
@@ -195,9 +201,10 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch."""
-        teacher = None
-        if self.teacher is not None:
-            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits).at_least_float32()
+        teacher = batch.teacher
+        if teacher is None and self.teacher is not None:
+            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits)
+        teacher = None if teacher is None else teacher.at_least_float32()
         student = self.student(batch.image, self._student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
             terms = self.terms(student, teacher, batch.target)

@@ -25,18 +25,23 @@ def subclasses(cls: type[T]) -> dict[str, type[T]]:
     return found
 
 
-class Batch(NamedTuple):
-    """What every data module yields.
+class View(NamedTuple):
+    """One augmented view of one image.
 
     Attributes:
-        image: Normalised images, ``[B, 3, H, W]``, float32.
-        target: Class indices ``[B]``, int64; class probabilities ``[B, K]`` once Mixup or CutMix has run.
-        index: Position of each image in its data set, ``[B]``, int64.
+        image: Position of the image in its data set.
+        epoch: The epoch that asks for it; with a cache, the cached view.
+        repeat: Which of the epoch's repeats it is.
     """
 
-    image: Tensor
-    target: Tensor
-    index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
+    image: int
+    epoch: int = 0
+    repeat: int = 0
+
+    @classmethod
+    def of(cls, index: View | int) -> View:
+        """Returns a view as it is, and for a number the first view of that image, for samplers that are not ours."""
+        return index if isinstance(index, View) else cls(index)
 
 
 class ViTOutput(NamedTuple):
@@ -55,6 +60,22 @@ class ViTOutput(NamedTuple):
         """Returns the same output in float32 or better, where losses are computed whatever the network's precision."""
         logits = None if self.logits is None else at_least_float32(self.logits)
         return ViTOutput(logits, tuple(at_least_float32(feature) for feature in self.features))
+
+
+class Batch(NamedTuple):
+    """What every data module yields.
+
+    Attributes:
+        image: Normalised images, ``[B, 3, H, W]``, float32.
+        target: Class indices ``[B]``, int64; class probabilities ``[B, K]`` once Mixup or CutMix has run.
+        index: Position of each image in its data set, ``[B]``, int64.
+        teacher: What the distillers want of the teacher, where a cache has it; else None.
+    """
+
+    image: Tensor
+    target: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
+    teacher: ViTOutput | None = None
 
 
 class OutputShapes(NamedTuple):

@@ -13,7 +13,9 @@ import kdvit
 
 LEVELS = [
     {"structures", "optim", "metrics", "config_files"},
-    {"models", "distillers", "data"},
+    {"models", "distillers"},
+    {"cache"},
+    {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
     {"lookup"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdvit import DistillationModule
+from kdvit import DistillationModule, load_student
 from kdvit.data import Digits
 from kdvit.distillers import FeatureDistiller, LogitDistiller
 from kdvit.models import TimmStudent
@@ -84,3 +84,23 @@ def _kdvit(*args: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_two_processes_write_and_train_from_the_cache_of_one() -> None:
+    _kdvit("fit", "--config", "demo/teacher.yaml", "--trainer.max_epochs", "1", "--trainer.default_root_dir", "teacher")
+    given = ["--config", "demo/lift.yaml", "--model.teacher.init_args.arch", "local-dir:teacher/student"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    views = ["--data.init_args.repeats", "2", "--views", "2"]
+    _kdvit("cache", *given, *views, "--out", "one")
+    _kdvit("cache", *given, *views, "--out", "two", *two)
+    one, other = ({file.name: file.read_bytes() for file in Path(name).iterdir()} for name in ("one", "two"))
+    assert len(one) == 7
+    assert one == other
+    short = ["--trainer.max_epochs", "2", "--ema.decay", "0.9", "--data.init_args.repeats", "2"]
+    cached, online = (
+        _kdvit("fit", *given, *two, *short, *more, "--trainer.default_root_dir", root)
+        and load_student(f"{root}/student").state_dict()
+        for root, more in (("cached", ["--data.init_args.cache", "two"]), ("online", []))
+    )
+    for name, value in online.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-2, atol=2e-3, msg=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.tokens import as_tokens
 from kdvit.models import FrozenTeacher, Network, as_network
+from kdvit.models.checkpoint import weights_sha256
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.structures import Batch, ImageFormat, Layer
 
@@ -139,15 +139,6 @@ def describe_network(name: str, network: Network, layers: list[LayerReport]) -> 
         network.depth,
         layers,
     )
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Returns a hash of all weights with their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def analyze(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,12 +11,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kdvit.cache import CacheError, CacheReader, open_cache
+from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
-from kdvit.structures import Batch, ImageFormat
+from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]
 
@@ -33,9 +35,11 @@ class ImageDataModule(pl.LightningDataModule):
         mixup: Alpha of Mixup; 0 for none, as in the paper's runs.
         cutmix: Alpha of CutMix; 0 for none, as in the paper's runs.
         seed: Seed of order and augmentation; by default the run's.
+        cache: Folder of stored teacher outputs, made by `kdvit cache`. With it, the teacher does not run in training, and
+            epoch e shows view ``e % views`` of an image, views being those that the cache holds.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or Mixup or CutMix is asked for beside a cache.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ImageDataModule(pl.LightningDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         seed: int | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         at_least: dict[str, tuple[float, int]] = {
@@ -65,6 +70,13 @@ class ImageDataModule(pl.LightningDataModule):
                 raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
+        if (mixup or cutmix) and cache is not None:
+            raise ValueError(
+                f"{type(self).__name__}: Mixup and CutMix make new images of pairs, and a teacher's output for a mixed image is "
+                "no mixture of its outputs, so no cache has it. Set mixup and cutmix to 0, or leave cache out."
+            )
+        self.cache = cache
+        self._reader: CacheReader | None = None
         self.batch_size, self.num_workers, self.repeats = batch_size, num_workers, repeats
         self.image_format = ImageFormat((img_size, img_size), mean, std, interpolation="bilinear")
         self.mixup, self.cutmix = mixup, cutmix
@@ -87,6 +99,31 @@ class ImageDataModule(pl.LightningDataModule):
     def require(self, split: Split) -> None:
         """Raises if the images of a split are not there, without building its data set. Here, all splits are."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns in plain types all that the pixels of the training views follow from: a cache is made for just that.
+
+        The number of images and what a data set's own `fingerprint()` says are part of it.
+
+        Raises:
+            CacheError: If the data set has no `fingerprint()`.
+        """
+        dataset: Any = self.dataset("train")
+        if not hasattr(dataset, "fingerprint"):
+            raise CacheError(
+                f"{type(dataset).__name__} has no method fingerprint(), which tells its images and its transform in plain types. "
+                "Without it nobody can say whether a cache belongs to the data."
+            )
+        size, mean, std = self.image_format[:3]
+        shared = {"class": type(self).__name__, "seed": self.seed, "repeats": self.repeats, "images": len(dataset)}
+        return {**shared, "size": size, "mean": mean, "std": std, **dataset.fingerprint()}
+
+    def setup(self, stage: str) -> None:
+        """Opens the cache of a fit, if it was made for just this run."""
+        if stage == "fit" and self.cache is not None and self.trainer is not None:
+            module: Any = self.trainer.lightning_module
+            layers, logits = module.teacher_request()
+            self._reader = open_cache(Path(self.cache), module.teacher, layers, logits, self.fingerprint())
+
     def path(self, index: int) -> str:
         """Returns the name of a test image, for tables."""
         raise NotImplementedError
@@ -95,6 +132,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Returns the training batches of this rank; the last one is left out if it is not whole."""
         dataset: Any = self.dataset("train")
         sampler = self._sampler(len(dataset), training=True)
+        if self._reader is not None:
+            dataset = ViewBatches(dataset, self._reader)
         whole = len(sampler) >= self.batch_size
         if (self.mixup or self.cutmix) and not whole:
             raise ValueError(
@@ -102,6 +141,12 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{self.batch_size}."
             )
         return ResumableLoader(dataset, sampler=sampler, drop_last=whole, **self._loading())
+
+    def replay_dataloader(self, batches: Sampler[list[View]]) -> DataLoader[Any]:
+        """Returns training images, augmented, in the batches of views that a sampler says."""
+        return DataLoader(
+            ViewBatches(self.dataset("train")), sampler=batches, **{**self._loading(), "batch_size": None}
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches of this rank, each image on one rank."""
@@ -133,8 +178,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _sampler(self, size: int, training: bool) -> ViewSampler:
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        views = None if self._reader is None else self._reader.manifest.views
         return ViewSampler(
-            size, training=training, repeats=self.repeats, num_replicas=replicas, rank=rank, seed=self.seed
+            size,
+            training=training,
+            repeats=self.repeats,
+            num_replicas=replicas,
+            rank=rank,
+            seed=self.seed,
+            views=views,
         )
 
     def _loading(self) -> dict[str, Any]:
@@ -145,14 +197,6 @@ class ImageDataModule(pl.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
         }
-
-
-def collate(samples: Batch | list[tuple[Tensor, int, int]]) -> Batch:
-    """Stacks samples into a Batch; a Batch passes through."""
-    if isinstance(samples, Batch):
-        return samples
-    images, targets, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))
 
 
 def even_batch_size(images: int, ranks: int, batch_size: int) -> int:

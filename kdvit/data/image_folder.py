@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.sampling import View
 from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.data.transforms import Transform, eval_transform, train_transform
+from kdvit.structures import View
 
 LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
 
@@ -54,16 +56,24 @@ class ImageFolder(ImageDataModule):
         self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
         self.class_names = _same_classes(self.root, list(self.samples))
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
+        self.augmentation: dict[str, Any] = {
+            "auto_augment": auto_augment,
+            "color_jitter": color_jitter,
+            "random_erasing": random_erasing,
+            "interpolation": interpolation,
+        }
         size, mean, std = self.image_format.size[0], self.image_format.mean, self.image_format.std
-        self.train_transform = train_transform(
-            size, mean, std, auto_augment, color_jitter, random_erasing, interpolation
-        )
+        self.train_transform = train_transform(size, mean, std, **self.augmentation)
         self.eval_transform = eval_transform(size, mean, std, crop_pct, interpolation)
 
     def require(self, split: Split) -> None:
         """Raises FileNotFoundError for training images where the root has validation images alone."""
         if split == "train" and split not in self.samples:
             raise FileNotFoundError(f"There is no folder {str(self.root / split)!r}. {LAYOUT}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns also the arguments of the training transform, so that a difference can be named."""
+        return {**super().fingerprint(), **self.augmentation}
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of train, or of val for every evaluation."""
@@ -106,6 +116,15 @@ class FolderImages(Dataset[Any]):
             return self.transform(image), target, view.image
         with seeded(mixed_seed(self.seed, *view)):
             return self.transform(image), target, view.image
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns in plain types what the pixels of a view follow from: the files, by their sizes, and the transform."""
+        root = os.path.commonpath([path for path, _ in self.samples])
+        listing = hashlib.sha256()
+        for path, target in self.samples:
+            listing.update(f"{os.path.relpath(path, root)} {target} {os.path.getsize(path)}\n".encode())
+        transform = hashlib.sha256(repr(self.transform).encode()).hexdigest()
+        return {"content": listing.hexdigest(), "transform": transform}
 
 
 def read_image(path: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from kdvit.data.sampling import View
-from kdvit.structures import Batch, ImageFormat
+from kdvit.structures import Batch, ImageFormat, View
 
 
 def check_augmentation(padding: int, hflip: float = 0.0) -> None:
@@ -56,6 +56,11 @@ class InMemoryImages(Dataset[Any]):
     def __getitem__(self, index: View | int) -> tuple[Tensor, int, int]:
         batch = self.__getitems__([index])
         return batch.image[0], int(batch.target[0]), int(batch.index[0])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns in plain types what the pixels of a view follow from: the images and the augmentation."""
+        digest = hashlib.sha256(self.pixels.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest()
+        return {"content": digest, "padding": self.padding, "hflip": self.hflip}
 
     def __getitems__(self, indices: Sequence[View | int]) -> Batch:
         views = [View.of(index) for index in indices]

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdvit.data.seeding import mixed_seed
-
-
-class View(NamedTuple):
-    """One augmented view of one image.
-
-    Attributes:
-        image: Position of the image in its data set.
-        epoch: The epoch that asks for it.
-        repeat: Which of the epoch's repeats it is.
-    """
-
-    image: int
-    epoch: int = 0
-    repeat: int = 0
-
-    @classmethod
-    def of(cls, index: View | int) -> View:
-        """Returns a view as it is, and for a number the first view of that image, for samplers that are not ours."""
-        return index if isinstance(index, View) else cls(index)
+from kdvit.structures import View
 
 
 class ViewSampler(DistributedSampler[Any]):
@@ -48,16 +30,26 @@ class ViewSampler(DistributedSampler[Any]):
         num_replicas: Number of ranks.
         rank: This rank.
         seed: Seed of the order.
+        views: Epochs after which the views of an image come again (the order does not); None for never.
 
     Attributes:
         start: Views that the next iteration leaves out at its beginning; the one after starts at 0 again.
     """
 
     def __init__(
-        self, size: int, *, training: bool, repeats: int = 1, num_replicas: int = 1, rank: int = 0, seed: int = 0
+        self,
+        size: int,
+        *,
+        training: bool,
+        repeats: int = 1,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        views: int | None = None,
     ) -> None:
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=training, seed=seed)  # type: ignore[arg-type]
         self.size, self.training, self.repeats = size, training, repeats if training else 1
+        self.views = views
         self.start = 0
 
     def __len__(self) -> int:
@@ -73,9 +65,10 @@ class ViewSampler(DistributedSampler[Any]):
         if self.training:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
+        epoch = self.epoch if self.views is None else self.epoch % self.views
         for i in range(start, len(self)):
             image, repeat = divmod((self.rank + i * self.num_replicas) % (self.size * self.repeats), self.repeats)
-            yield View(order[image], self.epoch, repeat)
+            yield View(order[image], epoch, repeat)
 
 
 class ResumableLoader(DataLoader[Any]):

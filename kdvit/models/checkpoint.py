@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import kdvit
 from kdvit.models.network import Network, TimmNetwork
@@ -53,6 +55,15 @@ def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps({**_timm_config(spec), "kdvit": spec}, indent=2) + "\n")
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Returns the SHA-256 of all weights and buffers with their names, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_student(path: str | Path, ema: bool = False) -> Network:

@@ -1,0 +1,6 @@
+"""Teacher outputs on disk: one record for each augmented view of each training image, made once for many students."""
+
+from kdvit.cache.manifest import CacheError, Manifest
+from kdvit.cache.store import CacheReader, open_cache
+
+__all__ = ["CacheError", "CacheReader", "Manifest", "open_cache"]

@@ -1,0 +1,142 @@
+"""What a cache holds and what it was made of, so that no student learns from outputs of something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kdvit import __version__
+from kdvit.models import FrozenTeacher
+from kdvit.models.checkpoint import weights_sha256
+from kdvit.structures import View
+
+FILE = "manifest.json"
+PACKAGES = ("torch", "torchvision", "timm", "Pillow", "numpy")
+
+
+class CacheError(ValueError):
+    """A cache that cannot be written, or does not belong to a run. The command line shows the message alone."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents and the origin of a cache.
+
+    Attributes:
+        images: Number of training images.
+        views: Views of an image; epoch e of a training uses view ``e % views``.
+        repeats: Repeats of an image in an epoch (repeated augmentation), each a view of its own.
+        layers: Teacher layers whose maps are stored, by index.
+        shapes: ``(C, H, W)`` of each of them.
+        classes: Number of classes K, or None where no logits are stored.
+        topk: Number of the most probable classes that are stored; None for the logits of all.
+        precision: The Trainer's precision at the time of writing.
+        origin: What the outputs follow from: teacher, data and library versions, in plain types.
+        complete: Whether every record is there.
+    """
+
+    images: int
+    views: int
+    repeats: int
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    classes: int | None
+    topk: int | None
+    precision: str
+    origin: dict[str, Any]
+    complete: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of records."""
+        return self.views * self.images * self.repeats
+
+    def row(self, view: View) -> int:
+        """Returns the record of a view; those of one epoch lie together."""
+        return (view.epoch * self.images + view.image) * self.repeats + view.repeat
+
+    def view(self, row: int) -> View:
+        """Returns the view of a record."""
+        rest, repeat = divmod(row, self.repeats)
+        epoch, image = divmod(rest, self.images)
+        return View(image, epoch, repeat)
+
+    def save(self, folder: Path) -> None:
+        """Writes the manifest in one piece: a kill leaves the old one or the new one."""
+        write_whole(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    def completed(self) -> Manifest:
+        """Returns the same manifest of a finished cache."""
+        return replace(self, complete=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a cache.
+
+        Raises:
+            CacheError: If there is none.
+        """
+        try:
+            plain = json.loads((folder / FILE).read_text())
+            shapes = tuple((c, h, w) for c, h, w in plain["shapes"])
+            return cls(**{**plain, "layers": tuple(plain["layers"]), "shapes": shapes})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it by "
+                f"`kdvit cache --config ... --out {folder}`."
+            ) from error
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file under another name, forces it to the disk, and renames it."""
+    with file.with_name(f"{file.name}.tmp").open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        put_in_place(stream.fileno(), file)
+
+
+def put_in_place(descriptor: int, file: Path) -> None:
+    """Forces ``FILE.tmp``, open and flushed as `descriptor`, to the disk and renames it to FILE."""
+    os.fsync(descriptor)
+    os.replace(file.with_name(f"{file.name}.tmp"), file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, Any]:
+    """Returns all that the stored outputs follow from, by names of one level.
+
+    Args:
+        teacher: The teacher.
+        data: The fingerprint of the training data.
+    """
+    network = teacher.network
+    own = network.image_format
+    facts: dict[str, Any] = {
+        "teacher.class": type(network).__name__,
+        "teacher.weights": weights_sha256(network),
+        "teacher.input": [own.size, own.mean, own.std],
+        **{f"data.{name}": value for name, value in data.items()},
+        **{f"version.{name}": version(name) for name in PACKAGES},
+        "version.kdvit": __version__,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any], among: Sequence[str] | None = None) -> list[str]:
+    """Names every item in which a run differs from a cache, with both values."""
+    names = sorted({*ours, *theirs}) if among is None else among
+    return [
+        f"{name} is {ours.get(name)!r} and was {theirs.get(name)!r}"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]

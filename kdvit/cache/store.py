@@ -1,0 +1,218 @@
+"""Records of teacher outputs in files of fixed size: written one after another, read by memory maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdvit.cache.manifest import CacheError, Manifest, describe_origin, differing, put_in_place
+from kdvit.models import FrozenTeacher
+from kdvit.structures import View, ViTOutput
+
+ROWS = 1024
+"""Records of a shard."""
+MAPS = 4096
+"""Files that a process keeps mapped; Linux allows 65,530."""
+PRECISION = np.dtype("<f2")
+"""Type of the stored numbers."""
+
+
+def record_type(manifest: Manifest) -> np.dtype[Any]:
+    """Returns the type of one record: the logits, then one map for each layer."""
+    fields: list[tuple[Any, ...]] = []
+    if manifest.topk is not None and manifest.classes is not None:
+        fields.append(("classes", "<u2" if manifest.classes <= 2**16 else "<u4", (manifest.topk,)))
+        fields.append(("logits", PRECISION, (manifest.topk + 1,)))
+    elif manifest.classes is not None:
+        fields.append(("logits", PRECISION, (manifest.classes,)))
+    maps = zip(manifest.layers, manifest.shapes, strict=True)
+    return np.dtype([*fields, *((f"layer{layer}", PRECISION, shape) for layer, shape in maps)])
+
+
+def shrink_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Keeps the most probable classes at temperature 1, and how probable the others are on average.
+
+    Args:
+        logits: ``[B, K]``.
+        k: Number of classes to keep, below K.
+
+    Returns:
+        The classes ``[B, k]``, and ``[B, k + 1]``: their log-probabilities, then the log of the mean probability of all
+        other classes.
+    """
+    ranked, classes = logits.float().log_softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    others = ranked[:, k:]
+    rest = others.logsumexp(dim=1, keepdim=True) - torch.tensor(others.shape[1]).log()
+    return classes[:, :k], torch.cat([ranked[:, :k], rest], dim=1)
+
+
+def expand_logits(classes: Tensor, values: Tensor, count: int) -> Tensor:
+    """Returns logits ``[B, K]`` that give the kept classes their probabilities and spread the rest evenly.
+
+    At temperature 1 the kept probabilities are the teacher's. At another temperature the rest is tempered as if it were
+    spread evenly, which takes away what the teacher said about the classes that are not kept.
+
+    Example:
+        >>> classes, values = shrink_logits(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), k=2)
+        >>> expand_logits(classes, values, 4).softmax(dim=1)
+        tensor([[0.6439, 0.0596, 0.2369, 0.0596]])
+    """
+    return values[:, -1:].repeat(1, count).scatter_(1, classes, values[:, :-1])
+
+
+def encode(output: ViTOutput, manifest: Manifest) -> np.ndarray[Any, Any]:
+    """Turns teacher outputs into records ``[B]``.
+
+    Raises:
+        CacheError: If a value is beyond the range of half precision.
+    """
+    parts: dict[str, Tensor] = {
+        f"layer{layer}": feature for layer, feature in zip(manifest.layers, output.features, strict=True)
+    }
+    if output.logits is not None and manifest.topk is not None:
+        parts["classes"], parts["logits"] = shrink_logits(output.logits, manifest.topk)
+    elif output.logits is not None:
+        parts["logits"] = output.logits
+    records = np.empty(len(next(iter(parts.values()))), record_type(manifest))
+    for name, part in parts.items():
+        values = part.cpu() if name == "classes" else part.float().cpu()
+        largest, most = float(values.abs().max()), float(np.finfo(PRECISION).max)
+        if not largest <= most:
+            raise CacheError(
+                f"{name} of the teacher reaches {largest:g}, beyond the {most:g} of the stored "
+                f"{PRECISION.name}. Distil another layer, or store the rest alone (--store logits or features)."
+            )
+        records[name] = values.numpy()
+    return records
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Returns the file of a shard."""
+    return folder / f"{shard:06d}.npy"
+
+
+def shard_rows(manifest: Manifest, shard: int) -> range:
+    """Returns the records of a shard."""
+    return range(shard * ROWS, min((shard + 1) * ROWS, manifest.rows))
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """Returns the shards that have yet to be written."""
+    shards = -(-manifest.rows // ROWS)
+    return [shard for shard in range(shards) if not shard_file(folder, shard).exists()]
+
+
+def append_records(folder: Path, manifest: Manifest, rows: Sequence[int], records: np.ndarray[Any, Any]) -> None:
+    """Adds records to their shard, which has a temporary name until the last of them is on the disk.
+
+    Args:
+        folder: The cache.
+        manifest: What it is to hold.
+        rows: The numbers of the records, which follow those added before.
+        records: ``[B]``.
+    """
+    shard = rows[0] // ROWS
+    file, whole = shard_file(folder, shard), shard_rows(manifest, shard)
+    with file.with_name(f"{file.name}.tmp").open("wb" if rows[0] == whole[0] else "ab") as stream:
+        if rows[0] == whole[0]:
+            descr = np.lib.format.dtype_to_descr(records.dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": (len(whole),)}
+            np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(records.tobytes())
+        if rows[-1] == whole[-1]:
+            stream.flush()
+            put_in_place(stream.fileno(), file)
+
+
+class CacheReader:
+    """Reads teacher outputs of views, in any process.
+
+    Args:
+        folder: The cache.
+        manifest: What it holds.
+        layers: Layers to read, in this order, each as often as it is named.
+        logits: Whether to read logits.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, layers: Sequence[int], logits: bool) -> None:
+        self.folder, self.manifest = folder.absolute(), manifest
+        self.layers, self.logits = tuple(layers), logits
+        self._maps: dict[int, np.ndarray[Any, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_maps": {}}  # each process maps the files itself
+
+    def read(self, views: Sequence[View]) -> ViTOutput:
+        """Returns the outputs of views: logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` a layer, as stored."""
+        places = [divmod(self.manifest.row(view), ROWS) for view in views]
+        records = [(self._shard(shard), row) for shard, row in places]
+        found = {layer: _gather(records, f"layer{layer}") for layer in dict.fromkeys(self.layers)}
+        return ViTOutput(self._logits(records), tuple(found[layer] for layer in self.layers))
+
+    def _shard(self, shard: int) -> np.ndarray[Any, Any]:
+        if shard not in self._maps:
+            if len(self._maps) == MAPS:
+                self._maps.pop(next(iter(self._maps)))
+            self._maps[shard] = np.asarray(np.load(shard_file(self.folder, shard), mmap_mode="r"))
+        return self._maps[shard]
+
+    def _logits(self, records: list[tuple[np.ndarray[Any, Any], int]]) -> Tensor | None:
+        if not self.logits or self.manifest.classes is None:
+            return None
+        values = _gather(records, "logits")
+        if self.manifest.topk is None:
+            return values
+        return expand_logits(_gather(records, "classes").long(), values, self.manifest.classes)
+
+
+def _gather(records: list[tuple[np.ndarray[Any, Any], int]], name: str) -> Tensor:
+    first, _ = records[0]
+    gathered = np.empty((len(records), *first.dtype[name].shape), first.dtype[name].base)
+    for i, (shard, row) in enumerate(records):
+        gathered[i] = shard[name][row]
+    return torch.from_numpy(gathered)
+
+
+def open_cache(
+    folder: Path, teacher: FrozenTeacher | None, layers: Sequence[int], logits: bool, data: dict[str, Any]
+) -> CacheReader:
+    """Opens a cache for a run, if it was made for just that.
+
+    Args:
+        folder: The cache.
+        teacher: The run's teacher.
+        layers: Teacher layers that the run wants, by index.
+        logits: Whether it wants logits.
+        data: Fingerprint of its training data.
+
+    Raises:
+        CacheError: If the cache is not complete, lacks something, or is of another origin; the message names what.
+    """
+    if teacher is None:
+        raise CacheError("A cache of teacher outputs is given, and the run has no teacher. Leave data.cache out.")
+    manifest = Manifest.load(folder)
+    if not manifest.complete:
+        raise CacheError(
+            f"The cache {str(folder)!r} is not complete: {len(missing_shards(folder, manifest))} of "
+            f"{-(-manifest.rows // ROWS)} shards are missing. The `kdvit cache` that began it goes on where it stopped: "
+            f"`kdvit cache --config ... --out {folder} --views {manifest.views}`."
+        )
+    lacking = [f"layer {layer}" for layer in dict.fromkeys(layers) if layer not in manifest.layers]
+    lacking += ["logits"] if logits and manifest.classes is None else []
+    if lacking:
+        raise CacheError(
+            f"The distillers want {', '.join(lacking)} of the teacher, which the cache {str(folder)!r} does not hold. Make one "
+            "with the config of this run."
+        )
+    differences = differing(describe_origin(teacher, data), manifest.origin)
+    if differences:
+        raise CacheError(
+            f"The cache {str(folder)!r} was made of something else: {'; '.join(differences)}. Train as it was made, or make "
+            "another by `kdvit cache`."
+        )
+    return CacheReader(folder, manifest, layers, logits)

@@ -1,0 +1,395 @@
+"""Stored teacher outputs: what training gets of them, how they are written, and when they are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdvit import DistillationModule, load_student
+from kdvit.cache import CacheError, Manifest
+from kdvit.cache import store as cache_store
+from kdvit.cache.store import encode, expand_logits, record_type, shrink_logits
+from kdvit.cache.writer import CacheWriting
+from kdvit.cli import main
+from kdvit.data import Digits
+from kdvit.data.sampling import ViewSampler
+from kdvit.models import FrozenTeacher
+from kdvit.structures import View, ViTOutput
+from tests.runs import QUIET, fit
+
+EPOCHS = [*QUIET, "--trainer.max_epochs", "2"]
+
+
+def cache(teacher: str, *more: str, method: str = "lift", out: str = "cache") -> None:
+    arch = ["--model.teacher.init_args.arch", teacher]
+    main(["cache", "--config", f"demo/{method}.yaml", *QUIET, *arch, "--out", out, *more])
+
+
+def cached(out: str = "cache") -> list[str]:
+    return ["--data.init_args.cache", out]
+
+
+def weights(root: str) -> dict[str, Tensor]:
+    return load_student(f"{root}/student").state_dict()
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def refusal(capsys: Any, *args: Any, **more: Any) -> str:
+    run = more.pop("run", fit)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(*args, **more)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+class Recorder:
+    """Keeps every training batch, and counts the teacher's runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        self.teacher_runs = 0
+        step, run = DistillationModule.training_step, FrozenTeacher.__call__
+
+        def recorded(module: DistillationModule, batch: Any, batch_idx: int) -> Tensor:
+            self.images.append(batch.image)
+            self.indices.append(batch.index)
+            before = self.teacher_runs
+            loss = step(module, batch, batch_idx)
+            assert (self.teacher_runs == before) == (batch.teacher is not None)
+            return loss
+
+        def counted(teacher: FrozenTeacher, *args: Any) -> ViTOutput:
+            self.teacher_runs += 1
+            return run(teacher, *args)
+
+        monkeypatch.setattr(DistillationModule, "training_step", recorded)
+        monkeypatch.setattr(FrozenTeacher, "__call__", counted)
+
+
+# Training
+
+
+@pytest.mark.parametrize("method", ["lift", "wide_last", "soft_kd", "feature"])
+def test_a_cached_run_ends_where_the_online_run_on_rounded_outputs_ends(
+    method: str, demo_teacher: str, monkeypatch
+) -> None:
+    cache(demo_teacher, "--views", "2", method=method)
+    fit(method, demo_teacher, *EPOCHS, *cached(), "--trainer.default_root_dir", "cached")
+    run = FrozenTeacher.__call__
+
+    def rounded(teacher: FrozenTeacher, *args: Any) -> ViTOutput:
+        logits, features = run(teacher, *args)
+        return ViTOutput(None if logits is None else logits.half(), tuple(each.half() for each in features))
+
+    monkeypatch.setattr(FrozenTeacher, "__call__", rounded)
+    fit(method, demo_teacher, *EPOCHS, "--trainer.default_root_dir", "online")
+    online = weights("online")
+    for name, value in weights("cached").items():
+        assert torch.equal(value, online[name]), (name, (value - online[name]).abs().max())
+
+
+def test_in_float32_a_cached_run_with_ema_and_repeats_ends_where_the_online_run_ends(
+    demo_teacher: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(cache_store, "PRECISION", np.dtype("<f4"))
+    more = ["--data.init_args.repeats", "3"]
+    cache(demo_teacher, "--views", "2", *more)
+    more += ["--ema.decay", "0.9"]
+    fit("lift", demo_teacher, *EPOCHS, *more, *cached(), "--trainer.default_root_dir", "cached")
+    fit("lift", demo_teacher, *EPOCHS, *more, "--trainer.default_root_dir", "online")
+    for ema in (False, True):
+        one, other = (load_student(f"{r}/checkpoints/last.ckpt", ema).state_dict() for r in ("cached", "online"))
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), (name, (value - other[name]).abs().max())
+
+
+def test_the_pixels_are_those_of_the_online_run_and_the_teacher_rests(demo_teacher: str, monkeypatch) -> None:
+    cache(demo_teacher, "--views", "2")
+    workers = ["--data.init_args.num_workers", "1"]
+    recorder = Recorder(monkeypatch)
+    fit("lift", demo_teacher, *EPOCHS, *workers, *cached(), "--trainer.default_root_dir", "cached")
+    seen, scoring = list(recorder.images), recorder.teacher_runs
+    recorder = Recorder(monkeypatch)
+    fit("lift", demo_teacher, *EPOCHS, "--trainer.default_root_dir", "online")
+    assert len(seen) == len(recorder.images) == 40
+    assert all(torch.equal(one, other) for one, other in zip(seen, recorder.images, strict=True))
+    assert scoring == 8  # the validation set once, at the start of the run
+
+
+def test_epoch_e_shows_view_e_modulo_views_in_an_order_of_its_own(demo_teacher: str, monkeypatch) -> None:
+    cache(demo_teacher, "--views", "2")
+    recorder = Recorder(monkeypatch)
+    fit("lift", demo_teacher, *QUIET, "--trainer.max_epochs", "4", *cached())
+    epochs = [slice(20 * epoch, 20 * (epoch + 1)) for epoch in range(4)]
+    shown = []
+    for epoch in epochs:
+        images, indices = torch.cat(recorder.images[epoch]), torch.cat(recorder.indices[epoch]).tolist()
+        shown.append(dict(zip(indices, images, strict=True)))
+    for one, other, same in ((0, 2, True), (1, 3, True), (0, 1, False)):
+        both = shown[one].keys() & shown[other].keys()
+        assert len(both) > 1000
+        assert all(torch.equal(shown[one][i], shown[other][i]) for i in both) == same
+    assert list(shown[0]) != list(shown[2])
+
+
+def test_views_come_again_with_every_rank_and_repeat() -> None:
+    for rank in (0, 1):
+        plain, cyclic = (
+            ViewSampler(300, training=True, repeats=3, num_replicas=2, rank=rank, views=views) for views in (None, 2)
+        )
+        for sampler in (plain, cyclic):
+            sampler.set_epoch(5)
+        assert [view._replace(epoch=1) for view in plain] == list(cyclic)
+
+
+def test_a_cached_run_stopped_in_mid_epoch_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -> None:
+    cache(demo_teacher, "--views", "1")
+    more = [*EPOCHS, *cached(), "--ema.decay=0.9", "--last_checkpoint.every_n_train_steps=33"]
+    fit("lift", demo_teacher, *more, "--trainer.default_root_dir=whole")
+    fit("lift", demo_teacher, *more, "--trainer.max_steps=33")
+    shutil.move("cache", "elsewhere")
+    fit("lift", demo_teacher, *more, *cached("elsewhere"))
+    one, other = weights("whole"), weights("run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_trained_run_is_read_without_its_cache(demo_teacher: str) -> None:
+    cache(demo_teacher)
+    fit("lift", demo_teacher, *EPOCHS, *cached())
+    shutil.rmtree("cache")
+    main(["validate", "--config", "run/config.yaml", *QUIET])
+
+
+# Writing
+
+
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str, monkeypatch, capsys) -> None:
+    views = ["--views", "3"]
+    cache(demo_teacher, *views, out="whole")
+    take = CacheWriting.take
+
+    def killed(run: CacheWriting, rows: Any, output: ViTOutput) -> None:
+        if rows[0] > 1500:
+            raise KeyboardInterrupt("killed")
+        take(run, rows, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriting, "take", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            cache(demo_teacher, *views)
+    left = {file.name for file in Path("cache").iterdir()}
+    assert left == {"manifest.json", "000000.npy", "000001.npy.tmp"}
+    assert "'cache' is not complete: 3 of 4 shards are missing" in refusal(
+        capsys, "lift", demo_teacher, *EPOCHS, *cached()
+    )
+    first = Path("cache/000000.npy").stat().st_mtime_ns
+    cache(demo_teacher, *views)
+    assert contents("cache") == contents("whole")
+    assert Path("cache/000000.npy").stat().st_mtime_ns == first
+    monkeypatch.setattr(CacheWriting, "take", killed)
+    capsys.readouterr()
+    cache(demo_teacher, *views)
+    assert "Next: kdvit fit --config " in capsys.readouterr().out
+
+
+def test_too_little_disk_is_said_before_anything_is_written(demo_teacher: str, monkeypatch, capsys) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2_000_000))
+    message = refusal(capsys, demo_teacher, run=cache)
+    assert "needs 0.003 GB more, and the disk of 'cache' has 0.002 GB free" in message
+    assert not Path("cache").exists()
+
+
+def test_a_cache_of_other_settings_is_not_gone_on_with(demo_teacher: str, capsys) -> None:
+    cache(demo_teacher)
+    message = refusal(capsys, demo_teacher, "--views", "2", "--topk", "3", "--seed_everything", "5", run=cache)
+    assert "other settings: views is 2 and was 1; topk is 3 and was None; data.seed is 5 and was 0. " in message
+
+
+def test_what_is_stored_is_what_is_asked_for(demo_teacher: str, capsys) -> None:
+    for method, store, fields in (
+        ("lift", "auto", ["logits", "layer3"]),
+        ("soft_kd", "auto", ["logits"]),
+        ("lift", "features", ["layer3"]),
+        ("lift", "logits", ["logits"]),
+        ("feature", "both", ["logits", "layer3"]),
+    ):
+        out = f"{method}_{store}"
+        cache(demo_teacher, "--store", store, method=method, out=out)
+        assert list(np.load(f"{out}/000000.npy", mmap_mode="r").dtype.names) == fields
+    fit("soft_kd", demo_teacher, *EPOCHS, *cached("feature_both"))
+    lift = ["--trainer.default_root_dir", "lift", *EPOCHS]
+    message = refusal(capsys, "lift", demo_teacher, *lift, *cached("lift_features"))
+    assert "The distillers want logits of the teacher, which the cache 'lift_features' does not hold" in message
+    assert "no distiller of this config wants a feature map" in refusal(
+        capsys, demo_teacher, "--store", "features", method="soft_kd", run=cache
+    )
+    assert "--topk must be between 1 and" in refusal(capsys, demo_teacher, "--topk", "10", out="k", run=cache)
+
+
+def test_a_value_beyond_half_precision_is_an_error() -> None:
+    manifest = Manifest(4, 1, 1, (2,), ((3, 2, 2),), None, None, "32-true", {})
+    feature = torch.randn(4, 3, 2, 2)
+    records = encode(ViTOutput(None, (feature,)), manifest)
+    assert records.dtype == record_type(manifest)
+    np.testing.assert_array_equal(records["layer2"], feature.numpy().astype(np.float16))
+    feature[1, 1, 1, 1] = -70_000
+    with pytest.raises(
+        CacheError, match=r"layer2 of the teacher reaches 70000, beyond the 65504 of the stored float16"
+    ):
+        encode(ViTOutput(None, (feature,)), manifest)
+
+
+def test_records_and_views_are_numbered_alike() -> None:
+    manifest = Manifest(5, 3, 2, (), (), 10, None, "32-true", {})
+    views = [View(image, epoch, repeat) for epoch in range(3) for image in range(5) for repeat in range(2)]
+    assert [manifest.view(row) for row in range(manifest.rows)] == views
+    assert [manifest.row(view) for view in views] == list(range(30))
+
+
+def test_top_k_keeps_the_probabilities_of_k_classes_and_spreads_the_rest() -> None:
+    logits = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) * 4
+    exact = logits.double().numpy()
+    probabilities = np.exp(exact) / np.exp(exact).sum(1, keepdims=True)
+    expected = np.empty_like(probabilities)
+    for row, wanted in zip(probabilities, expected, strict=True):
+        kept = np.argsort(row)[-7:]
+        wanted[:] = (1 - row[kept].sum()) / 13
+        wanted[kept] = row[kept]
+    given = expand_logits(*shrink_logits(logits, 7), 20).softmax(dim=1)
+    np.testing.assert_allclose(given.numpy(), expected, rtol=2e-5)
+
+
+def test_top_k_logits_train(demo_teacher: str) -> None:
+    cache(demo_teacher, "--topk", "3", method="soft_kd")
+    fit("soft_kd", demo_teacher, *EPOCHS, *cached())
+    assert record_type(Manifest.load(Path("cache"))).itemsize == 2 * 3 + 2 * 4
+
+
+# Checking
+
+
+def test_check_prints_the_largest_errors(demo_teacher: str, capsys) -> None:
+    cache(demo_teacher)
+    given = ["--config", "demo/lift.yaml", "--model.teacher.init_args.arch", demo_teacher, *QUIET]
+    capsys.readouterr()
+    main(["cache", "--check", "cache", "--samples", "100", *given])
+    shown = capsys.readouterr().out
+    assert "100 of 1,297 records recomputed." in shown
+    for name in ("features of layer 3", "logits"):
+        (line,) = (line for line in shown.splitlines() if line.startswith(name))
+        error, largest = (float(part.split()[-1]) for part in line.split(","))
+        assert 0 < error < largest * 2**-10
+    shard = np.load("cache/000000.npy", mmap_mode="r+")
+    shard["logits"][:] += 1
+    shard.flush()
+    main(["cache", "--check", "cache", *given])
+    assert any(
+        float(line.split("error ")[1].split(",")[0]) == pytest.approx(1, abs=0.01)
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("logits")
+    )
+
+
+DIFFERENT = {
+    "seed": (["--seed_everything", "3"], "data.seed is 3 and was 0"),
+    "data seed": (["--data.init_args.seed", "4"], "data.seed is 4 and was 0"),
+    "augmentation": (["--data.init_args.padding", "2"], "data.padding is 2 and was 1"),
+    "normalisation": (["--data.init_args.mean", "[0.4,0.4,0.4]"], "data.mean is [0.4, 0.4, 0.4] and was [0.305"),
+    "repeats": (["--data.init_args.repeats", "2"], "data.repeats is 2 and was 1"),
+}
+
+
+def test_every_mismatch_of_the_settings_is_named(demo_teacher: str, capsys) -> None:
+    cache(demo_teacher)
+    for given, expected in DIFFERENT.values():
+        message = refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached(), *given)
+        assert "The cache 'cache' was made of something else: " in message
+        assert expected in message
+    everything = [option for given, _ in list(DIFFERENT.values())[1:] for option in given]
+    message = refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached(), *everything)
+    assert all(expected in message for _, expected in list(DIFFERENT.values())[1:])
+
+
+def test_other_weights_images_and_versions_are_named(demo_teacher: str, capsys) -> None:
+    cache(demo_teacher)
+    manifest = json.loads(Path("cache/manifest.json").read_text())
+    for name in ("teacher.weights", "teacher.class", "data.content", "data.images", "version.torch", "version.Pillow"):
+        other = {**manifest, "origin": {**manifest["origin"], name: "other"}}
+        Path("cache/manifest.json").write_text(json.dumps(other))
+        assert f"{name} is {manifest['origin'][name]!r} and was 'other'" in refusal(
+            capsys, "lift", demo_teacher, *EPOCHS, *cached()
+        )
+
+
+def test_one_changed_weight_or_pixel_or_file_changes_the_fingerprint(tmp_path) -> None:
+    from kdvit.data import ImageFolder
+    from kdvit.models.checkpoint import weights_sha256
+    from tests.data.test_data_modules import image_folder
+    from tests.tiny import teacher
+
+    network = teacher()
+    before = weights_sha256(network)
+    assert weights_sha256(network) == before
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1
+    assert weights_sha256(network) != before
+
+    digits = Digits()
+    before = digits.fingerprint()
+    digits.images[digits.indices["train"][5], 3, 3] += 1
+    assert {name for name, value in digits.fingerprint().items() if value != before[name]} == {"content"}
+
+    def folder(root: Path, **more: Any) -> dict[str, Any]:
+        return ImageFolder(str(root), img_size=16, **more).fingerprint()
+
+    before = folder(image_folder(tmp_path / "one"))
+    assert folder(image_folder(tmp_path / "two")) == before
+    for more, names in (
+        ({"auto_augment": "rand-m5"}, {"auto_augment", "transform"}),
+        ({"random_erasing": 0.1}, {"random_erasing", "transform"}),
+    ):
+        changed = {name for name, value in folder(tmp_path / "one", **more).items() if value != before[name]}
+        assert changed == names
+    with (tmp_path / "one/train/cat/0.jpg").open("ab") as stream:
+        stream.write(b"more")
+    assert folder(tmp_path / "one")["content"] != before["content"]
+
+
+def test_a_cache_that_is_not_there_is_said(demo_teacher: str, capsys) -> None:
+    assert "no cache of teacher outputs in 'cache'" in refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached())
+    assert "the run has no teacher" in refusal(capsys, "plain", demo_teacher, *EPOCHS, *cached())
+    assert "Give either --out" in refusal(
+        capsys, ["cache", "--config", "demo/lift.yaml", "--model.teacher.init_args.arch", demo_teacher], run=main
+    )
+    assert "no teacher whose outputs" in refusal(
+        capsys, ["cache", "--config", "demo/plain.yaml", "--out", "c"], run=main
+    )
+
+
+@pytest.mark.parametrize("which", ["mixup", "cutmix"])
+def test_mixing_images_beside_a_cache_is_refused_at_construction(which: str) -> None:
+    with pytest.raises(ValueError, match="is no mixture of its outputs"):
+        Digits(**{which: 0.8}, cache="cache")
+
+
+def test_a_data_set_that_cannot_tell_what_it_is_has_no_cache() -> None:
+    class Foreign(Digits):
+        def dataset(self, split: Any) -> Any:
+            return [(torch.zeros(3, 8, 8), 0, 0)]
+
+    with pytest.raises(CacheError, match=r"list has no method fingerprint\(\)"):
+        Foreign().fingerprint()
