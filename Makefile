@@ -41,7 +41,7 @@ types: install  ## Check types
 	$(BIN)/mypy
 
 test: install  ## Run the fast tests and the examples in the documentation
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 test-slow: install  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
