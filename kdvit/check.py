@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
@@ -13,10 +15,15 @@ from kdvit.module import DistillationModule
 from kdvit.structures import ImageFormat, Layer
 
 Rows = list[tuple[str, str]]
+LOADED_IMAGES = 32
 
 
 def describe(
-    module: DistillationModule, datamodule: pl.LightningDataModule, processes: int | None, batches: int
+    module: DistillationModule,
+    datamodule: pl.LightningDataModule,
+    processes: int | None,
+    batches: int,
+    images_per_second: float | None = None,
 ) -> str:
     """Describes a run.
 
@@ -25,6 +32,7 @@ def describe(
         datamodule: Its data.
         processes: Processes that will train, devices times nodes; None where the machine of the run decides.
         batches: Batches accumulated before a step.
+        images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
 
     Returns:
         A table of two columns, one fact a line.
@@ -41,6 +49,7 @@ def describe(
         ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
         *_distillers(module),
         *_steps(module, datamodule, processes, batches),
+        *_loading(datamodule, images_per_second),
         *_counts(module),
     ]
     width = max(len(name) for name, _ in rows)
@@ -116,6 +125,21 @@ def _steps(module: DistillationModule, datamodule: Any, processes: int | None, b
             f"weight decay {options.weight_decay:g}",
         ),
     ]
+
+
+def _loading(datamodule: Any, wanted: float | None) -> Rows:
+    """Measures how fast this process loads training images."""
+    dataset = datamodule.train_dataloader().dataset
+    numbers = np.linspace(0, len(dataset) - 1, LOADED_IMAGES).astype(int).tolist()
+    load_all = getattr(dataset, "__getitems__", None) or (lambda each: [dataset[i] for i in each])
+    load_all(numbers[:1])
+    start = time.perf_counter()
+    load_all(numbers)
+    rate = LOADED_IMAGES / (time.perf_counter() - start)
+    workers = getattr(datamodule, "num_workers", 0)
+    feeds = f"{workers} workers a process feed at most {workers * rate:,.0f}" if workers else "no workers"
+    needs = "" if wanted is None else f"; {wanted:,.0f} a process need {math.ceil(wanted / rate)} workers"
+    return [("loading", f"{rate:,.0f} training images/s a worker, on this machine; {feeds}{needs}")]
 
 
 def _counts(module: DistillationModule) -> Rows:

@@ -45,8 +45,15 @@ MAY_MOVE = ("data.init_args.root ", "data.init_args.num_workers ")  # a run may 
 class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
 
-    def check(self, model: DistillationModule, datamodule: pl.LightningDataModule) -> None:
-        """Build everything, show what a run will do, and take one training and one validation batch on the CPU."""
+    def check(
+        self, model: DistillationModule, datamodule: pl.LightningDataModule, images_per_second: float | None = None
+    ) -> None:
+        """Build everything, show what a run will do, and take one training and one validation batch on the CPU.
+
+        Args:
+            images_per_second: Rate of a process's steps, to be told how many loader workers it needs.
+        """
+        datamodule.num_workers = 0  # type: ignore[attr-defined]
         if isinstance(datamodule, ImageDataModule):
             datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
@@ -247,8 +254,8 @@ class KdvitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "check":
             planned = _planned_processes(given)
-            self.datamodule.num_workers = 0
-            print(describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"]), flush=True)
+            rate = self.config_init[self.subcommand]["images_per_second"]
+            print(describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], rate), flush=True)
         return trainer
 
 

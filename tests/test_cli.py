@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_one_value_in_a_distiller_is_changed_from_the_command_line(capsys) -> No
     assert printed["model"]["distillers"]["logit"]["init_args"]["weight"] == 0.9
 
 
-@pytest.mark.parametrize("command", [["fit"], ["check"], ["compare"], ["distillers"]])
+@pytest.mark.parametrize("command", [["fit"], ["check"], ["cache"], ["analyze"], ["compare"], ["distillers"]])
 def test_help_helps(command: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -261,6 +262,16 @@ def test_a_check_leaves_nothing_behind(capsys) -> None:
     main(["check", "--config", "demo/plain.yaml"])
     assert re.search(r"steps an epoch +20\n", capsys.readouterr().out)
     assert list(Path().iterdir()) == []
+
+
+def test_a_check_tells_how_many_workers_a_rate_needs(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 0.16])
+    monkeypatch.setattr("kdvit.check.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    workers = ["--data.init_args.num_workers", "12", "--images_per_second", "2500"]
+    main(["check", "--config", "demo/plain.yaml", *workers])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("loading"))
+    assert "200 training images/s a worker, on this machine; 12 workers a process feed at most 2,400" in line
+    assert line.endswith("2,500 a process need 13 workers")
 
 
 def test_a_network_of_ones_own_is_student_or_teacher_by_its_class_path(capsys) -> None:

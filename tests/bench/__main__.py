@@ -16,7 +16,7 @@ import lightning
 import timm
 import torch
 
-from tests.bench import analyses, data, online, step, teacher
+from tests.bench import analyses, cached, data, online, scale, step, teacher
 from tests.bench.rounds import Row
 
 MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
@@ -24,8 +24,10 @@ MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
     "step-deit": step.deit,
     "teacher": teacher.rows,
     "online": online.rows,
+    "cached": cached.rows,
     "analyses": analyses.rows,
     "data": data.rows,
+    "scale": scale.rows,
 }
 
 

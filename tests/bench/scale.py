@@ -1,0 +1,62 @@
+"""What a step costs against batch size, tokens, depth of the teacher and number of processes; no goals."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.bench.plain_step import build, images, step
+from tests.bench.rounds import Row, cost, interleave, row
+
+BATCH = 8
+
+
+def rows(rounds: int) -> list[Row]:
+    """Measures Lift, DeiT-Tiny from CaiT-S24, bfloat16, each beside 8 images of 224 in one process."""
+    base = build("Lift")
+    usual = step(base, images(BATCH))
+    found = []
+    for name, other in (
+        ("batch 4", step(base, images(4))),
+        ("batch 16", step(base, images(16))),
+        ("112 x 112, 49 tokens", step(build("Lift", size=112), images(BATCH, 112))),
+        ("320 x 320, 400 tokens", step(build("Lift", size=320), images(BATCH, 320))),
+        ("teacher of 12 blocks", step(build("Lift", depth=12), images(BATCH))),
+    ):
+        found.append(row(f"step, {name}: share of batch 8 at 224", interleave(other, usual, rounds), cost, "s", "none"))
+    pairs = interleave(lambda: processes(2), lambda: processes(1), rounds)
+    found.append(row("step, 2 processes of 4 images, a thread each: share of 1 process", pairs, cost, "s", "none"))
+    return found
+
+
+def processes(count: int) -> float:
+    """Returns the median seconds of a step of `BATCH` images shared out to processes, two threads in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_worker, (count, port, results), nprocs=count)
+    return float(results.get())
+
+
+def _worker(rank: int, count: int, port: int, results: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(2 // count)
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    module = build("Lift")
+
+    def share() -> None:
+        flat = torch.cat([weight.grad.flatten() for weight in module.parameters() if weight.grad is not None])
+        dist.all_reduce(flat)
+
+    run = step(module, images(BATCH // count), share=share if count > 1 else lambda: None)
+    times = [run() for _ in range(4)]
+    if rank == 0:
+        results.put(statistics.median(times[1:]))
+    dist.destroy_process_group()
