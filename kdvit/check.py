@@ -23,6 +23,7 @@ def describe(
     datamodule: pl.LightningDataModule,
     processes: int | None,
     batches: int,
+    workers: int,
     images_per_second: float | None = None,
 ) -> str:
     """Describes a run.
@@ -32,6 +33,7 @@ def describe(
         datamodule: Its data.
         processes: Processes that will train, devices times nodes; None where the machine of the run decides.
         batches: Batches accumulated before a step.
+        workers: Processes that will load images, for each training process.
         images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
 
     Returns:
@@ -49,7 +51,7 @@ def describe(
         ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
         *_distillers(module),
         *_steps(module, datamodule, processes, batches),
-        *_loading(datamodule, images_per_second),
+        *_loading(datamodule, workers, images_per_second),
         *_counts(module),
     ]
     width = max(len(name) for name, _ in rows)
@@ -127,7 +129,7 @@ def _steps(module: DistillationModule, datamodule: Any, processes: int | None, b
     ]
 
 
-def _loading(datamodule: Any, wanted: float | None) -> Rows:
+def _loading(datamodule: Any, workers: int, wanted: float | None) -> Rows:
     """Measures how fast this process loads training images."""
     dataset = datamodule.train_dataloader().dataset
     numbers = np.linspace(0, len(dataset) - 1, LOADED_IMAGES).astype(int).tolist()
@@ -136,7 +138,6 @@ def _loading(datamodule: Any, wanted: float | None) -> Rows:
     start = time.perf_counter()
     load_all(numbers)
     rate = LOADED_IMAGES / (time.perf_counter() - start)
-    workers = getattr(datamodule, "num_workers", 0)
     feeds = f"{workers} workers a process feed at most {workers * rate:,.0f}" if workers else "no workers"
     needs = "" if wanted is None else f"; {wanted:,.0f} a process need {math.ceil(wanted / rate)} workers"
     return [("loading", f"{rate:,.0f} training images/s a worker, on this machine; {feeds}{needs}")]

@@ -53,7 +53,6 @@ class Trainer(pl.Trainer):
         Args:
             images_per_second: Rate of a process's steps, to be told how many loader workers it needs.
         """
-        datamodule.num_workers = 0  # type: ignore[attr-defined]
         if isinstance(datamodule, ImageDataModule):
             datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
@@ -254,8 +253,11 @@ class KdvitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "check":
             planned = _planned_processes(given)
-            rate = self.config_init[self.subcommand]["images_per_second"]
-            print(describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], rate), flush=True)
+            loading = getattr(self.datamodule, "num_workers", 0), self.config_init["check"]["images_per_second"]
+            self.datamodule.num_workers = 0
+            print(
+                describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
+            )
         return trainer
 
 
