@@ -50,7 +50,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     built = SimpleNamespace()
 
-    def keep(trainer: Any, model: Any, datamodule: Any) -> None:
+    def keep(trainer: Any, model: Any, datamodule: Any, images_per_second: float | None = None) -> None:
         built.module, built.data, built.callbacks = model, datamodule, trainer.callbacks
 
     monkeypatch.setattr("kdvit.cli.Trainer.check", keep)
