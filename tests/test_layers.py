@@ -19,7 +19,7 @@ LEVELS = [
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
     {"lookup"},
-    {"benchmark"},
+    {"benchmark", "images"},
     {"analyze", "check", "compare"},
     {"commands"},
     {"cli"},

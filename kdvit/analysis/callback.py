@@ -10,15 +10,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, p99
+from kdvit.analysis.geometry import LEVEL, LayerGeometry, LayerReport, Options, p99
 from kdvit.analysis.plots import figures
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.run import chosen_layers
 from kdvit.analysis.tokens import as_tokens
 from kdvit.models import Network
 from kdvit.structures import Layer
-
-LEVEL = 0.95
 
 
 class GeometryMonitor(pl.Callback):
@@ -46,14 +44,19 @@ class GeometryMonitor(pl.Callback):
             )
         self.every_n_epochs, self.images, self.batch_size = every_n_epochs, images, batch_size
         self.options = Options(permutations=20)
+        self._turn = 0
         self._share: Tensor | None = None
         self._order = torch.empty(0)
         self._teacher: NetworkReport | None = None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures and logs, where the epoch's turn has come."""
-        if not self.every_n_epochs or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if not self.every_n_epochs or trainer.sanity_checking:
             return
+        turn = (trainer.current_epoch + 1) // self.every_n_epochs
+        if turn == self._turn:
+            return
+        self._turn = turn
         if self._share is None:
             self._choose(trainer)
         measured = [self._measure(trainer, "student", pl_module.student, pl_module.student, pl_module.device)]
@@ -65,11 +68,12 @@ class GeometryMonitor(pl.Callback):
             prefix = "geometry/" if network.name == "student" else "geometry/teacher_"
             values = scalars(network.face)
             pl_module.log_dict({f"{prefix}{name}": value for name, value in values.items()})
-        self._draw(trainer, Report(measured, self.images, "validation", self.options, 1))
+        self._draw(trainer, Report(measured, self.options))
 
     def _choose(self, trainer: pl.Trainer) -> None:
         """Reads this rank's share of the images."""
-        loader: Any = trainer.val_dataloaders
+        loaders: Any = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, list) else loaders
         size = len(loader.dataset)
         ranks = trainer.world_size
         numbers = np.unique(np.linspace(0, size - 1, max(self.images, ranks)).astype(int))
@@ -96,7 +100,7 @@ class GeometryMonitor(pl.Callback):
         assert geometry is not None
         geometry.find_axes()
         report = geometry.report(str(layer), network.resolve(layer), self._order)
-        return NetworkReport(name, "", 0, 0, "", network.image_format, network.depth, [report])
+        return NetworkReport(name, "", 0, 0, "", network.image_format, network.depth, [report], "validation", 1)
 
     def _draw(self, trainer: pl.Trainer, report: Report) -> None:
         for logger in trainer.loggers:
@@ -112,5 +116,7 @@ def scalars(layer: LayerReport) -> dict[str, float]:
         "pca_dimension_95": p99(layer.pca_dimension(LEVEL)),
         "rotation": layer.rotation(LEVEL),
         "sep_90": layer.bandwidths[-1][0].value,
+        "sep_90_minus_permuted": layer.bandwidths[-1][1].value,
+        "dc_share": layer.dc_share,
         "participation": float(layer.participation.mean()),
     }

@@ -8,6 +8,7 @@ channel mean) as it is, and all others are alike, so each of them has ``(1 - sha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,10 @@ def mean_permuted_spectrum(spectrum: Tensor, width: int) -> Tensor:
     return flat
 
 
-def gaussian_spectrum(images: int, tokens: int, width: int, generator: torch.Generator) -> Tensor:
+@lru_cache(maxsize=8)  # the layers of a network have few shapes
+def gaussian_spectrum(images: int, tokens: int, width: int, seed: int) -> Tensor:
     """Returns the mean channel spectrum ``[D // 2 + 1]`` of Gaussian noise of the shape ``[images, N, D]``."""
+    generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(width // 2 + 1, dtype=torch.float64)
     for first in range(0, images, 32):
         noise = torch.randn(min(32, images - first), tokens, width, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,18 @@ def read_features(file: str | Path) -> dict[str, Tensor]:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {str(file.absolute())!r}.")
-    loaded = np.load(file, mmap_mode="c", allow_pickle=False)  # copy-on-write: torch wants writable arrays
-    arrays = dict(loaded) if file.suffix == ".npz" else {file.stem: loaded}
+    try:
+        loaded = np.load(file, mmap_mode="c", allow_pickle=False)  # copy-on-write: torch wants writable arrays
+        arrays = dict(loaded) if file.suffix == ".npz" else {file.stem: loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"It is no array file that can be read without running code: {error}.") from error
+    if not arrays:
+        raise ValueError("It holds no array.")
     for name, array in arrays.items():
         if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
             raise ValueError(
                 f"Array {name!r} is {array.dtype} of shape {list(array.shape)}; expected floating-point tokens "
                 "[images, N, D]."
             )
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    native = {name: array.dtype.newbyteorder("=") for name, array in arrays.items()}
+    return {name: torch.from_numpy(array.astype(native[name], copy=False)) for name, array in arrays.items()}

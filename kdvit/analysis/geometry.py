@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from kdvit.analysis.controls import Interval, bandwidth_intervals, gaussian_spectrum, permuted_spectra
 from kdvit.analysis.participation import ParticipationRatio
-from kdvit.analysis.pca import DatasetPCA, PCAEnergy
+from kdvit.analysis.pca import DatasetPCA, PCAEnergy, SharedBasis
 from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, sep_curve
 from kdvit.analysis.svd_rank import SVDRank, energy_rank
 
 Array = NDArray[np.float64]
+LEVEL = 0.95  # of the summary: ranks in figures, rotation, advice
 BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -100,7 +101,7 @@ class LayerReport(NamedTuple):
         """The share of the tokens' energy in their channel mean (frequency 0)."""
         return float(self.spectrum[0])
 
-    def rotation(self, level: float = 0.95) -> float:
+    def rotation(self, level: float = LEVEL) -> float:
         """Returns PCA dimension over SVD rank, 99th percentiles: how far the images' subspaces turn from each other."""
         return p99(self.pca_dimension(level)) / p99(self.svd_rank(level))
 
@@ -163,7 +164,10 @@ class LayerGeometry(nn.Module):
             return
         for metric in (self.svd, self.pca, self.sep, self.participation):
             metric.update(tokens)
-        self.shape = (tokens.shape[1], tokens.shape[2])
+        shape = (tokens.shape[1], tokens.shape[2])
+        if self.shape not in ((0, shape[1]), shape):
+            raise ValueError(f"All images must have one number of tokens; got {self.shape[0]} and {shape[0]}.")
+        self.shape = shape
         if keep:
             self._kept.append(tokens.detach().cpu())
 
@@ -171,40 +175,47 @@ class LayerGeometry(nn.Module):
     def find_axes(self) -> None:
         """Finds the shared axes (together with all ranks), and measures the kept tokens in them."""
         device = self.pca.moment.device
-        self.inside = PCAEnergy(self.pca.compute()).to(device)
+        width = self.shape[1]
+        found = self.pca.compute()
+        basis = SharedBasis(found.spectrum.reshape(width), found.axes.reshape(width, width), found.mean.reshape(width))
+        self.inside = PCAEnergy(basis).to(device)
         for tokens in self._kept:
             self.inside.update(tokens.to(device))
         self._kept.clear()
 
-    def report(self, layer: str, index: int, order: Tensor) -> LayerReport:
+    def report(self, layer: str, index: int, order: Tensor, second: Tensor | None = None) -> LayerReport:
         """Returns what was measured, together with all ranks.
 
         Args:
             layer: The layer as it was asked for.
             index: Its index.
             order: Order in which to put the images, ``[images]``, so that it does not depend on the number of ranks.
+            second: The same for the second pass, if there was one.
         """
         assert self.inside is not None
-        pca_energy, participation_shared = (value.cpu()[order] for value in self.inside.compute())
-        spectra, counts, moment = (value.cpu() for value in self.sep.compute())
-        spectra, counts = spectra[order], counts[order]
+        images, (tokens, width) = len(order), self.shape
+
+        def rows(value: Tensor, order: Tensor = order) -> Tensor:  # torchmetrics drops the shape of a single number
+            return value.cpu().reshape(images, -1)[order]
+
+        pca_energy, participation_shared = (rows(v, order if second is None else second) for v in self.inside.compute())
+        spectra, counts, moment = self.sep.compute()
+        spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
         generator = torch.Generator().manual_seed(self.options.seed)
-        tokens, width = self.shape
         spectrum = (counts[:, None] * spectra).sum(0) / counts.sum()
         permuted = permuted_spectra(moment, self.options.permutations, generator)
-        gaussian = gaussian_spectrum(len(order), tokens, width, generator)
+        gaussian = gaussian_spectrum(images, tokens, width, self.options.seed)
         intervals = bandwidth_intervals(spectra, counts, width, BANDWIDTH_LEVELS, generator)
-        energy, participation = self.svd.compute().cpu()[order], self.participation.compute().cpu()[order]
         return LayerReport(
             layer=layer,
             index=index,
             tokens=tokens,
             width=width,
-            svd_energy=energy.numpy(),
+            svd_energy=rows(self.svd.compute()).numpy(),
             pca_energy=pca_energy.numpy(),
             pca_spectrum=self.inside.basis.spectrum.cpu().numpy(),
-            participation=participation.numpy(),
-            participation_shared=participation_shared.numpy(),
+            participation=rows(self.participation.compute())[:, 0].numpy(),
+            participation_shared=participation_shared[:, 0].numpy(),
             spectrum=spectrum.numpy(),
             permuted=permuted.numpy(),
             gaussian=gaussian.numpy(),
@@ -212,13 +223,16 @@ class LayerGeometry(nn.Module):
         )
 
 
-def measure(batches: Sequence[Tensor] | Tensor, options: Options | None = None, layer: str = "tokens") -> LayerReport:
+def measure(
+    batches: Sequence[Tensor] | Tensor, options: Options | None = None, layer: str = "tokens", index: int = 0
+) -> LayerReport:
     """Returns all analyses of tokens that are at hand.
 
     Args:
         batches: Tokens ``[images, N, D]``, or batches of them.
         options: What to measure.
         layer: What to call them.
+        index: Their place in the depth.
 
     Raises:
         ValueError: If there are no tokens, or they are not finite or zero.
@@ -237,4 +251,4 @@ def measure(batches: Sequence[Tensor] | Tensor, options: Options | None = None, 
     for tokens in parts:
         geometry.update(tokens, keep=True)
     geometry.find_axes()
-    return geometry.report(layer, 0, torch.arange(sum(len(part) for part in parts)))
+    return geometry.report(layer, index, torch.arange(sum(len(part) for part in parts)))

@@ -4,7 +4,7 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
 
 - *need* is the number of shared axes that hold 95 % of the energy of 99 % of the teacher's images (PCA p99), *rank* the
   number of directions that hold as much of one image alone (SVD p99), *rotation* their ratio, *have* the width of the
-  student's map.
+  student's blocks, whether or not it has a remedy already.
 - have >= need: no remedy. A linear map of the student's channels can hold what matters of the teacher's.
 - have < need and have < rank: WideLast at the teacher's width. The lifted map of one image has at most the rank of the
   student's tokens, so that Lift could not hold even a single image.
@@ -18,19 +18,20 @@ of logit distillation, which works beside any of them, nor of how much is gained
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from kdvit.analysis.geometry import LayerReport, p99
-from kdvit.models import LiftViT, Network, WideLastViT
+from kdvit.analysis.geometry import LEVEL, LayerReport, p99
+from kdvit.models import LiftViT, Network, TimmStudent, WideLastViT
 from kdvit.models.cost import forward_flops, parameter_count
 
-LEVEL = 0.95
 AFFORDABLE = 4 / 3
 REMEDIES: dict[str, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
 OF_A_REMEDY = ("width", "num_heads")
+MAP_OBJECTIVES = ("FeatureDistiller", "LiftDistiller", "WideLastDistiller")
 
 Remedy = Literal["none", "Lift", "WideLast"]
 
@@ -39,16 +40,18 @@ class Cost(NamedTuple):
     """What a student costs.
 
     Attributes:
-        student: "as it is", "Lift" or "WideLast".
+        student: "no remedy", "Lift" or "WideLast".
         width: Width of the map that is distilled.
         parameters: Number of parameters.
         flops: Operations of one image's logits; a multiply-add counts as 2.
+        num_heads: Heads of the wide block, where the head dimension does not divide the width.
     """
 
     student: str
     width: int
     parameters: int
     flops: int
+    num_heads: int | None = None
 
 
 class Advice(NamedTuple):
@@ -57,23 +60,27 @@ class Advice(NamedTuple):
     Attributes:
         remedy: "none", "Lift" or "WideLast".
         width: Width of the map that is distilled.
-        have: Width of the student's map as it is.
+        have: Width of the student's blocks.
+        present: The remedy that the student has already, or "none".
         need: Shared axes that hold 95 % of the energy of 99 % of the teacher's images.
         rank: Directions that hold as much of one image alone.
         teacher_width: Channels of the teacher's map.
         held: Share of the energy that the `have` leading shared axes hold of 99 % of the images.
         why: The verdict in words.
-        costs: Of the student as it is and with each remedy that it can have.
+        unchanged: Whether the student is as advised already.
+        costs: Of the student without a remedy and with each that it can have.
     """
 
     remedy: Remedy
     width: int
     have: int
-    need: float
-    rank: float
+    present: Remedy
+    need: int
+    rank: int
     teacher_width: int
     held: float
     why: str
+    unchanged: bool
     costs: list[Cost]
 
     @property
@@ -87,13 +94,17 @@ class Advice(NamedTuple):
 
     def facts(self) -> list[str]:
         """Returns what the verdict rests on, a sentence each."""
+        turned = (
+            f"the images' subspaces turn from each other, and all together take {self.rotation:.1f} times as many."
+            if self.rotation >= 1.05
+            else "the images share one subspace."
+        )
         return [
             f"The teacher's map has {self.teacher_width} channels. 99 % of the images keep 95 % of their energy in "
-            f"{self.need:.0f} axes that all share (dataset PCA).",
-            f"One image alone needs {self.rank:.0f} directions for that (per-image SVD): the images' subspaces turn from "
-            f"each other, and all together take {self.rotation:.1f} times as many.",
-            f"The student's map has {self.have} channels. The {min(self.have, self.teacher_width)} leading shared axes hold "
-            f"{100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
+            f"{self.need} axes that all share (dataset PCA).",
+            f"One image alone needs {self.rank} directions for that (per-image SVD): {turned}",
+            f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared axes "
+            f"hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
         ]
 
     def table(self) -> str:
@@ -109,54 +120,70 @@ class Advice(NamedTuple):
         return "\n".join([*self.facts(), f"Advice: {self.why}", "", self.table()])
 
 
-def advise(teacher: LayerReport, student: Network, have: int) -> Advice:
+def advise(teacher: LayerReport, student: Network) -> Advice:
     """Returns the advice on a pair; see the rule on top of this file.
 
     Args:
         teacher: What was measured at the teacher's layer that is distilled.
-        student: The student.
-        have: Channels of the student's map that faces it.
+        student: The student, with or without a remedy.
     """
-    need, rank = p99(teacher.pca_dimension(LEVEL)), p99(teacher.svd_rank(LEVEL))
-    costs = [
-        Cost("as it is", have, parameter_count(student), forward_flops(student)),
-        *remedy_costs(student, teacher.width),
-    ]
+    present, bare = _bare(student)
+    have = bare.output_shapes((-1,), logits=False).features[0][0]
+    need, rank = (math.ceil(p99(values)) for values in (teacher.pca_dimension(LEVEL), teacher.svd_rank(LEVEL)))
+    costs = [Cost("no remedy", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
     remedy, why = _verdict(have, need, rank, teacher.width, costs)
-    held = float(np.percentile(teacher.pca_energy[:, min(have, teacher.width) - 1], 1))
     width = have if remedy == "none" else teacher.width
-    return Advice(remedy, width, have, need, rank, teacher.width, held, why, costs)
+    facing = student.output_shapes(tuple(student.named_layers()) or (-1,), logits=False).features[-1][0]
+    unchanged = (present, facing) == (remedy, width)
+    if unchanged and remedy != "none":
+        why = f"nothing to change: the student has {why}"
+    elif present != "none":
+        why = f"{why} (Now it has {present} at width {facing}.)"
+    held = float(np.percentile(teacher.pca_energy[:, min(have, teacher.width) - 1], 1))
+    return Advice(remedy, width, have, present, need, rank, teacher.width, held, why, unchanged, costs)
 
 
-def _verdict(have: int, need: float, rank: float, target: int, costs: list[Cost]) -> tuple[Remedy, str]:
+def _bare(student: Network) -> tuple[Remedy, Network]:
+    """Returns the remedy that a student has, and the student without it."""
+    for name in ("Lift", "WideLast"):
+        if isinstance(student, REMEDIES[name]):
+            remedy: Remedy = "Lift" if name == "Lift" else "WideLast"
+            return remedy, TimmStudent(**remedy_args(student))
+    return "none", student
+
+
+def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) -> tuple[Remedy, str]:
     by_name = {cost.student: cost for cost in costs}
     if have >= target:
-        return (
-            "none",
-            "nothing to change. The student's map is as wide as the teacher's: distil it directly (FeatureDistiller).",
+        how = (
+            "distil it directly (FeatureDistiller)"
+            if have == target
+            else "distil by FeatureDistiller, projector: linear"
         )
+        return "none", f"no remedy. The student has the teacher's width or more: {how}."
     if have >= need:
         return "none", (
-            f"nothing to change. {have} channels can hold the {need:.0f} axes that matter: distil with FeatureDistiller and "
-            "projector: linear."
+            f"no remedy. {have} channels can hold the {need} axes that matter: distil by FeatureDistiller, projector: linear."
         )
-    if "WideLast" not in by_name:
+    short = f"{have} channels cannot hold {need} axes"
+    if len(costs) == 1:
         return "none", (
-            f"{have} channels cannot hold {need:.0f} axes, an encoding mismatch; but Lift and WideLast are made for timm's "
+            f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
             "VisionTransformer, and this student is none. Distil logits (LogitDistiller), or take a vision transformer."
         )
-    short = f"{have} channels cannot hold {need:.0f} axes"
-    if have < rank:
+    if "WideLast" in by_name and have < rank:
         return "WideLast", (
-            f"WideLast at width {target}. {short}, nor the {rank:.0f} directions of single images: the lifted map of an image "
+            f"WideLast at width {target}. {short}, nor the {rank} directions of single images: the lifted map of an image "
             "has no more rank than the student's tokens, so that Lift would not do."
         )
-    wide, narrow = by_name["WideLast"], by_name["as it is"]
+    wide, narrow = by_name.get("WideLast"), by_name["no remedy"]
+    if wide is None:
+        return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."
     ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops)
     if ratio <= AFFORDABLE or "Lift" not in by_name:
         return "WideLast", (
             f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, costs "
-            f"at most {ratio:.2f} times the student's parameters and operations. Lift is the cheaper choice."
+            f"{ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice."
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; WideLast, which gained more in the paper, would cost "
@@ -167,13 +194,25 @@ def _verdict(have: int, need: float, rank: float, target: int, costs: list[Cost]
 def remedy_costs(student: Network, width: int) -> list[Cost]:
     """Returns the costs of a student with each remedy that its architecture allows."""
     costs = []
-    for name in REMEDIES:
-        try:
-            remedied = REMEDIES[name](**remedy_args(student), width=width)
-        except (ValueError, TypeError):  # not a VisionTransformer, or not one of timm's
-            continue
-        costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied)))
+    for name, remedy in REMEDIES.items():
+        heads: list[int | None] = [None] if name == "Lift" else [None, _heads(student, width)]
+        for num_heads in heads:
+            args = {**remedy_args(student), "width": width, **({} if num_heads is None else {"num_heads": num_heads})}
+            try:
+                remedied = remedy(**args)
+            except (ValueError, TypeError):  # heads that do not divide the width, or no VisionTransformer of timm's
+                continue
+            costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
+            break
     return costs
+
+
+def _heads(student: Network, width: int) -> int:
+    """Returns the number of heads that divides a width and comes nearest to the student's head dimension."""
+    blocks: Any = getattr(getattr(student, "model", None), "blocks", None)
+    heads = getattr(getattr(blocks[-1], "attn", None), "num_heads", 1) if blocks is not None and len(blocks) else 1
+    head_dim = student.output_shapes((-1,), logits=False).features[0][0] / heads
+    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(width / n - head_dim))
 
 
 def remedy_args(student: Network) -> dict[str, Any]:
@@ -182,39 +221,38 @@ def remedy_args(student: Network) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in OF_A_REMEDY}
 
 
-def advised_model(
-    advice: Advice, student: Network, teacher: Mapping[str, Any], same_classes: bool, num_classes: int
-) -> dict[str, Any]:
-    """Returns the `model` part of a config that follows the advice.
+def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `model` part of a config, changed as the advice says.
+
+    Student and map objective change; all the rest stays, and of the objective its weight and loss.
 
     Args:
         advice: The advice.
-        student: The student.
-        teacher: The teacher's ``class_path`` and ``init_args``.
-        same_classes: Whether teacher and data have the same classes, so that logits can be distilled.
-        num_classes: Classes of the data.
+        model: The `model` part: student, teacher, distillers and the rest.
     """
+    if advice.unchanged and any(_kind(each) in MAP_OBJECTIVES for each in model.get("distillers", {}).values()):
+        return dict(model)
+    student = model["student"]
+    args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
     if advice.remedy == "none":
-        kind, extra = (
-            type(student).__name__,
-            {k: v for k, v in getattr(student, "init_args", {}).items() if k in OF_A_REMEDY},
-        )
-        projector = None if advice.have == advice.teacher_width else "linear"
-        layer = next(iter(student.named_layers()), -1)
-        feature = {"weight": 0.2, "projector": projector, "student_layers": [layer], "teacher_layers": [-1]}
-        objective = {"feature": {"class_path": "FeatureDistiller", "init_args": feature}}
+        kind = "TimmStudent" if advice.present != "none" else student["class_path"]
+        name, objective = "feature", "FeatureDistiller"
+        more: dict[str, Any] = {"projector": None if advice.have == advice.teacher_width else "linear"}
     else:
-        kind, extra = REMEDIES[advice.remedy].__name__, {"width": advice.width}
-        name = {"Lift": "lift", "WideLast": "wide_last"}[advice.remedy]
-        objective = {name: {"class_path": f"{advice.remedy}Distiller", "init_args": {"weight": 0.2}}}
-    logit = {"logit": {"class_path": "LogitDistiller", "init_args": {"weight": 0.9, "temperature": 1.0}}}
-    args = {**remedy_args(student), **extra, "num_classes": num_classes}
-    return {
-        "student": {
-            "class_path": kind,
-            "init_args": {name: value for name, value in args.items() if value is not None},
-        },
-        "teacher": dict(teacher),
-        "distillers": {**(logit if same_classes else {}), **objective},
-        "task_weight": 0.1 if same_classes else 1.0,
-    }
+        kind, objective = REMEDIES[advice.remedy].__name__, f"{advice.remedy}Distiller"
+        name, more = {"Lift": "lift", "WideLast": "wide_last"}[advice.remedy], {}
+        heads = next(cost.num_heads for cost in advice.costs if cost.student == advice.remedy)
+        args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
+    kept, before = {}, {"weight": 0.2}
+    for key, each in (model.get("distillers") or {}).items():
+        if _kind(each) in MAP_OBJECTIVES:
+            given = each.get("init_args", {})
+            before |= {option: given[option] for option in ("weight", "loss") if option in given}
+        else:
+            kept[key] = each
+    distillers = {**kept, name: {"class_path": objective, "init_args": {**before, **more}}}
+    return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
+
+
+def _kind(spec: Mapping[str, Any]) -> str:
+    return str(spec["class_path"]).rpartition(".")[2]

@@ -12,7 +12,7 @@ import kdvit
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, bandwidths, p99
 
 if TYPE_CHECKING:
-    from kdvit.analysis.report import Report
+    from kdvit.analysis.report import NetworkReport, Report
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -66,7 +66,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f'<link rel="icon" href="data:,"><title>kdvit analyze: {escape(names)}</title><style>{STYLE}</style></head><body>',
         f"<h1>{escape(names)}</h1>",
-        f"<p>{report.images:,} images: {escape(report.data)}. {_passes(report)}</p>",
+        *(f"<p>{escape(line)}</p>" for line in dict.fromkeys(map(_source, report.networks))),
         *(f"<p>{escape(note)}</p>" for note in report.notes),
         *_advice(report),
         "<h2>Ranks</h2>",
@@ -91,10 +91,13 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _passes(report: Report) -> str:
-    if report.passes == 1:
-        return "Each went through the networks once."
-    return "Each went through the networks twice, as the tokens did not fit into the memory that was allowed."
+def _source(network: NetworkReport) -> str:
+    how = (
+        "features in a file",
+        "each went through the network once",
+        "each went through the network twice, as the tokens did not fit into the memory that was allowed",
+    )[network.passes]
+    return f"{network.face.images:,} images of {network.data}: {how}."
 
 
 def _advice(report: Report) -> list[str]:

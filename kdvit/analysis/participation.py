@@ -23,11 +23,19 @@ def participation_ratio(tokens: Tensor) -> Tensor:
     Returns:
         ``[B]``, float64.
 
+    Raises:
+        ValueError: If the tokens are empty, not finite, or zero.
+
     Example:
         >>> participation_ratio(torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[0.0, 0.0, 5.0, 0.0]]]))
         tensor([1.0000, 0.2500], dtype=torch.float64)
     """
-    square = tokens.double().square()
+    return torch.cat(over_images(unchecked_ratio, tokens))
+
+
+def unchecked_ratio(tokens: Tensor) -> Tensor:
+    """Returns `participation_ratio` of float64 tokens that have been checked."""
+    square = tokens.square()
     quartic = tokens.shape[2] * square.square().sum(2)
     counts = quartic > 0
     ratio = square.sum(2).square() / quartic.where(counts, 1)
@@ -46,7 +54,7 @@ class ParticipationRatio(Metric):
 
     def update(self, tokens: Tensor) -> None:
         """Adds images by their tokens ``[B, N, D]``."""
-        self.ratio.append(torch.cat(over_images(participation_ratio, tokens)))
+        self.ratio.append(participation_ratio(tokens))
 
     def compute(self) -> Tensor:
         """Returns the ratio of every image, ``[images]``, float64."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.participation import participation_ratio
+from kdvit.analysis.participation import unchecked_ratio
 from kdvit.analysis.tokens import over_images
 
 
@@ -82,7 +82,7 @@ def in_shared_basis(tokens: Tensor, basis: SharedBasis) -> tuple[Tensor, Tensor]
         energy = coordinates.square().sum(1).cumsum(-1)
         if not energy[:, -1].all():
             raise ValueError("All tokens of an image are the mean token: centred, they have no energy.")
-        return energy / energy[:, -1:], participation_ratio(coordinates)
+        return energy / energy[:, -1:], unchecked_ratio(coordinates)
 
     energies, ratios = zip(*over_images(measure, tokens), strict=True)
     return torch.cat(energies), torch.cat(ratios)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdvit.analysis.geometry import LayerReport, p99
+from kdvit.analysis.geometry import LEVEL, LayerReport, p99
 
 if TYPE_CHECKING:
     from kdvit.analysis.report import NetworkReport, Report
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
+FIGURES = ("ranks", "energy", "sep", "depth")
 BANDS = ((1, 99, 0.15), (10, 90, 0.3))
-LEVEL = 0.95
 
 
 def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:

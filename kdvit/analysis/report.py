@@ -34,6 +34,9 @@ class NetworkReport(NamedTuple):
         image_format: Size and normalisation that it takes; None for features in a file.
         depth: Number of layers that can be asked for.
         layers: What was measured, in the order of the depth.
+        data: Where the images came from.
+        passes: How often they went through the network: twice where memory forbade to keep their tokens; 0 for features
+            in a file.
     """
 
     name: str
@@ -44,6 +47,8 @@ class NetworkReport(NamedTuple):
     image_format: ImageFormat | None
     depth: int
     layers: list[LayerReport]
+    data: str
+    passes: int
 
     @property
     def face(self) -> LayerReport:
@@ -56,19 +61,13 @@ class Report(NamedTuple):
 
     Attributes:
         networks: One each.
-        images: Number of images.
-        data: Where the images came from.
         options: What was measured.
-        passes: How often the images went through the networks: twice where memory forbade to keep their tokens.
         advice: On the pair, if there is one.
         notes: What a reader must know besides.
     """
 
     networks: list[NetworkReport]
-    images: int
-    data: str
     options: Options
-    passes: int
     advice: Advice | None = None
     notes: tuple[str, ...] = ()
 
@@ -82,7 +81,10 @@ class Report(NamedTuple):
             f"SVD rank p99 at {levels} %",
             f"PCA dim p99 at {levels} %",
             "rotation",
-            "SEP 50/80/90 %",
+            "SEP 90 %",
+            "permuted",
+            "noise",
+            "DC",
             "spread",
         )
         rows = [header, *(self._row(network, layer) for network in self.networks for layer in network.layers)]
@@ -95,7 +97,7 @@ class Report(NamedTuple):
         ranks = [
             [f"{p99(of(level)):.0f}" for level in self.options.energies] for of in (layer.svd_rank, layer.pca_dimension)
         ]
-        sep = [f"{layer.bandwidths[BANDWIDTH_LEVELS.index(level)][0].value:.2f}" for level in (0.5, 0.8, 0.9)]
+        sep = bandwidths(layer)["0.9"]
         return (
             network.name,
             layer.layer,
@@ -103,7 +105,10 @@ class Report(NamedTuple):
             " / ".join(ranks[0]),
             " / ".join(ranks[1]),
             f"{layer.rotation():.1f}",
-            " / ".join(sep),
+            f"{sep['tokens']:.2f}",
+            f"{sep['permuted_mean']:.2f}",
+            f"{sep['gaussian']:.2f}",
+            f"{100 * layer.dc_share:.0f} %",
             f"{layer.participation.mean():.2f}",
         )
 
@@ -116,14 +121,12 @@ class Report(NamedTuple):
             "timm": timm.__version__,
             "machine": platform.machine(),
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "data": self.data,
-            "images": self.images,
-            "passes": self.passes,
             "options": options,
             "notes": list(self.notes),
             "networks": [
                 {
                     **{k: v for k, v in network._asdict().items() if k not in ("image_format", "layers")},
+                    "images": network.face.images,
                     "image_format": None if network.image_format is None else network.image_format.to_json(),
                     "layers": [layer_json(layer, self.options) for layer in network.layers],
                 }
@@ -159,10 +162,12 @@ class Report(NamedTuple):
             folder: Made if it is not there.
         """
         from kdvit.analysis.page import page
-        from kdvit.analysis.plots import figures
+        from kdvit.analysis.plots import FIGURES, figures
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")):
+            old.unlink(missing_ok=True)
         pictures = figures(self)
         files = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")]
         for name, figure in pictures.items():
@@ -190,7 +195,7 @@ class Report(NamedTuple):
                 **{f"svd_rank_p99_{level:g}": p99(layer.svd_rank(level)) for level in self.options.energies},
                 **{f"pca_dimension_p99_{level:g}": p99(layer.pca_dimension(level)) for level in self.options.energies},
                 "rotation_0.95": layer.rotation(),
-                **{f"sep_{at:g}": pair[0].value for at, pair in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=True)},
+                **{f"sep_{at}_{of}": value for at, found in bandwidths(layer).items() for of, value in found.items()},
                 "dc_share": layer.dc_share,
                 "participation": float(layer.participation.mean()),
                 "participation_shared": float(layer.participation_shared.mean()),

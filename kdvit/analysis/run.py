@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.aggregation import CatMetric
 
 from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
@@ -35,18 +37,19 @@ class AnalysisProgress(TQDMProgressBar):
 def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tuple[Layer, ...]:
     """Returns the layers to analyse, in the order of the depth, each once.
 
+    The last one and the map of a remedy are always among them: it is they that face another network.
+
     Args:
         network: The network.
-        layers: Layers as a user names them; "all"; None for the last one, and the map of a remedy.
+        layers: More layers as a user names them; "all"; None for no more.
 
     Raises:
         ValueError: If a layer does not exist.
     """
-    if layers is None:
-        layers = (-1, *network.named_layers())
-    elif layers == "all":
-        layers = (*range(network.depth), *network.named_layers())
-    by_index = {network.resolve(layer): layer for layer in layers}
+    more: Sequence[Layer] = range(network.depth) if layers == "all" else layers or ()
+    by_index: dict[int, Layer] = {}
+    for layer in (*network.named_layers(), *more, -1):
+        by_index.setdefault(network.resolve(layer), layer)
     return tuple(by_index[index] for index in sorted(by_index))
 
 
@@ -56,7 +59,7 @@ class AnalysisModule(pl.LightningModule):
     Args:
         networks: The networks by name.
         image_format: How the images arrive; each network gets them in its own size and normalisation.
-        layers: See `chosen_layers`.
+        layers: See `chosen_layers`. A name that only some of the networks have is one for those.
         options: What to measure.
         memory: Gigabytes that a process may keep of tokens, so that one pass is enough.
 
@@ -74,19 +77,24 @@ class AnalysisModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         options.check()
+        names = {name for network in networks.values() for name in network.named_layers()}
         self.networks = {name: FrozenTeacher(network, image_format) for name, network in networks.items()}
-        self.layers = {name: chosen_layers(network, layers) for name, network in networks.items()}
+        self.layers: dict[str, tuple[Layer, ...]] = {}
         self.geometries: dict[str, list[LayerGeometry]] = {}
         self.bytes_an_image = 0
         for name, network in networks.items():
+            others = names - set(network.named_layers())
+            own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
+            self.layers[name] = chosen_layers(network, own)
             shapes = network.output_shapes(self.layers[name], logits=False).features
             self.geometries[name] = [LayerGeometry(width, options) for width, _, _ in shapes]
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
-        self.order = CatMetric()
-        self.parts = nn.ModuleList([self.order, *(part for parts in self.geometries.values() for part in parts)])
+        self.orders = [CatMetric(), CatMetric()]
+        self.parts = nn.ModuleList([*self.orders, *(part for parts in self.geometries.values() for part in parts)])
         self.memory = memory
         self.keep = False
         self.passes = 0
+        self.reports: list[LayersReport] = []
 
     def on_test_start(self) -> None:
         """Decides, for all ranks alike, whether the tokens can be kept."""
@@ -103,42 +111,96 @@ class AnalysisModule(pl.LightningModule):
             with torch.autocast(self.device.type, enabled=False):
                 for feature, geometry in zip(features, self.geometries[name], strict=True):
                     geometry.update(as_tokens(feature), self.keep)
-        if self.passes == 1:
-            rank = 1e6 * batch_idx + 1e3 * self.global_rank
-            numbers = batch.index if isinstance(batch, Batch) else rank + torch.arange(len(image), device=self.device)
-            self.order.update(numbers.double())
+        first = 1e6 * batch_idx + 1e3 * self.global_rank
+        numbers = batch.index if isinstance(batch, Batch) else first + torch.arange(len(image), device=self.device)
+        self.orders[self.passes - 1].update(numbers.double())
 
     def on_test_epoch_end(self) -> None:
-        """Finds the shared axes at the end of the first pass."""
+        """Finds the shared axes at the end of the first pass, and reports at the end of the last."""
+        if not self.orders[0].value:
+            raise ValueError("There is no image to analyse.")
         if self.passes == 1:
             for geometry in (part for parts in self.geometries.values() for part in parts):
                 geometry.find_axes()
+        if self.keep or self.passes == 2:  # here, where the processes can still talk to each other
+            first, *second = (self._order(i) for i in range(self.passes))
+            for name, teacher in self.networks.items():
+                network, found = teacher.network, []
+                for layer, geometry in zip(self.layers[name], self.geometries[name], strict=True):
+                    index = network.resolve(layer)
+                    label = layer if isinstance(layer, str) else str(index)
+                    found.append(geometry.report(label, index, first, *second))
+                self.reports.append(LayersReport(name, found))
 
-    def reports(self) -> list[NetworkReport]:
-        """Returns what was measured; on every rank the same."""
-        order = torch.as_tensor(self.order.compute()).reshape(-1).cpu().argsort()
-        reports = []
-        for name, teacher in self.networks.items():
-            network, parts = teacher.network, zip(self.layers[name], self.geometries[name], strict=True)
-            named = [(str(layer) if isinstance(layer, str) else None, network.resolve(layer), g) for layer, g in parts]
-            layers = [geometry.report(label or str(index), index, order) for label, index, geometry in named]
-            reports.append(describe_network(name, network, layers))
-        return reports
+    def _order(self, number: int) -> Tensor:
+        return torch.as_tensor(self.orders[number].compute()).reshape(-1).cpu().argsort()
 
 
-def describe_network(name: str, network: Network, layers: list[LayerReport]) -> NetworkReport:
+class LayersReport(NamedTuple):
+    """What was measured of one network.
+
+    Attributes:
+        name: The network's.
+        layers: Its layers, in the order of the depth.
+    """
+
+    name: str
+    layers: list[LayerReport]
+
+
+def describe_network(name: str, network: Network, layers: list[LayerReport], data: str, passes: int) -> NetworkReport:
     """Returns a network's report: which it was, what it costs, and what was measured."""
     arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
     return NetworkReport(
-        name,
-        f"{type(network).__name__} {arch}",
-        parameter_count(network),
-        forward_flops(network),
-        weights_sha256(network),
-        network.image_format,
-        network.depth,
-        layers,
+        name=name,
+        kind=f"{type(network).__name__} {arch}",
+        parameters=parameter_count(network),
+        flops=forward_flops(network),
+        weights_sha256=weights_sha256(network),
+        image_format=network.image_format,
+        depth=network.depth,
+        layers=layers,
+        data=data,
+        passes=passes,
     )
+
+
+@contextmanager
+def left_as_they_were(networks: Iterable[Network]) -> Iterator[None]:
+    """Gives networks back in the mode, with the gradients and on the device that they had."""
+    before = [
+        (network, network.blank_image().device, [p.requires_grad for p in network.parameters()]) for network in networks
+    ]
+    with ExitStack() as modes:
+        for network, _, _ in before:
+            modes.enter_context(network.evaluating())
+        try:
+            yield
+        finally:
+            for network, device, gradients in before:
+                network.to(device)
+                for parameter, needed in zip(network.parameters(), gradients, strict=True):
+                    parameter.requires_grad_(needed)
+
+
+class _Batches(IterableDataset[Any]):
+    """Batches of any iterable, as one data set. (Lightning takes a list for several loaders.)"""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def _loader(images: Iterable[Any]) -> DataLoader[Any]:
+    if isinstance(images, DataLoader):
+        return images
+    if isinstance(images, Iterator):
+        raise TypeError(
+            f"Expected batches that can be read twice, such as a DataLoader or a list, got a {type(images).__name__}."
+        )
+    return DataLoader(_Batches(images), batch_size=None)
 
 
 def analyze(
@@ -155,41 +217,45 @@ def analyze(
 
     Args:
         networks: A network, or several by name, such as ``{"teacher": ..., "student": ...}``; timm models are wrapped.
+            They come back in the mode and on the device that they had.
         images: Batches: `Batch`, tensors of images ``[B, 3, H, W]``, or tuples that start with one; or a data module
-            with such a test loader. Under several processes, each rank's own share.
-        layers: Indices, fractions of the depth, or names; "all"; by default the last layer, and the map of a remedy.
+            with such a test loader. Under several processes, each rank's own share. If two passes are needed and the
+            loader shuffles, the batches must be of `Batch`, whose index tells the images.
+        layers: Indices, fractions of the depth, or names; "all". The last layer, and the map of a remedy, always are.
         options: What to measure.
         image_format: How the images arrive; by default as the first network wants them.
         data: A name for the images, for the report.
         trainer: Where to run: devices, precision. By default one process, on the GPU if there is one.
         memory: Gigabytes that a process may keep of tokens. The energy in the axes that all images share needs all
-            images again once the axes are known; with less, they pass through the networks a second time.
+            images again once the axes are known; with less, they pass through the networks a second time. (The curves
+            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case.)
 
     Raises:
         ValueError: If a layer or an option does not exist, there is no image, or tokens are not finite or zero.
-        TypeError: If a network is none.
+        TypeError: If a network is none, or the images can be read only once.
     """
     options = options or Options()
     named = networks if isinstance(networks, Mapping) else {type(networks).__name__: networks}
     wrapped = {name: as_network(network) for name, network in named.items()}
     image_format = image_format or next(iter(wrapped.values())).image_format
-    module = AnalysisModule(wrapped, image_format, layers, options, memory)
-    trainer = trainer or analysis_trainer()
     datamodule = images if isinstance(images, pl.LightningDataModule) else None
-    loader = images if datamodule is None else None
-    trainer.test(module, loader, verbose=False, datamodule=datamodule)
-    if not module.keep:
+    loader = None if isinstance(images, pl.LightningDataModule) else _loader(images)
+    with left_as_they_were(wrapped.values()):
+        module = AnalysisModule(wrapped, image_format, layers, options, memory)
+        trainer = trainer or analysis_trainer()
         trainer.test(module, loader, verbose=False, datamodule=datamodule)
-    if not module.order.value:
+        if not module.keep:
+            trainer.test(module, loader, verbose=False, datamodule=datamodule)
+    if not module.reports:
         raise ValueError("There is no image to analyse.")
-    reports = module.reports()
-    count = reports[0].layers[0].images
+    reports = [describe_network(name, wrapped[name], found, data, module.passes) for name, found in module.reports]
+    count = reports[0].face.images
     if count < FEW_IMAGES:
         rank_zero_warn(
             f"{count} images are few: the shared axes of so few hold less than those of the data set, and the 99th "
             f"percentile is nearly the maximum. The paper has 1,000."
         )
-    return Report(reports, count, data, options, module.passes)
+    return Report(reports, options)
 
 
 def analysis_trainer(**given: Any) -> pl.Trainer:

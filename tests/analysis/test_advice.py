@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdvit.analysis import Options, advise, measure
+from kdvit.analysis import Options, advise, advised_model, measure
 from kdvit.analysis.geometry import LayerReport
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent
 from kdvit.models.timm_model import create_timm_model
@@ -28,11 +28,11 @@ def _energy(rank: int, width: int) -> np.ndarray:
 
 
 def test_the_published_pair_is_advised_as_the_paper_did_and_costs_what_it_says() -> None:
-    advice = advise(_layer(302, 61, 384), TimmStudent("deit_tiny_patch16_224"), 192)
-    assert (advice.remedy, advice.width) == ("WideLast", 384)
+    advice = advise(_layer(302, 61, 384), TimmStudent("deit_tiny_patch16_224"))
+    assert (advice.remedy, advice.width, advice.present, advice.unchanged) == ("WideLast", 384, "none", False)
     costs = {cost.student: cost.parameters for cost in advice.costs}
-    assert costs == {"as it is": 5_717_416, "Lift": 5_983_528, "WideLast": 7_313_896}
-    assert advice.rotation == pytest.approx(302 / 61)
+    assert costs == {"no remedy": 5_717_416, "Lift": 5_983_528, "WideLast": 7_313_896}
+    assert (advice.have, advice.need, advice.rank) == (192, 302, 61)
     assert advice.held == pytest.approx(_energy(302, 384)[0, 191])
     assert "192 channels cannot hold 302 axes, an encoding mismatch" in advice.why
     assert "1.28 times" in advice.why
@@ -40,29 +40,67 @@ def test_the_published_pair_is_advised_as_the_paper_did_and_costs_what_it_says()
 
 
 @pytest.mark.parametrize(
-    ("need", "rank", "have", "remedy", "why"),
+    ("need", "rank", "target", "remedy", "why"),
     [
-        (10, 5, 16, "none", "16 channels can hold the 10 axes"),
-        (20, 5, 24, "none", "as wide as the teacher's"),
-        (20, 5, 16, "Lift", "would cost .* times the student's"),
-        (20, 18, 16, "WideLast", "nor the 18 directions of single images"),
+        (10, 5, 24, "none", "16 channels can hold the 10 axes"),
+        (12, 5, 16, "none", "The student has the teacher's width or more: distil it directly"),
+        (20, 5, 24, "Lift", "would cost .* times the student's"),
+        (20, 18, 24, "WideLast", "nor the 18 directions of single images"),
     ],
 )
-def test_the_rule(need: int, rank: int, have: int, remedy: str, why: str) -> None:
-    advice = advise(_layer(need, rank, 24), student(), have)
+def test_the_rule(need: int, rank: int, target: int, remedy: str, why: str) -> None:
+    advice = advise(_layer(need, rank, target), student())
     assert advice.remedy == remedy
-    assert advice.width == (have if remedy == "none" else 24)
+    assert advice.width == (16 if remedy == "none" else target)
     assert re.search(why, advice.why)
 
 
 def test_a_student_that_no_remedy_fits_is_told_so() -> None:
-    advice = advise(_layer(20, 5, 24), TimmNetwork(create_timm_model("resnet18")), 16)
+    advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
     assert advice.remedy == "none"
     assert "this student is none" in advice.why
-    assert [cost.student for cost in advice.costs] == ["as it is"]
+    assert [cost.student for cost in advice.costs] == ["no remedy"]
 
 
-def test_a_lift_of_the_wrong_width_is_widened() -> None:
-    lifted = LiftViT(**{**student("lift").init_args, "width": 18})
-    advice = advise(_layer(20, 5, 24), lifted, 18)
-    assert (advice.remedy, advice.width) == ("Lift", 24)
+def test_a_remedy_is_judged_by_the_blocks_under_it() -> None:
+    kept = advise(_layer(20, 5, 24), student("lift"))
+    assert (kept.remedy, kept.present, kept.unchanged, kept.have) == ("Lift", "Lift", True, 16)
+    assert kept.why.startswith("nothing to change: the student has Lift at width 24")
+    narrow = advise(_layer(20, 5, 24), LiftViT(**{**student("lift").init_args, "width": 18}))
+    assert (narrow.remedy, narrow.width, narrow.unchanged) == ("Lift", 24, False)
+    assert "(Now it has Lift at width 18.)" in narrow.why
+    wider = advise(_layer(20, 18, 24), student("lift"))
+    assert (wider.remedy, wider.unchanged) == ("WideLast", False)
+    assert "(Now it has Lift at width 24.)" in wider.why
+
+
+def test_heads_are_found_for_a_width_that_the_head_dimension_does_not_divide() -> None:
+    advice = advise(_layer(350, 250, 400), TimmStudent("deit_tiny_patch16_224"))
+    wide = advice.costs[-1]
+    assert (advice.remedy, wide.student, wide.num_heads) == ("WideLast", "WideLast", 8)
+    model = {"student": {"class_path": "TimmStudent", "init_args": {"arch": "deit_tiny_patch16_224"}}}
+    assert advised_model(advice, model)["student"]["init_args"]["num_heads"] == 8
+
+
+def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
+    spec = {"class_path": "my.Feature", "init_args": {"weight": 3.0}}
+    feature = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.7, "loss": "spectral", "projector": "pool"}}
+    model = {
+        "student": {"class_path": "TimmStudent", "init_args": {"arch": "deit_tiny_patch16_224", "pretrained": True}},
+        "teacher": {"class_path": "Mine"},
+        "distillers": {"other": spec, "feature": feature},
+        "task_weight": 0.5,
+    }
+    advised = advised_model(advise(_layer(20, 5, 24), student()), model)
+    assert advised == {
+        "student": {
+            "class_path": "LiftViT",
+            "init_args": {"arch": "deit_tiny_patch16_224", "pretrained": True, "width": 24},
+        },
+        "teacher": {"class_path": "Mine"},
+        "distillers": {
+            "other": spec,
+            "lift": {"class_path": "LiftDistiller", "init_args": {"weight": 0.7, "loss": "spectral"}},
+        },
+        "task_weight": 0.5,
+    }

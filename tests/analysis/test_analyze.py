@@ -60,9 +60,46 @@ def test_the_patch_tokens_of_every_family_are_measured_at_every_layer(arch: str)
 def test_without_memory_the_images_pass_twice_and_no_number_changes() -> None:
     pair, loader = {"teacher": teacher(), "student": student("lift")}, TinyData().val_dataloader()
     kept, twice = (analyze(pair, loader, options=FEW, memory=memory) for memory in (1.0, 0.0))
-    assert (kept.passes, twice.passes) == (1, 2)
+    assert [[network.passes for network in report.networks] for report in (kept, twice)] == [[1, 1], [2, 2]]
     for name, curve in kept.curves().items():
         np.testing.assert_array_equal(twice.curves()[name], curve)
+
+
+@pytest.mark.filterwarnings("ignore:Your `test_dataloader`'s sampler has shuffling enabled")
+def test_two_passes_over_a_shuffled_loader_tell_the_images_apart() -> None:
+    loader = TinyData().val_dataloader()
+    shuffled = DataLoader(loader.dataset, batch_size=7, shuffle=True, collate_fn=loader.collate_fn)
+    network = teacher()
+    twice = analyze(network, shuffled, options=FEW, memory=0).networks[0].face
+    expected = analyze(network, loader, options=FEW).networks[0].face
+    np.testing.assert_allclose(twice.svd_energy, expected.svd_energy, atol=1e-6)
+    np.testing.assert_allclose(twice.pca_energy, expected.pca_energy, atol=1e-6)
+
+
+def test_a_list_of_batches_is_taken_and_a_generator_is_refused() -> None:
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(3)]
+    assert analyze(teacher(), batches, options=FEW).networks[0].face.images == 12
+    with pytest.raises(TypeError, match=r"batches that can be read twice.* got a generator"):
+        analyze(teacher(), (batch for batch in batches), options=FEW)
+
+
+def test_a_network_comes_back_as_it_was() -> None:
+    network = student()
+    network.train()
+    next(network.parameters()).requires_grad_(False)
+    before = [parameter.requires_grad for parameter in network.parameters()]
+    modes = [module.training for module in network.modules()]
+    analyze(network, TinyData().val_dataloader(), options=FEW)
+    assert [parameter.requires_grad for parameter in network.parameters()] == before
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_a_layer_that_only_the_student_has_is_asked_of_the_student() -> None:
+    report = analyze({"t": teacher(), "s": student("lift")}, TinyData().val_dataloader(), ["lift", 0], FEW)
+    assert [[layer.layer for layer in network.layers] for network in report.networks] == [
+        ["0", "3"],
+        ["0", "2", "lift"],
+    ]
 
 
 def test_the_teacher_gets_the_images_in_its_own_size_and_normalisation() -> None:
@@ -77,7 +114,8 @@ def test_layers_are_asked_for_like_those_of_a_distiller() -> None:
     assert chosen_layers(student("lift"), None) == (-1, "lift")
     assert chosen_layers(student("wide_last"), None) == ("wide_last",)
     assert chosen_layers(student("lift"), "all") == (0, 1, 2, "lift")
-    assert chosen_layers(student(), [-1, 0.34, 2, 0]) == (0, 0.34, 2)
+    assert chosen_layers(student(), [0.34, 0]) == (0, 0.34, -1)  # the last is always there
+    assert chosen_layers(student("lift"), [0]) == (0, -1, "lift")
     with pytest.raises(ValueError, match="has no layer 7"):
         chosen_layers(student(), [7])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ import yaml
 from PIL import Image
 
 from kdvit.analysis import measure
-from kdvit.analyze import Images, choose
 from kdvit.cli import main
+from kdvit.images import Images, choose
 from kdvit.models import export_student
 from kdvit.models.checkpoint import student_spec
 from tests.runs import SHORT, fit
-from tests.tiny import FORMAT, student, teacher
+from tests.tiny import FORMAT, WIDE, student, teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
 QUICK = ["--images", "12", "--permutations", "2", "--num_workers", "0", "--out", "out"]
@@ -51,8 +52,8 @@ def test_a_model_and_a_folder_become_a_table_and_files(folder: str, capsys: pyte
     assert "SVD rank p99 at 80/90/95/99 %" in shown
     assert "To read: out/report.html. Numbers: out/report.json." in shown
     report = _report()
-    assert report["images"] == 12
-    assert report["data"] == str(Path(folder).absolute())
+    assert report["networks"][0]["images"] == 12
+    assert report["networks"][0]["data"] == str(Path(folder).absolute())
     assert [layer["layer"] for layer in report["networks"][0]["layers"]] == ["0", "1", "2", "lift"]
     assert report["advice"] is None
 
@@ -80,19 +81,70 @@ def test_features_that_others_saved_are_analysed_without_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [(teacher, lambda: student()), (lambda: teacher(num_classes=7), lambda: student()), (teacher, teacher)],
+    ("theirs", "ours", "kind"),
+    [
+        (teacher, student, "LiftViT"),
+        (lambda: teacher(num_classes=7), student, "LiftViT"),
+        (lambda: teacher(model_args={**WIDE, "embed_dim": 20, "num_heads": 2}), student, "WideLastViT"),
+        (teacher, teacher, "TimmStudent"),
+        (teacher, lambda: student("lift"), "LiftViT"),
+    ],
 )
 def test_the_advice_on_a_pair_is_a_config_that_check_accepts(
-    folder: str, theirs: object, ours: object, capsys: pytest.CaptureFixture[str]
+    folder: str, theirs: Any, ours: Any, kind: str, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    remedy = {"LiftViT": "Lift", "WideLastViT": "WideLast", "TimmStudent": "none"}[kind]
+    monkeypatch.setattr("kdvit.analysis.mismatch._verdict", lambda *_: (remedy, "as this test wants"))
     pair = ["--teacher", _exported("teacher", theirs()), "--student", _exported("student", ours())]
     main(["analyze", *pair, "--data", folder, *QUICK])
     assert "Advice: " in capsys.readouterr().out
     config = yaml.safe_load(Path("out/advised.yaml").read_text())
-    assert ("logit" in config["model"]["distillers"]) == (theirs is teacher)
+    assert config["model"]["student"]["class_path"] == kind
+    same = yaml.safe_load(Path("teacher/config.json").read_text())["num_classes"] == 5
+    assert ("logit" in config["model"]["distillers"]) == same
     main(["check", "--config", "out/advised.yaml"])
     assert "ready for `kdvit fit`" in capsys.readouterr().out
+
+
+def test_a_pair_of_timm_names_without_weights_is_advised(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["--teacher", "cait_xxs24_224", "--student", "resnet18", "--pretrained", "false"]
+    main(["analyze", *pair, "--data", folder, *QUICK, "--images", "2", "--layers", "0"])
+    assert "To follow it: kdvit check --config out/advised.yaml" in capsys.readouterr().out
+    config = yaml.safe_load(Path("out/advised.yaml").read_text())
+    assert config["model"]["teacher"]["init_args"] == {"arch": "cait_xxs24_224", "pretrained": False}
+    assert config["model"]["student"] == {
+        "class_path": "TimmStudent",
+        "init_args": {"arch": "resnet18", "num_classes": 5, "drop_path_rate": 0.0},
+    }
+    main(["analyze", *pair, "--data", f"{folder}/val", *QUICK, "--images", "2"])
+    assert "No config is written" in capsys.readouterr().out
+    assert not Path("out/advised.yaml").exists()
+
+
+def test_a_network_of_ones_own_in_a_config_stays_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"class_path": "tests.models.test_checkpoint.MyNet"}
+    feature = {"class_path": "FeatureDistiller", "init_args": {"projector": "linear"}}
+    model = {"student": own, "teacher": own, "distillers": {"map": feature}}
+    data = {"class_path": "tests.tiny.TinyData"}
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 1}, "data": data, "model": model}))
+    main(["analyze", "--config", "own.yaml", *QUICK])
+    assert yaml.safe_load(Path("out/advised.yaml").read_text())["model"]["student"] == own
+    main(["check", "--config", "out/advised.yaml"])
+    assert "ready for `kdvit fit`" in capsys.readouterr().out
+
+
+def test_equal_names_are_told_apart_and_old_files_do_not_stay() -> None:
+    Path("sub").mkdir()
+    for file in ("one.npy", "sub/one.npy"):
+        np.save(file, np.random.default_rng(0).standard_normal((12, 9, 6)))
+    Path("out").mkdir()
+    Path("out/advised.yaml").write_text("old")
+    Path("out/depth.png").write_text("old")
+    main(["analyze", "--model", "one.npy", "sub/one.npy", *QUICK])
+    assert [network["name"] for network in _report()["networks"]] == ["one", "one_2"]
+    assert {"one/one/sep", "one_2/one/sep"} <= set(np.load("out/curves.npz"))
+    assert not Path("out/advised.yaml").exists()
+    assert not Path("out/depth.png").exists()
 
 
 def test_a_config_gives_its_pair_its_data_and_its_trained_student(
@@ -119,11 +171,15 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
         (["--model", "resnet18", "--pretrained", "false"], "Give --data: a folder of images, or one of Digits"),
         (["--model", "resnet181", "--data", "Digits"], "no model 'resnet181'. Did you mean"),
         (["--model", "resnet18", "--pretrained", "false", "--data", "nowhere"], "neither a folder nor one of"),
-        (["--model", "resnet18", "--pretrained", "false", "--data", "."], "There is no class folder in"),
+        (["--model", "resnet18", "--pretrained", "false", "--data", "bare"], "There is no class folder in"),
         (["--model", "resnet18", "--pretrained", "false", "--data", "Digits", "--layers", "9"], "has no layer 9"),
         (["--model", "x.npy"], "There is no file"),
         (["--model", "flat.npy"], "expected floating-point tokens"),
-        (["--model", "pickled.npy"], "Python objects"),
+        (["--model", "pickled.npy"], "It is no array file that can be read without running code"),
+        (["--model", "empty.npy"], "It is no array file that can be read without running code"),
+        (["--model", "empty.npz"], "It holds no array"),
+        (["--model", "x.npy", "--out", "list.yaml"], "--out 'list.yaml': cannot write there"),
+        (["--config", "demo/plain.yaml", "--data", "Digits"], "With --config, --data is the root"),
         (["--config", "nothing.yaml"], "There is no config 'nothing.yaml'"),
         (["--config", "list.yaml"], "is no config of `kdvit fit`"),
         (["--config", "demo/lift.yaml"], "There is no exported network in"),
@@ -139,6 +195,9 @@ def test_a_mistake_is_one_clear_message(args: list[str], message: str, capsys: p
     np.save("flat.npy", np.zeros((3, 4)))
     np.save("pickled.npy", np.array([{}]), allow_pickle=True)
     Path("list.yaml").write_text("- 1\n")
+    Path("empty.npy").touch()
+    Path("bare").mkdir()
+    np.savez("empty.npz")
     Path("a.ckpt").write_text("")
     with pytest.raises(SystemExit):
         main(["analyze", *args])

@@ -185,6 +185,21 @@ def test_tokens_that_cannot_be_measured_are_refused(tokens: torch.Tensor, messag
         svd_energy(tokens)
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 5), (1, 1, 5), (6, 4, 1), (1, 1, 1), (3, 1, 8)])
+def test_one_image_one_token_and_one_channel_are_measured(shape: tuple[int, int, int]) -> None:
+    report = measure(_tokens(*shape), Options(permutations=2))
+    assert report.images == shape[0]
+    assert report.svd_energy.shape == (shape[0], min(shape[1:]))
+    assert report.pca_energy.shape == (shape[0], shape[2])
+    assert report.sep().shape == (shape[2],)
+    assert report.participation.shape == report.participation_shared.shape == (shape[0],)
+
+
+def test_images_of_unequal_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="All images must have one number of tokens; got 9 and 8"):
+        measure([torch.randn(2, 9, 4), torch.randn(2, 8, 4)])
+
+
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(TypeError, match=r"floating-point tokens, got torch\.int64"):
         svd_energy(torch.ones(1, 2, 3, dtype=torch.int64))
@@ -229,7 +244,7 @@ def test_the_mean_over_all_permutations_is_known(width: int) -> None:
 def test_noise_of_full_and_of_low_rank_both_lie_on_the_diagonal() -> None:
     generator = torch.Generator().manual_seed(0)
     diagonal = np.arange(1, 65) / 64
-    noise = sep_curve(gaussian_spectrum(40, 50, 64, generator), 64)
+    noise = sep_curve(gaussian_spectrum(40, 50, 64, seed=0), 64)
     low = measure(torch.randn(40, 50, 10, generator=generator) @ torch.randn(40, 10, 64, generator=generator))
     assert low.svd_rank(0.99).max() <= 10
     np.testing.assert_allclose(noise, diagonal, atol=0.01)

@@ -37,7 +37,8 @@ def test_scalars_of_student_and_teacher_and_figures_are_logged_every_k_epochs(de
     fit("lift", demo_teacher, *SHORT, *on)
     logged = [row for row in _rows() if row["geometry/svd_rank_95"]]
     assert [row["epoch"] for row in logged] == ["1", "3"]
-    names = {"svd_rank_95", "pca_dimension_95", "rotation", "sep_90", "participation"}
+    ranks = {"svd_rank_95", "pca_dimension_95", "rotation", "participation"}
+    names = ranks | {"sep_90", "sep_90_minus_permuted", "dc_share"}
     expected = {f"geometry/{who}{name}" for who in ("", "teacher_") for name in names}
     assert {name for name in logged[0] if name.startswith("geometry/")} == expected
     assert logged[0]["geometry/teacher_rotation"] == logged[1]["geometry/teacher_rotation"]

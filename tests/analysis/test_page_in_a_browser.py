@@ -30,7 +30,7 @@ PROBE = """<script>addEventListener("load", () => {
 def test_the_page_shows_its_pictures_and_asks_for_nothing(width: int, tmp_path: Path) -> None:
     pair = {"teacher": teacher(), "student": student()}
     report = analyze(pair, TinyData().val_dataloader(), "all", Options(permutations=2))
-    advice = advise(report.networks[0].face, pair["student"], 16)
+    advice = advise(report.networks[0].face, pair["student"])
     report._replace(advice=advice).save(tmp_path)
     page = tmp_path / "report.html"
     page.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))

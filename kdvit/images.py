@@ -1,0 +1,154 @@
+"""The images of an analysis: where they come from, and which are chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from kdvit.data import ImageDataModule
+from kdvit.data.cached import collate
+from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
+from kdvit.lookup import Experiment, build
+from kdvit.messages import UserError
+from kdvit.models import Network
+from kdvit.structures import ImageFormat, subclasses
+
+
+class Images(NamedTuple):
+    """Where images come from.
+
+    Attributes:
+        dataset: Of labelled images.
+        targets: Their classes, if known.
+        image_format: How they arrive.
+        collate: Makes a batch of samples.
+        name: For the report.
+        spec: What a config says of them; None where a config could not train on them.
+        classes: Number of classes, if known.
+    """
+
+    dataset: Dataset[Any]
+    targets: list[int] | None
+    image_format: ImageFormat
+    collate: Any
+    name: str
+    spec: dict[str, Any] | None
+    classes: int | None
+
+
+class ChosenImages(pl.LightningDataModule):
+    """The images that were chosen, each on one rank.
+
+    Args:
+        images: Where they come from.
+        numbers: Of `choose`.
+        batch_size: Images at once.
+        num_workers: Processes that load them.
+    """
+
+    def __init__(self, images: Images, numbers: list[int], batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.images, self.numbers = images, numbers
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns this rank's share."""
+        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if len(self.numbers) < ranks:
+            raise ValueError(f"{ranks} processes cannot share {len(self.numbers)} image(s): give more --images.")
+        share = Subset(self.images.dataset, self.numbers[rank::ranks])
+        return DataLoader(share, self.batch_size, num_workers=self.num_workers, collate_fn=self.images.collate)
+
+
+def choose(images: Images, count: int, seed: int) -> list[int]:
+    """Chooses images at random: one of each class first, then a second of each, and so on; in the data set's order."""
+    if count < 1:
+        raise UserError(f"--images must be 1 or more, got {count}.")
+    size = len(images.dataset)  # type: ignore[arg-type]
+    order = np.random.default_rng(seed).permutation(size)
+    if images.targets is not None:
+        seen: dict[int, int] = {}
+        turn = np.empty(size, dtype=np.int64)
+        for position, index in enumerate(order):
+            target = int(images.targets[index])
+            turn[position] = seen[target] = seen.get(target, -1) + 1
+        order = order[np.argsort(turn, kind="stable")]
+    return sorted(order[:count].tolist())
+
+
+def find_images(name: str, image_format: ImageFormat) -> Images:
+    """Finds the images of a folder, or of a data module by its class name, in a network's own format.
+
+    Raises:
+        UserError: If there are none.
+    """
+    modules = subclasses(ImageDataModule)
+    if name in modules:
+        formatted = {"img_size": image_format.size[0], "mean": list(image_format.mean), "std": list(image_format.std)}
+        spec = {"class_path": name, "init_args": {}}
+        module: ImageDataModule = build("data", {"class_path": name, "init_args": formatted})
+        return _of_module(module, name, spec)
+    root = Path(name)
+    splits = (root / "val").is_dir()
+    if not root.is_dir():
+        raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
+    try:
+        samples = list_images(root / "val" if splits else root)
+    except FileNotFoundError as error:
+        raise UserError(f"{error} (Or folders of classes alone: ROOT/CLASS/image.jpg.)") from error
+    holder = Network(1, image_format)
+    targets = [target for _, target in samples]
+    folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None
+    dataset = FolderImages(samples, holder.transform, None)
+    return Images(dataset, targets, image_format, collate, str(root.absolute()), folder, len(set(targets)))
+
+
+def images_of_config(experiment: Experiment, file: str) -> Images:
+    """Returns the validation images of a config.
+
+    Raises:
+        UserError: If it has no data.
+    """
+    data = experiment.data
+    if data is None:
+        raise UserError(f"{file!r} has no data. Add it to the config.")
+    spec = experiment.config["data"]
+    if isinstance(data, ImageDataModule):
+        return _of_module(data, f"the validation images of {file}", spec)
+    data.prepare_data()
+    data.setup("validate")
+    loader = data.val_dataloader()
+    image_format = getattr(data, "image_format", None) or experiment.student.image_format  # type: ignore[union-attr]
+    names = getattr(data, "class_names", None)
+    return Images(
+        loader.dataset,
+        None,
+        image_format,
+        loader.collate_fn,
+        f"the validation images of {file}",
+        spec,
+        names and len(names),
+    )
+
+
+def _of_module(module: ImageDataModule, name: str, spec: dict[str, Any]) -> Images:
+    dataset: Any = module.dataset("val")
+    targets = [int(target) for target in dataset.targets]
+    return Images(dataset, targets, module.image_format, collate, name, spec, module.num_classes)
+
+
+def required(data: str | None) -> str:
+    """Returns what names the images.
+
+    Raises:
+        UserError: If nothing does.
+    """
+    if data is None:
+        raise UserError(
+            f"Give --data: a folder of images, or one of {', '.join(sorted(subclasses(ImageDataModule)))}. {LAYOUT}"
+        )
+    return data
