@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from kdvit.analysis.report import NetworkReport, Report
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.9rem; } .scroll { overflow-x: auto; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 0.82rem; } .scroll { overflow-x: auto; }
+th, td { padding: 0.25rem 0.4rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: 0.92rem; }
 .advice { background: #eef5fb; border-left: 4px solid #0072B2; padding: 0.6rem 1rem; }

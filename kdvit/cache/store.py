@@ -211,8 +211,12 @@ def open_cache(
         )
     differences = differing(describe_origin(teacher, data), manifest.origin)
     if differences:
+        seed = manifest.origin.get("data.seed")
+        hint = (
+            f" (--data.init_args.seed {seed} shows its views to students of any seed.)" if data["seed"] != seed else ""
+        )
         raise CacheError(
             f"The cache {str(folder)!r} was made of something else: {'; '.join(differences)}. Train as it was made, or make "
-            "another by `kdvit cache`."
+            f"another by `kdvit cache`.{hint}"
         )
     return CacheReader(folder, manifest, layers, logits)

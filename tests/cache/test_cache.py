@@ -319,6 +319,7 @@ def test_every_mismatch_of_the_settings_is_named(demo_teacher: str, capsys) -> N
         message = refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached(), *given)
         assert "The cache 'cache' was made of something else: " in message
         assert expected in message
+        assert ("--data.init_args.seed 0 shows its views to students of any seed" in message) == ("seed" in expected)
     everything = [option for given, _ in list(DIFFERENT.values())[1:] for option in given]
     message = refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached(), *everything)
     assert all(expected in message for _, expected in list(DIFFERENT.values())[1:])
