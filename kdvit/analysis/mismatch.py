@@ -29,11 +29,10 @@ from kdvit.models import LiftViT, Network, TimmStudent, WideLastViT
 from kdvit.models.cost import forward_flops, parameter_count
 
 AFFORDABLE = 4 / 3
-REMEDIES: dict[str, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
+Remedy = Literal["none", "Lift", "WideLast"]
+REMEDIES: dict[Remedy, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
 OF_A_REMEDY = ("width", "num_heads")
 MAP_OBJECTIVES = ("FeatureDistiller", "LiftDistiller", "WideLastDistiller")
-
-Remedy = Literal["none", "Lift", "WideLast"]
 
 
 class Cost(NamedTuple):
@@ -145,10 +144,9 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
 
 def _bare(student: Network) -> tuple[Remedy, Network]:
     """Returns the remedy that a student has, and the student without it."""
-    for name in ("Lift", "WideLast"):
-        if isinstance(student, REMEDIES[name]):
-            remedy: Remedy = "Lift" if name == "Lift" else "WideLast"
-            return remedy, TimmStudent(**remedy_args(student))
+    for name, remedy in REMEDIES.items():
+        if isinstance(student, remedy):
+            return name, TimmStudent(**remedy_args(student))
     return "none", student
 
 
@@ -230,7 +228,9 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         advice: The advice.
         model: The `model` part: student, teacher, distillers and the rest.
     """
-    if advice.unchanged and any(_kind(each) in MAP_OBJECTIVES for each in model.get("distillers", {}).values()):
+    given = model.get("distillers") or {}
+    replaced = [each.get("init_args", {}) for each in given.values() if _kind(each) in MAP_OBJECTIVES]
+    if advice.unchanged and replaced:
         return dict(model)
     student = model["student"]
     args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
@@ -243,14 +243,11 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         name, more = {"Lift": "lift", "WideLast": "wide_last"}[advice.remedy], {}
         heads = next(cost.num_heads for cost in advice.costs if cost.student == advice.remedy)
         args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
-    kept, before = {}, {"weight": 0.2}
-    for key, each in (model.get("distillers") or {}).items():
-        if _kind(each) in MAP_OBJECTIVES:
-            given = each.get("init_args", {})
-            before |= {option: given[option] for option in ("weight", "loss") if option in given}
-        else:
-            kept[key] = each
-    distillers = {**kept, name: {"class_path": objective, "init_args": {**before, **more}}}
+    options = {"weight": 0.2}
+    for init_args in replaced:
+        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
+    kept = {key: each for key, each in given.items() if _kind(each) not in MAP_OBJECTIVES}
+    distillers = {**kept, name: {"class_path": objective, "init_args": {**options, **more}}}
     return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
 
 

@@ -14,9 +14,10 @@ import timm
 import torch
 
 import kdvit
-from kdvit.analysis.controls import Interval
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths, p99
 from kdvit.analysis.mismatch import Advice
+from kdvit.analysis.page import page
+from kdvit.analysis.plots import FIGURES, figures
 from kdvit.structures import ImageFormat
 
 BANDS = (1, 10, 50, 90, 99)
@@ -161,9 +162,6 @@ class Report(NamedTuple):
         Args:
             folder: Made if it is not there.
         """
-        from kdvit.analysis.page import page
-        from kdvit.analysis.plots import FIGURES, figures
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")):
@@ -220,7 +218,7 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
             "full": bandwidths(layer, folded=False),
             "folded": bandwidths(layer, folded=True),
             "intervals": {
-                f"{level:g}": {"bandwidth": _interval(ours), "minus_permuted": _interval(difference)}
+                f"{level:g}": {"bandwidth": ours._asdict(), "minus_permuted": difference._asdict()}
                 for level, (ours, difference) in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=True)
             },
         },
@@ -239,7 +237,3 @@ def _statistics(values: Array) -> dict[str, float]:
         "min": float(values.min()),
         "max": float(values.max()),
     }
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return interval._asdict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -94,7 +94,7 @@ class AnalysisModule(pl.LightningModule):
         self.memory = memory
         self.keep = False
         self.passes = 0
-        self.reports: list[LayersReport] = []
+        self.reports: dict[str, list[LayerReport]] = {}
 
     def on_test_start(self) -> None:
         """Decides, for all ranks alike, whether the tokens can be kept."""
@@ -130,22 +130,10 @@ class AnalysisModule(pl.LightningModule):
                     index = network.resolve(layer)
                     label = layer if isinstance(layer, str) else str(index)
                     found.append(geometry.report(label, index, first, *second))
-                self.reports.append(LayersReport(name, found))
+                self.reports[name] = found
 
     def _order(self, number: int) -> Tensor:
         return torch.as_tensor(self.orders[number].compute()).reshape(-1).cpu().argsort()
-
-
-class LayersReport(NamedTuple):
-    """What was measured of one network.
-
-    Attributes:
-        name: The network's.
-        layers: Its layers, in the order of the depth.
-    """
-
-    name: str
-    layers: list[LayerReport]
 
 
 def describe_network(name: str, network: Network, layers: list[LayerReport], data: str, passes: int) -> NetworkReport:
@@ -248,7 +236,9 @@ def analyze(
             trainer.test(module, loader, verbose=False, datamodule=datamodule)
     if not module.reports:
         raise ValueError("There is no image to analyse.")
-    reports = [describe_network(name, wrapped[name], found, data, module.passes) for name, found in module.reports]
+    reports = [
+        describe_network(name, wrapped[name], found, data, module.passes) for name, found in module.reports.items()
+    ]
     count = reports[0].face.images
     if count < FEW_IMAGES:
         rank_zero_warn(
