@@ -19,7 +19,7 @@ from kdvit import __version__
 from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
 from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
-from kdvit.callbacks import PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
+from kdvit.callbacks import NonFiniteGuard, PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.commands import COMMANDS
 from kdvit.config_files import find_configs
@@ -157,8 +157,9 @@ class KdvitCLI(LightningCLI):
         return super().init_parser(dump_header=[f"kdvit=={__version__}"], **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `ema`, `geometry` and the checkpoints, and hands the data's image format and class names to the model."""
+        """Adds `ema`, `nonfinite`, `geometry` and the checkpoints, and hands the data's image format and class names to the model."""
         parser.add_lightning_class_args(StudentEMA, "ema")
+        parser.add_lightning_class_args(NonFiniteGuard, "nonfinite")
         parser.add_lightning_class_args(GeometryMonitor, "geometry")
         best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "mode": "max"}
         last: dict[str, Any] = {"filename": "last"}

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
+from kdvit.callbacks import NonFiniteError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -41,7 +42,7 @@ def explain(error: Exception) -> str | None:
     jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
     misspelt name gets its nearest match.
     """
-    if not isinstance(error, (UserError, ArgumentError, CacheError)):
+    if not isinstance(error, (UserError, ArgumentError, CacheError, NonFiniteError)):
         return None
     return _named(_condensed(str(error)))
 

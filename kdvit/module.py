@@ -39,6 +39,9 @@ class DistillationModule(pl.LightningModule):
             with or without it. It needs a C++ compiler on CPUs, costs a minute or so at the start and again for each new
             shape or mode of the input (a smaller last batch, validation), and draws dropout and stochastic depth otherwise.
 
+    Attributes:
+        last_terms: The loss terms of the last training batch, unweighted, on the device.
+
     Raises:
         TypeError: If student or teacher is not a network.
         ValueError: If objectives contradict each other or the pair.
@@ -166,6 +169,13 @@ class DistillationModule(pl.LightningModule):
         assert logits is not None
         return logits
 
+    def teacher_output(self, batch: Batch) -> ViTOutput | None:
+        """Returns what the distillers want of the teacher, from the cache or computed; None where there is no teacher."""
+        output = batch.teacher
+        if output is None and self.teacher is not None:
+            output = self.teacher(batch.image, self._teacher_layers, self._teacher_logits)
+        return None if output is None else output.at_least_float32()
+
     def terms(self, student: ViTOutput, teacher: ViTOutput | None, target: Tensor) -> dict[str, Tensor]:
         """Computes every loss term, unweighted and in float32: "task" and one for each distiller.
 
@@ -201,13 +211,11 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch."""
-        teacher = batch.teacher
-        if teacher is None and self.teacher is not None:
-            teacher = self.teacher(batch.image, self._teacher_layers, self._teacher_logits)
-        teacher = None if teacher is None else teacher.at_least_float32()
+        teacher = self.teacher_output(batch)
         student = self.student(batch.image, self._student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
             terms = self.terms(student, teacher, batch.target)
+            self.last_terms = {name: term.detach() for name, term in terms.items()}
             weights = self.weights()
             loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             if self._is_logged_step():

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit import DistillationModule, load_student
-from kdvit.callbacks import StudentEMA, StudentExport, Throughput
+from kdvit.callbacks import NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import avoid_slow_attention
 from kdvit.optim import OptimizerOptions, ScheduleOptions
@@ -72,10 +72,13 @@ class End(pl.Callback):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("remedy", OBJECTIVES)
-def test_only_logged_steps_may_wait_for_the_device(remedy: str | None, precision: str, tmp_path: Path) -> None:
+def test_only_logged_steps_may_wait_for_the_device(
+    remedy: str | None, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonfinite, "FREE_TO_READ", ())  # as on a GPU
     start = Start()
     end = End(start)
-    callbacks = [start, Throughput(), StudentEMA(0.9), end]
+    callbacks = [start, Throughput(), StudentEMA(0.9), NonFiniteGuard(), end]
     run = trainer(tmp_path, callbacks=callbacks, log_every_n_steps=4, precision=precision)
     run.fit(_module(remedy), datamodule=TinyData())
     assert len(end.steps) == 5

@@ -1,9 +1,18 @@
 """Callbacks: what happens around the training of a student, and is no part of the method."""
 
 from kdvit.callbacks.ema import StudentEMA
+from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
 from kdvit.callbacks.student_export import StudentExport
 from kdvit.callbacks.teacher_scores import TeacherScores
 from kdvit.callbacks.throughput import Throughput
 
-__all__ = ["PredictionWriter", "StudentEMA", "StudentExport", "TeacherScores", "Throughput"]
+__all__ = [
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "PredictionWriter",
+    "StudentEMA",
+    "StudentExport",
+    "TeacherScores",
+    "Throughput",
+]

@@ -124,8 +124,8 @@ class ImageDataModule(pl.LightningDataModule):
             layers, logits = module.teacher_request()
             self._reader = open_cache(Path(self.cache), module.teacher, layers, logits, self.fingerprint())
 
-    def path(self, index: int) -> str:
-        """Returns the name of a test image, for tables."""
+    def path(self, index: int, split: Split = "test") -> str:
+        """Returns the name of an image, for tables and messages."""
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:

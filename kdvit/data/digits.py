@@ -50,6 +50,6 @@ class Digits(ImageDataModule):
         augmentation = {"seed": self.seed, "padding": self.padding} if training else {}
         return InMemoryImages(self.images[index], self.targets[index], self.image_format, **augmentation)
 
-    def path(self, index: int) -> str:
+    def path(self, index: int, split: Split = "test") -> str:
         """Returns ``digits/N``, N the number in scikit-learn's order."""
-        return f"digits/{int(self.indices['val'][index])}"
+        return f"digits/{int(self.indices['train' if split == 'train' else 'val'][index])}"

@@ -67,6 +67,7 @@ class FashionMNIST(ImageDataModule):
         train, held = order[:size], order[kept:]
         self.images, self.targets = images[train], targets[train]
         self.held = (images[held], targets[held]) if holdout else None
+        self.numbers = {"train": train, "val": held}
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
         self.padding, self.hflip = padding, hflip
 
@@ -79,8 +80,10 @@ class FashionMNIST(ImageDataModule):
         images, targets = held or (self.test_images, self.test_targets)
         return InMemoryImages(images, targets, self.image_format)
 
-    def path(self, index: int) -> str:
-        """Returns ``test/N``, N the number in the official test set."""
+    def path(self, index: int, split: Split = "test") -> str:
+        """Returns ``train/N`` or ``test/N``, N the number in the official sets."""
+        if split == "train" or (split == "val" and self.held):
+            return f"train/{int(self.numbers[split][index])}"
         return f"test/{index}"
 
 

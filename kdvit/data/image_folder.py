@@ -83,9 +83,9 @@ class ImageFolder(ImageDataModule):
         transform = self.train_transform if split == "train" else self.eval_transform
         return FolderImages(self.samples[split], transform, seed)
 
-    def path(self, index: int) -> str:
-        """Returns the path of a validation image, relative to the root."""
-        return str(Path(self.samples["val"][index][0]).relative_to(self.root))
+    def path(self, index: int, split: Split = "test") -> str:
+        """Returns the path of an image, relative to the root."""
+        return str(Path(self.samples["train" if split == "train" else "val"][index][0]).relative_to(self.root))
 
 
 class FolderImages(Dataset[Any]):

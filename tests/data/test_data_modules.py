@@ -40,6 +40,7 @@ def test_an_image_folder_gives_batches_and_names(tmp_path) -> None:
     seen = list(data.val_dataloader())
     assert torch.cat([batch.target for batch in seen]).tolist() == [0, 0, 0, 1, 1, 1]
     assert data.path(4) == "val/dog/1.jpg"
+    assert data.path(7, "train") == "train/dog/1.jpg"
 
 
 def test_pixels_do_not_depend_on_workers_or_the_random_state(tmp_path) -> None:
@@ -132,7 +133,7 @@ def test_digits_are_split_once_for_all() -> None:
     image, target, _ = data.dataset("val")[next(iter(data.val_dataloader().sampler))]
     assert image.shape == (3, 8, 8)
     assert target in range(10)
-    assert data.path(0).startswith("digits/")
+    assert [data.path(0), data.path(0, "train")] == [f"digits/{data.indices[split][0]}" for split in ("val", "train")]
 
 
 def test_another_size_is_reached_by_resizing_once() -> None:
@@ -183,6 +184,12 @@ def test_the_held_out_images_are_none_of_the_training_images(tmp_path) -> None:
     data = FashionMNIST(str(fashion_root(tmp_path)), holdout=20)
     train, held = (data.dataset(split).pixels.flatten(1) for split in ("train", "val"))
     assert not (train[:, None] == held[None]).all(2).any()
+    official = FashionMNIST(str(tmp_path)).dataset("train").pixels.flatten(1)
+    numbers = {FashionMNIST(str(tmp_path)).path(i, "train"): i for i in range(50)}
+    for split, pixels in (("train", train), ("val", held)):
+        for i in range(len(pixels)):
+            assert torch.equal(pixels[i], official[numbers[data.path(i, split)]])
+    assert data.path(3) == "test/3"
 
 
 def _no_download(*_, **__):
