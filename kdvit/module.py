@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -300,8 +301,10 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"The schedule needs the number of epochs: set trainer.max_epochs (it is {epochs}).")
         groups = parameter_groups([self.student, self.distillers], self.optimizer_options.weight_decay)
         scaled = self.optimizer_options.lr_base_batch is not None
-        # a fused step unscales fp16 gradients by itself, after their norm is logged and clipped
-        fused = self.device.type in FUSED_DEVICES and self.trainer.scaler is None
+        # a fused step could unscale fp16 gradients by itself, too late for their norm: Lightning clips none in mixed precision
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        clipped = bool(self.trainer.gradient_clip_val)
+        fused = self.device.type in FUSED_DEVICES and self.trainer.scaler is None and not (mixed and clipped)
         optimizer = self.optimizer_options.build(groups, self.global_batch() if scaled else 1, fused)
         schedule = self.schedule_options.build(optimizer, epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}

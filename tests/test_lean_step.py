@@ -128,6 +128,18 @@ def test_the_optimizer_is_fused_where_it_can_be(options, fused: bool | None, tmp
     assert run.optimizers[0].defaults.get("fused") is fused
 
 
+def test_gradients_can_be_clipped_in_mixed_precision(tmp_path: Path) -> None:
+    class Norm(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-2)
+
+    options = {"callbacks": [Norm()], "gradient_clip_val": 1e-3, "precision": "bf16-mixed"}
+    run = trainer(tmp_path, limit_train_batches=1, **options)
+    run.fit(_module(), datamodule=TinyData())
+    assert not run.optimizers[0].defaults.get("fused")
+
+
 def test_fp16_gradients_are_unscaled_before_they_are_logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pl.Trainer, "scaler", object())  # as 16-mixed has it, which needs a GPU
     run = trainer(tmp_path, limit_train_batches=1)

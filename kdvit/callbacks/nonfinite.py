@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ class NonFiniteGuard(pl.Callback):
         numbers = [term for each in seen for term in each.terms.values()]
         if trainer.scaler is None:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            numbers.append(torch.nn.utils.get_total_norm(gradients, math.inf).float())
+            numbers.append(torch.nn.utils.get_total_norm(gradients).float())
         bad = torch.stack(numbers).isfinite().all().logical_not().float()
         if trainer.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)

@@ -54,6 +54,8 @@ def _teacher_outputs(trainer: pl.Trainer, pl_module: Any, batch: Batch) -> dict[
 def bad_gradients(pl_module: Any) -> str:
     """Names the parameters whose gradient is not finite."""
     names = _not_finite(pl_module)
+    if not names:
+        return "the norm of the gradient"
     known = sum(p.grad is not None for p in pl_module.parameters())
     return f"the gradient of {'every parameter' if len(names) == known else _listed(names)}"
 
