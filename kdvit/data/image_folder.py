@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -88,6 +90,40 @@ class ImageFolder(ImageDataModule):
         return str(Path(self.samples["train" if split == "train" else "val"][index][0]).relative_to(self.root))
 
 
+class ImageList(Sequence[tuple[str, int]]):
+    """Paths and class indices in three arrays.
+
+    A list of tuples has two counted references an image, and a loader process that reads one copies its page: each
+    process would come to hold the whole list.
+
+    Args:
+        samples: Path and class index of each image.
+    """
+
+    def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
+        paths, targets = zip(*samples, strict=True)
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded])
+        self._paths = np.frombuffer(b"".join(encoded), np.uint8)
+        self._targets = np.array(targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, int]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[str, int] | list[tuple[str, int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._paths[start : self._ends[index]].tobytes()), int(self._targets[index])
+
+
 class FolderImages(Dataset[Any]):
     """Images read when they are asked for.
 
@@ -97,7 +133,7 @@ class FolderImages(Dataset[Any]):
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], transform: Transform, seed: int | None) -> None:
+    def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform, seed: int | None) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
 
     def __len__(self) -> int:
@@ -140,7 +176,7 @@ def read_image(path: str) -> Image.Image:
         raise RuntimeError(f"Cannot read the image {path!r}: {error}. Mend it or take it out.") from error
 
 
-def list_images(folder: Path) -> list[tuple[str, int]]:
+def list_images(folder: Path) -> ImageList:
     """Lists the images of a split with the index of their class, in a fixed order.
 
     Raises:
@@ -160,7 +196,7 @@ def list_images(folder: Path) -> list[tuple[str, int]]:
         raise FileNotFoundError(
             f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove them."
         )
-    return samples
+    return ImageList(samples)
 
 
 def _splits(root: Path) -> list[str]:
