@@ -2,8 +2,9 @@
 
 from kdvit.callbacks.ema import StudentEMA
 from kdvit.callbacks.predictions import PredictionWriter
+from kdvit.callbacks.preemption import Preemption
 from kdvit.callbacks.student_export import StudentExport
 from kdvit.callbacks.teacher_scores import TeacherScores
 from kdvit.callbacks.throughput import Throughput
 
-__all__ = ["PredictionWriter", "StudentEMA", "StudentExport", "TeacherScores", "Throughput"]
+__all__ = ["PredictionWriter", "Preemption", "StudentEMA", "StudentExport", "TeacherScores", "Throughput"]
