@@ -44,7 +44,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             steps[file] = training_step(file)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            rank_zero_info(f"{file} is no whole checkpoint ({str(error).splitlines()[0]}) and is passed over.")
+            rank_zero_info(f"{file} is no whole checkpoint ({str(error).split('. ')[0]}) and is passed over.")
     return max(steps, key=lambda each: steps[each]) if steps else None
 
 
