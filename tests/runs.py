@@ -14,10 +14,15 @@ QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summa
 SHORT = [*QUIET, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"]
 
 
-def fit(method: str, teacher: str, *more: str) -> None:
-    """Runs `kdvit fit` of a demo config into the folder "run"."""
+def demo_fit(method: str, teacher: str, *more: str) -> list[str]:
+    """Returns the arguments of `kdvit fit` of a demo config into the folder "run"."""
     from_teacher = ["--model.teacher.init_args.arch", teacher] if method not in ("teacher", "plain") else []
-    main(["fit", "--config", f"demo/{method}.yaml", "--trainer.default_root_dir", "run", *from_teacher, *more])
+    return ["fit", "--config", f"demo/{method}.yaml", "--trainer.default_root_dir", "run", *from_teacher, *more]
+
+
+def fit(method: str, teacher: str, *more: str) -> None:
+    """Runs `demo_fit`."""
+    main(demo_fit(method, teacher, *more))
 
 
 def column(root: str, names: tuple[str, ...]) -> list[str]:
