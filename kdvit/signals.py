@@ -1,13 +1,27 @@
-"""Signals that ask a run to save itself: handlers that only take a note. Light to import."""
+"""Signals that ask a run to save itself, and how Slurm is asked to run it again. Light to import."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from types import FrameType
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 STOP = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """Ends a run that has been saved.
+
+    Args:
+        status: Exit status: 0 where Slurm has requeued the job, else 128 + the signal's number.
+        story: What has happened.
+    """
+
+    def __init__(self, status: int, story: str = "") -> None:
+        super().__init__(status)
+        self.story = story
 
 
 class Requests:
@@ -52,3 +66,23 @@ class Requests:
 
 
 REQUESTS = Requests()
+
+
+def named(number: int) -> str:
+    """Returns how users call a signal."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def requeue_job() -> str:
+    """Requeues this process's Slurm job, and returns why it was refused, or nothing."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return "this is no Slurm job."
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"scontrol cannot be run ({error})."
+    said = " ".join(done.stderr.split()) or f"status {done.returncode}"
+    return "" if done.returncode == 0 else f"scontrol requeue {job}: {said}."

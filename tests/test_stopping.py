@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from kdvit import load_student
+from kdvit.cache.manifest import Manifest
+from kdvit.cache.store import encode
 from kdvit.callbacks import Preemption
 from kdvit.checkpoints import newest_checkpoint
+from kdvit.cli import main
 from kdvit.signals import REQUESTS
 from tests.runs import QUIET, SHORT, assert_same_end, fit
 
@@ -173,6 +176,24 @@ def test_a_warning_before_the_training_is_remembered(demo_teacher: str, caplog) 
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert "is saved in run/checkpoints/last.ckpt at step 1." in caplog.text
+
+
+def test_a_cache_told_to_stop_keeps_what_is_written(demo_teacher: str, monkeypatch, caplog) -> None:
+    config = ["cache", "--config", "demo/lift.yaml", "--model.teacher.init_args.arch", demo_teacher, "--out", "cache"]
+
+    def encode_and_stop(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdvit.cache.writer.encode", encode_and_stop)
+        with pytest.raises(SystemExit) as end:
+            main(config)
+    assert end.value.code == 143
+    assert "Stopped by SIGTERM. The same command goes on from what is written." in caplog.messages
+    assert not Manifest.load(Path("cache")).complete
+    main(config)
+    assert Manifest.load(Path("cache")).complete
 
 
 def test_a_finished_run_leaves_the_signals_as_they_were(demo_teacher: str) -> None:

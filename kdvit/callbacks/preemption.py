@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.checkpoints import newest_checkpoint
-from kdvit.signals import REQUESTS, REQUEUE, STOP
-
-
-class Stopped(SystemExit):
-    """Ends a run that has been saved.
-
-    Args:
-        status: Exit status: 0 where Slurm has requeued the job, else 128 + the signal's number.
-        story: What has happened.
-    """
-
-    def __init__(self, status: int, story: str) -> None:
-        super().__init__(status)
-        self.story = story
+from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
 class Preemption(Checkpoint):
@@ -111,6 +96,7 @@ class Preemption(Checkpoint):
             whence = f"goes on from {newest}" if newest else "starts anew, as there is no checkpoint yet"
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")
         self._training = False
+        REQUESTS.forget()
 
     # What is asked for
 
@@ -130,11 +116,10 @@ class Preemption(Checkpoint):
                 raise Stopped(0, f"{where}, and Slurm has requeued the job.")
             rank_zero_info(f"{where}. It is not requeued: {answer}{'' if stop else ' Training goes on.'}")
         if stop:
-            name = "Ctrl-C" if stop == signal.SIGINT else signal.Signals(stop).name
             status = (
                 128 + stop if trainer.is_global_zero else 0
             )  # with another status of a rank, launchers kill the rest
-            raise Stopped(status, f"Stopped by {name}. {where}; the same command goes on from there.")
+            raise Stopped(status, f"Stopped by {named(stop)}. {where}; the same command goes on from there.")
         self._tell(trainer)
 
     def _tell(self, trainer: pl.Trainer) -> None:
@@ -192,21 +177,6 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
         return trainer.is_last_batch
     batches = (trainer.fit_loop.total_batch_idx if every is None else trainer.fit_loop.batch_idx) + 1
     return batches % trainer.val_check_batch == 0
-
-
-def requeue_job() -> str:
-    """Requeues this process's Slurm job, and returns why it was refused, or nothing."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return "this is no Slurm job."
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"scontrol cannot be run ({error})."
-    said = " ".join(done.stderr.split()) or f"status {done.returncode}"
-    return "" if done.returncode == 0 else f"scontrol requeue {job}: {said}."
 
 
 def _asked(trainer: pl.Trainer) -> tuple[int, int]:
