@@ -1,4 +1,11 @@
-"""`python -m kdvit`."""
+"""The command `kdvit`, and `python -m kdvit`."""
+
+import sys
+
+from kdvit.signals import REQUESTS, REQUEUE
+
+if sys.argv[1:2] in (["fit"], ["cache"]):
+    REQUESTS.remember(*REQUEUE)  # before the imports, which take seconds
 
 from kdvit.cli import main
 

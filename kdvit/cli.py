@@ -19,8 +19,17 @@ from kdvit import __version__
 from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
 from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
-from kdvit.callbacks import NonFiniteGuard, PredictionWriter, StudentEMA, StudentExport, TeacherScores, Throughput
+from kdvit.callbacks import (
+    NonFiniteGuard,
+    PredictionWriter,
+    Preemption,
+    StudentEMA,
+    StudentExport,
+    TeacherScores,
+    Throughput,
+)
 from kdvit.check import describe
+from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_step
 from kdvit.commands import COMMANDS
 from kdvit.config_files import find_configs
 from kdvit.data import ImageDataModule
@@ -123,7 +132,7 @@ class KdvitCLI(LightningCLI):
     """`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`."""
 
     def __init__(self, args: list[str]) -> None:
-        callbacks = [Throughput(), TeacherScores(), StudentExport(), PredictionWriter()]
+        callbacks = [Throughput(), TeacherScores(), StudentExport(), PredictionWriter(), Preemption()]
         super().__init__(
             DistillationModule,
             pl.LightningDataModule,
@@ -187,11 +196,14 @@ class KdvitCLI(LightningCLI):
             if not file.is_file():
                 raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
         elif self.subcommand == "fit":
-            file = folder / "last.ckpt"
-            if not file.is_file() or any(root.glob("hpc_ckpt_*.ckpt")):  # those Lightning finds by itself
+            newest = newest_checkpoint(folder)
+            if newest is None:
                 return None
             self._refuse_another_run(root)
-            rank_zero_info(f"Going on from {file}. (To start anew, choose another --trainer.default_root_dir.)")
+            file = newest
+            rank_zero_info(
+                f"Going on from {file}, step {training_step(file)}. (To start anew, choose another --trainer.default_root_dir.)"
+            )
         else:
             file = folder / "best.ckpt"
             if not file.is_file():
@@ -249,8 +261,11 @@ class KdvitCLI(LightningCLI):
             }
         elif self.subcommand != "fit":
             kwargs = {"logger": False}
-        elif given["logger"] in (None, True):
-            kwargs = {"logger": run_loggers(root, self.checkpoint)}
+        else:
+            plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
+            kwargs = {"plugins": [*filter(None, plugins), WholeCheckpointIO()]}
+            if given["logger"] in (None, True):
+                kwargs["logger"] = run_loggers(root, self.checkpoint)
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "check":
             planned = _planned_processes(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import re
 from collections.abc import Iterable
@@ -32,6 +33,9 @@ NOT_SAID = (
 )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 class UserError(Exception):
     """A mistake in a config or on the command line. The command line shows the message and no traceback."""
 
@@ -42,6 +46,11 @@ def explain(error: Exception) -> str | None:
     jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
     misspelt name gets its nearest match.
     """
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (
+            f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. Make "
+            "room and give the same command again: a run goes on from its last checkpoint."
+        )
     if not isinstance(error, (UserError, ArgumentError, CacheError, NonFiniteError)):
         return None
     return _named(_condensed(str(error)))

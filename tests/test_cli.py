@@ -19,7 +19,7 @@ from kdvit.cli import main
 from kdvit.config_files import packaged_configs
 from kdvit.loggers import run_loggers
 from tests.data.test_data_modules import fashion_root, image_folder
-from tests.runs import QUIET, SHORT, fit
+from tests.runs import QUIET, SHORT, column, fit
 
 CONFIGS = packaged_configs()
 IMAGENET = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -156,7 +156,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: s
     one, other = (load_student(f"{root}/student").state_dict() for root in ("whole", "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     columns = ("step", "train/loss", "val/acc1", "val/acc1_ema")
-    assert _column("whole", columns) == _column("run", columns)
+    assert column("whole", columns) == column("run", columns)
 
 
 def test_resume_is_exact_with_accumulated_batches(demo_teacher: str) -> None:
@@ -220,12 +220,6 @@ def test_an_average_that_starts_late_starts_from_the_restored_weights(demo_teach
 
 def test_nothing_is_logged_where_nothing_is_asked_for(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *SHORT, "--trainer.log_every_n_steps", "0")
-
-
-def _column(root: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    with Path(root, "metrics.csv").open() as stream:
-        rows = [tuple(float(row[name] or "nan") for name in names) for row in csv.DictReader(stream)]
-    return [str(row) for row in rows]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

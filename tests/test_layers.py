@@ -12,8 +12,8 @@ import pytest
 import kdvit
 
 LEVELS = [
-    {"structures", "optim", "metrics", "config_files"},
-    {"models", "distillers"},
+    {"structures", "optim", "metrics", "config_files", "files", "signals"},
+    {"models", "distillers", "checkpoints"},
     {"cache"},
     {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdvit import __version__
+from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
 from kdvit.structures import View
@@ -90,25 +90,6 @@ class Manifest:
                 f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it by "
                 f"`kdvit cache --config ... --out {folder}`."
             ) from error
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file under another name, forces it to the disk, and renames it."""
-    with file.with_name(f"{file.name}.tmp").open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        put_in_place(stream.fileno(), file)
-
-
-def put_in_place(descriptor: int, file: Path) -> None:
-    """Forces ``FILE.tmp``, open and flushed as `descriptor`, to the disk and renames it to FILE."""
-    os.fsync(descriptor)
-    os.replace(file.with_name(f"{file.name}.tmp"), file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, Any]:

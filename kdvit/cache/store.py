@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdvit.cache.manifest import CacheError, Manifest, describe_origin, differing, put_in_place
+from kdvit.cache.manifest import CacheError, Manifest, describe_origin, differing
+from kdvit.files import put_in_place
 from kdvit.models import FrozenTeacher
 from kdvit.structures import View, ViTOutput
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from kdvit.cache.manifest import FILE, CacheError, Manifest, describe_origin, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
+from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 from kdvit.structures import Batch, View, ViTOutput
 
 Stored = Literal["auto", "logits", "features", "both"]
@@ -100,7 +101,8 @@ class CacheWriting(TeacherPass):
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
     def on_predict_start(self) -> None:
-        """Writes the manifest before the first shard."""
+        """Writes the manifest before the first shard, and takes over the signals."""
+        REQUESTS.remember(*REQUEUE, *STOP)
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest.save(self.folder)
@@ -109,6 +111,22 @@ class CacheWriting(TeacherPass):
     def take(self, rows: Sequence[int], output: ViTOutput) -> None:
         """Appends records to their shard."""
         append_records(self.folder, self.manifest, rows, encode(output, self.manifest))
+        self._leave()
+
+    def _leave(self) -> None:
+        """Does what this process is asked from outside; what is written stays."""
+        if REQUESTS.requeue and self.trainer.is_global_zero:  # other ranks write on until Slurm ends them
+            REQUESTS.requeue = False
+            refused = requeue_job()
+            if not refused:
+                rank_zero_info("Slurm has requeued the job, which goes on from what is written.")
+                raise Stopped(0)
+            rank_zero_info(f"The job is not requeued: {refused}")
+        if REQUESTS.stop:
+            stop = REQUESTS.stop
+            REQUESTS.forget()
+            rank_zero_info(f"Stopped by {named(stop)}. The same command goes on from what is written.")
+            raise Stopped(128 + stop if self.trainer.is_global_zero else 0)
 
     def on_predict_end(self) -> None:
         """Marks the cache complete once all ranks have written their shards."""

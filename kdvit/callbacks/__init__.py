@@ -3,6 +3,7 @@
 from kdvit.callbacks.ema import StudentEMA
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
+from kdvit.callbacks.preemption import Preemption
 from kdvit.callbacks.student_export import StudentExport
 from kdvit.callbacks.teacher_scores import TeacherScores
 from kdvit.callbacks.throughput import Throughput
@@ -11,6 +12,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "PredictionWriter",
+    "Preemption",
     "StudentEMA",
     "StudentExport",
     "TeacherScores",

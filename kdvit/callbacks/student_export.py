@@ -13,13 +13,14 @@ from kdvit.models import export_student
 
 
 class StudentExport(pl.Callback):
-    """Writes the student (raw weights of the last step) into ``RUN/student`` when training ends.
+    """Writes the student (raw weights of the last step) into ``RUN/student`` when training ends, however it ends.
 
     The config.json beside the weights tells the run's last scores and its seconds of training, over all restarts.
     """
 
     def __init__(self) -> None:
         self._before = 0.0
+        self._since: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Starts the clock."""
@@ -35,8 +36,19 @@ class StudentExport(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the folder, on one rank."""
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Writes the folder for a training that is cut short; what cut it short is told in any case."""
+        if not trainer.is_global_zero or self._since is None:
             return
+        try:
+            self._write(trainer, pl_module)
+        except OSError as error:
+            rank_zero_info(f"The student could not be written: {error}")
+
+    def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir) / "student"
         spec = pl_module.spec()
         spec["run"]["seconds"] = self._seconds()
@@ -44,4 +56,4 @@ class StudentExport(pl.Callback):
         rank_zero_info(f"The student is in {folder}: kdvit.load_student({str(folder)!r}) loads it.")
 
     def _seconds(self) -> float:
-        return self._before + time.perf_counter() - self._since
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)

@@ -17,6 +17,7 @@ from kdvit.cache import CacheError, CacheReader, open_cache
 from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
+from kdvit.data.workers import start_worker
 from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]
@@ -196,6 +197,7 @@ class ImageDataModule(pl.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
+            "worker_init_fn": start_worker,
         }
 
 

@@ -95,8 +95,9 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and the number of batches handed out in it."""
-        return {"epoch": self._epoch, "batches": self._handed_out}
+        """Returns the epoch and the number of batches handed out in it, those before a resume that is yet to come included."""
+        epoch, batches = self._resume
+        return {"epoch": self._epoch, "batches": batches if epoch == self._epoch else self._handed_out}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import kdvit
+from kdvit.files import write_whole
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.released import load_released, read_weights_only
 from kdvit.structures import ImageFormat, subclasses
@@ -50,11 +51,10 @@ def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -
         folder: Where to write; made if it is not there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     network = student.model if isinstance(student, TimmNetwork) else student
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps({**_timm_config(spec), "kdvit": spec}, indent=2) + "\n")
+    write_whole(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_whole(folder / CONFIG, (json.dumps({**_timm_config(spec), "kdvit": spec}, indent=2) + "\n").encode())
 
 
 def weights_sha256(network: nn.Module) -> str:

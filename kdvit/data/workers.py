@@ -1,0 +1,37 @@
+"""Loader workers that share their parent's memory and obey it alone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+
+
+def start_worker(worker: int) -> None:
+    """Readies a worker, as `worker_init_fn`.
+
+    Args:
+        worker: Number of the worker.
+    """
+    gc.freeze()  # a collection writes to every object there is, and so copies all memory shared with the parent
+    obey_the_parent()
+
+
+def obey_the_parent() -> None:
+    """Lets a worker ignore the signals that Slurm and Ctrl-C send to all processes of a run.
+
+    The run goes on to the end of its batch and saves itself, and needs its workers till then. SIGTERM still ends a worker
+    when its parent sends it, as Python does with those that are left when it exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_the_parents_word, daemon=True).start()
+
+
+def _end_with_the_parents_word() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,238 @@
+"""Runs that are stopped from outside: what is saved, what is said, and where the same command ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from kdvit import load_student
+from kdvit.cache.manifest import Manifest
+from kdvit.cache.store import encode
+from kdvit.callbacks import Preemption
+from kdvit.checkpoints import newest_checkpoint
+from kdvit.cli import main
+from kdvit.signals import REQUESTS
+from tests.runs import QUIET, SHORT, assert_same_end, fit
+
+EVERYTHING = [
+    *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
+    *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
+    *["--model.student.init_args.drop_path_rate=0.2", "--data.init_args.num_workers=1"],
+]
+
+
+class SignalAt(pl.Callback):
+    """Sends this process a signal at the n-th call of a hook."""
+
+    def __init__(self, hook: str, count: int, name: str) -> None:
+        self.hook, self.left, self.signal = hook, count, getattr(signal, name)
+
+    def on_sanity_check_end(self, *_: Any) -> None:
+        self._called("on_sanity_check_end")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._called("on_train_batch_start")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._called("on_validation_batch_start")
+
+    def _called(self, hook: str) -> None:
+        if hook == self.hook:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signal)
+
+
+def signal_at(hook: str, count: int, name: str = "SIGTERM") -> list[str]:
+    given = {"hook": hook, "count": count, "name": name}
+    return ["--trainer.callbacks", json.dumps([{"class_path": "tests.test_stopping.SignalAt", "init_args": given}])]
+
+
+@pytest.fixture(scope="module")
+def whole(demo_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Trains without interruption, 20 batches and 8 validation batches an epoch."""
+    root = str(tmp_path_factory.mktemp("whole"))
+    fit("lift", demo_teacher, *EVERYTHING, "--trainer.default_root_dir", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("hook", "count", "step"),
+    [
+        ("on_sanity_check_end", 1, 1),
+        ("on_train_batch_start", 33, 33),
+        ("on_train_batch_start", 40, 40),
+        ("on_validation_batch_start", 3, 20),
+        ("on_validation_batch_start", 8, 20),
+        ("on_validation_batch_start", 24, 60),
+    ],
+    ids=["before the first", "amid an epoch", "last of an epoch", "amid a validation", "its last", "the very last"],
+)
+def test_a_run_told_to_stop_saves_itself_and_ends_where_an_uninterrupted_one_ends(
+    hook: str, count: int, step: int, whole: str, demo_teacher: str, caplog
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        fit("lift", demo_teacher, *EVERYTHING, *signal_at(hook, count))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    saved = f"The run is saved in run/checkpoints/last.ckpt at step {step}; the same command goes on from there."
+    assert caplog.messages[-1] == f"Stopped by SIGTERM. {saved}"
+    assert load_student("run/student")(torch.randn(1, 3, 8, 8)).logits.shape == (1, 10)
+    fit("lift", demo_teacher, *EVERYTHING)
+    assert f"Going on from run/checkpoints/last.ckpt, step {step}." in caplog.text
+    assert_same_end(whole, "run")
+
+
+def test_a_run_stops_where_gradients_are_complete(demo_teacher: str) -> None:
+    accumulating = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.accumulate_grad_batches=3"]
+    fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
+    with pytest.raises(SystemExit):
+        fit("wide_last", demo_teacher, *accumulating, *signal_at("on_train_batch_start", 4))
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    fit("wide_last", demo_teacher, *accumulating)
+    assert_same_end("whole", "run")
+
+
+def test_validations_amid_an_epoch_are_held_anew(demo_teacher: str) -> None:
+    often = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.val_check_interval=6"]
+    fit("lift", demo_teacher, *often, "--trainer.default_root_dir=whole")
+    for count in (20, 9, 3):
+        with pytest.raises(SystemExit):
+            fit("lift", demo_teacher, *often, *signal_at("on_validation_batch_start", count))
+    fit("lift", demo_teacher, *often)
+    assert_same_end("whole", "run")
+
+
+def test_a_checkpoint_saved_just_before_a_validation_does_not_lose_it(demo_teacher: str) -> None:
+    saving = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--last_checkpoint.every_n_train_steps=20"]
+    fit("lift", demo_teacher, *saving, "--trainer.default_root_dir=whole")
+    with pytest.raises(RuntimeError, match="by the test"):
+        fit("lift", demo_teacher, *saving, "--trainer.callbacks", "tests.test_stopping.FailsToValidate")
+    assert not Path("run/checkpoints/best.ckpt").exists()
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 20
+    fit("lift", demo_teacher, *saving)
+    assert_same_end("whole", "run")
+
+
+class FailsToValidate(pl.Callback):
+    """Fails when a validation starts."""
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            raise RuntimeError("by the test")
+
+
+def test_ctrl_c_stops_after_the_batch_and_says_so_at_once(demo_teacher: str, capfd, caplog) -> None:
+    with pytest.raises(SystemExit) as end:
+        fit("plain", demo_teacher, *SHORT, *signal_at("on_train_batch_start", 2, "SIGINT"))
+    assert end.value.code == 130
+    assert "The run stops after this batch. Ctrl-C again stops it at once, without saving." in capfd.readouterr().err
+    assert caplog.messages[-1].startswith("Stopped by Ctrl-C. The run is saved in run/checkpoints/last.ckpt at step 2;")
+
+
+def test_outside_slurm_a_warning_signal_saves_and_training_goes_on(demo_teacher: str, caplog) -> None:
+    fit("plain", demo_teacher, *SHORT, *signal_at("on_train_batch_start", 2, "SIGUSR1"))
+    said = caplog.text
+    assert "is saved in run/checkpoints/last.ckpt at step 2. It is not requeued: this is no Slurm job. Training" in said
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize(("status", "words"), [(0, "Slurm has requeued the job"), (1, "presently disabled.")])
+def test_a_warning_of_slurm_requeues_the_job(status: int, words: str, demo_teacher: str, monkeypatch, caplog) -> None:
+    Path("bin").mkdir()
+    fake = Path("bin/scontrol")
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" > asked\necho "Requested operation is presently disabled" >&2\nexit {status}\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    warned = [*SHORT, *signal_at("on_train_batch_start", 2, "SIGUSR2")]
+    if status == 0:
+        with pytest.raises(SystemExit) as end:
+            fit("plain", demo_teacher, *warned)
+        assert end.value.code == 0
+    else:
+        fit("plain", demo_teacher, *warned)
+    assert Path("asked").read_text() == "requeue 5_2\n"
+    assert words in caplog.text
+
+
+def test_a_warning_before_the_training_is_remembered(demo_teacher: str, caplog) -> None:
+    REQUESTS.remember(signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    try:
+        fit("plain", demo_teacher, *SHORT)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert "is saved in run/checkpoints/last.ckpt at step 1." in caplog.text
+
+
+def test_a_cache_told_to_stop_keeps_what_is_written(demo_teacher: str, monkeypatch, caplog) -> None:
+    config = ["cache", "--config", "demo/lift.yaml", "--model.teacher.init_args.arch", demo_teacher, "--out", "cache"]
+
+    def encode_and_stop(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdvit.cache.writer.encode", encode_and_stop)
+        with pytest.raises(SystemExit) as end:
+            main(config)
+    assert end.value.code == 143
+    assert "Stopped by SIGTERM. The same command goes on from what is written." in caplog.messages
+    assert not Manifest.load(Path("cache")).complete
+    main(config)
+    assert Manifest.load(Path("cache")).complete
+
+
+def test_a_finished_run_leaves_the_signals_as_they_were(demo_teacher: str) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    fit("plain", demo_teacher, *SHORT)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_the_furthest_whole_checkpoint_is_taken(demo_teacher: str, caplog) -> None:
+    fit("plain", demo_teacher, *SHORT)
+    folder = Path("run/checkpoints")
+    last = folder / "last.ckpt"
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    assert newest_checkpoint(folder) == folder / "best.ckpt"
+    assert "last.ckpt is no whole checkpoint" in caplog.text
+    torch.save({"state_dict": {}}, folder / "weights.ckpt")
+    assert newest_checkpoint(folder) == folder / "best.ckpt"
+    assert "weights.ckpt is no whole checkpoint (it has no global_step, loops, optimizer_states)" in caplog.text
+    last.write_bytes(content)
+    assert newest_checkpoint(folder) == last
+    assert newest_checkpoint(Path("nowhere")) is None
+
+
+def test_an_error_tells_from_where_the_run_goes_on(demo_teacher: str, caplog) -> None:
+    with pytest.raises(RuntimeError, match="by the test"):
+        fit("plain", demo_teacher, *SHORT, "--trainer.callbacks", "tests.test_stopping.Fails")
+    said = caplog.text
+    assert "The run has ended at step 4. The same command goes on from run/checkpoints/last.ckpt." in said
+    assert load_student("run/student")(torch.randn(1, 3, 8, 8)).logits.shape == (1, 10)
+
+
+class Fails(pl.Callback):
+    """Fails in the second epoch."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            raise RuntimeError("by the test")
+
+
+def test_a_preemption_callback_has_no_state_of_its_own() -> None:
+    assert Preemption().state_dict() == {}
