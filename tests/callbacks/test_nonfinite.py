@@ -190,6 +190,25 @@ def test_a_teacher_that_is_not_finite_is_named_with_its_images(layer: bool) -> N
         trainer(".", callbacks=[NonFiniteGuard()]).fit(_module(teacher=broken), datamodule=TinyData())
 
 
+def test_a_cached_output_that_is_not_finite_is_named_and_saved() -> None:
+    data, module = TinyData(), _module()
+    loader = data.train_dataloader()
+    take = loader.collate_fn
+
+    def collate(samples: Any) -> Batch:
+        batch = take(samples)
+        output = module.teacher(batch.image, *module.teacher_request())
+        output.features[0][batch.index == 3] = torch.nan
+        return batch._replace(teacher=output)
+
+    loader.collate_fn = collate
+    said = r"'lift' is nan as the cached teacher's layer 3 is not finite \(batch 0, training images 3\)"
+    with pytest.raises(NonFiniteError, match=said):
+        trainer(".", callbacks=[NonFiniteGuard()], limit_val_batches=0).fit(module, loader, data.val_dataloader())
+    (saved,) = torch.load("nonfinite/step_0_rank_0.pt", weights_only=True)["batches"]
+    assert saved["teacher"]["features"][0][3].isnan().all()
+
+
 class Overflows(Distiller):
     """Has a gradient beyond float16 under any scale at its first call."""
 
