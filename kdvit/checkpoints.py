@@ -48,6 +48,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(steps, key=lambda each: steps[each]) if steps else None
 
 
+def move_checkpoints(states: dict[str, Any], folder: str) -> None:
+    """Rewrites, in the states of callbacks, the paths of a run's checkpoints to the folder where they are now.
+
+    Args:
+        states: State by callback; those of Lightning's ModelCheckpoint are changed.
+        folder: An absolute path.
+    """
+    for state in states.values():
+        old = state.get("dirpath")
+        if old is None or old == folder:
+            continue
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key].replace(old, folder, 1)
+        state["best_k_models"] = {path.replace(old, folder, 1): v for path, v in state["best_k_models"].items()}
+        state["dirpath"] = folder
+
+
 def training_step(file: Path) -> int:
     """Returns the optimizer step at which a checkpoint was saved.
 

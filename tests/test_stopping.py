@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -18,8 +19,9 @@ from kdvit.cache.store import encode
 from kdvit.callbacks import Preemption
 from kdvit.checkpoints import newest_checkpoint
 from kdvit.cli import main
+from kdvit.loggers import run_loggers
 from kdvit.signals import REQUESTS
-from tests.runs import QUIET, SHORT, assert_same_end, fit
+from tests.runs import QUIET, SHORT, assert_same_end, column, fit
 
 EVERYTHING = [
     *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
@@ -236,3 +238,30 @@ class Fails(pl.Callback):
 
 def test_a_preemption_callback_has_no_state_of_its_own() -> None:
     assert Preemption().state_dict() == {}
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> None:
+    more = [*QUIET, "--trainer.max_epochs=4", "--ema.decay=0.9"]
+    fit("lift", demo_teacher, *more, "--trainer.default_root_dir=whole")
+    with pytest.raises(SystemExit):
+        fit("lift", demo_teacher, *more, *signal_at("on_train_batch_start", 50), "--trainer.default_root_dir=before")
+    Path("before").rename("run")
+    fit("lift", demo_teacher, *more)
+    assert_same_end("whole", "run")
+    states = torch.load("run/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    paths = [state["best_model_path"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
+    assert {Path(path).parent for path in paths} == {Path("run/checkpoints").absolute()}
+
+
+def test_a_table_is_not_lost_by_a_kill_while_a_run_is_resumed(demo_teacher: str, monkeypatch) -> None:
+    fit("plain", demo_teacher, *SHORT, "--trainer.log_every_n_steps=1")
+    scores = ("step", "train/loss", "val/acc1")
+    before = column("run", scores)
+    with monkeypatch.context() as patch:
+        patch.setattr("kdvit.loggers._rows_before", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_loggers("run", "run/checkpoints/last.ckpt")
+    assert not Path("run/metrics.csv").exists()
+    run_loggers("run", "run/checkpoints/last.ckpt")
+    assert len(before) > 6
+    assert column("run", scores) == before

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.checkpoints import newest_checkpoint
+from kdvit.checkpoints import move_checkpoints, newest_checkpoint
 from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
@@ -28,7 +28,8 @@ class Preemption(Checkpoint):
     has been asked, by an all-reduce of two numbers that runs along with the next batch; so they save at the same step, and
     no handler ever runs into a collective of another rank. (Lightning's own handler saves at once, wherever each rank is.)
 
-    A validation that is interrupted, or due when a checkpoint is saved, is held anew by the run that goes on.
+    A validation that is interrupted, or due when a checkpoint is saved, is held anew by the run that goes on, and a run may
+    be moved in between.
     """
 
     def __init__(self) -> None:
@@ -141,6 +142,14 @@ class Preemption(Checkpoint):
         return requeue, stop
 
     # Checkpoints, of whoever saves them
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a run that was moved know its checkpoints again, so that its best one stays the best."""
+        folder = last_checkpoint(trainer).parent.resolve()
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == folder:
+            move_checkpoints(checkpoint["callbacks"], str(folder))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
