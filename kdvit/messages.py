@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 
 import lightning.pytorch as pl
+import torch.distributed
 from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
@@ -31,6 +32,9 @@ NOT_SAID = (
 )
 
 
+GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
+
+
 class UserError(Exception):
     """A mistake in a config or on the command line. The command line shows the message and no traceback."""
 
@@ -41,6 +45,9 @@ def explain(error: Exception) -> str | None:
     jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
     misspelt name gets its nearest match.
     """
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
+        said = " ".join(str(error).split())[:300]
+        return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
     if not isinstance(error, (UserError, ArgumentError, CacheError)):
         return None
     return _named(_condensed(str(error)))
