@@ -13,6 +13,7 @@ import torch.distributed
 from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
+from kdvit.data.base import ShareError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -48,7 +49,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
         said = " ".join(str(error).split())[:300]
         return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
-    if not isinstance(error, (UserError, ArgumentError, CacheError)):
+    if not isinstance(error, (UserError, ArgumentError, CacheError, ShareError)):
         return None
     return _named(_condensed(str(error)))
 
