@@ -28,7 +28,7 @@ from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
-from kdvit.processes import SameCheckpoint, end_with_parent, require_all_processes
+from kdvit.processes import SameCheckpoint, end_with_parent, require_all_processes, require_whole_networks
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -260,8 +260,9 @@ class KdvitCLI(LightningCLI):
                 describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
             )
         else:
+            require_whole_networks(trainer)
             require_all_processes(trainer)
-            trainer.callbacks.append(SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
         return trainer
 
 

@@ -9,6 +9,7 @@ import time
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from kdvit.messages import UserError
 
@@ -35,6 +36,18 @@ def _end_after(parent: int) -> None:
     time.sleep(GRACE)
     print(f"kdvit: error: the process {parent} that started this one, {os.getpid()}, has ended.", file=sys.stderr)
     os._exit(1)
+
+
+def require_whole_networks(trainer: pl.Trainer) -> None:
+    """Raises UserError under a strategy that shards networks, such as FSDP.
+
+    The averaged student, the exported one and the measured one would be parts of a student.
+    """
+    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise UserError(
+            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and kdvit needs student and "
+            "teacher whole in each. Set --trainer.strategy ddp."
+        )
 
 
 def require_all_processes(trainer: pl.Trainer) -> None:
