@@ -99,8 +99,8 @@ class CacheWriting(TeacherPass):
         rows = [shard_rows(self.manifest, shard) for shard in shards]
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
-    def on_predict_start(self) -> None:
-        """Writes the manifest before the first shard."""
+    def setup(self, stage: str) -> None:
+        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)"""
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest.save(self.folder)
@@ -110,7 +110,7 @@ class CacheWriting(TeacherPass):
         """Appends records to their shard."""
         append_records(self.folder, self.manifest, rows, encode(output, self.manifest))
 
-    def on_predict_end(self) -> None:
+    def teardown(self, stage: str) -> None:
         """Marks the cache complete once all ranks have written their shards."""
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero and not missing_shards(self.folder, self.manifest):
