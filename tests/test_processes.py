@@ -59,9 +59,21 @@ def _commands(processes: int, teacher: str) -> list[list[str]]:
         trained(f"{processes}/plain", GLOBAL_BATCH),
         trained(f"{processes}/accumulated", GLOBAL_BATCH // 2, "--trainer.accumulate_grad_batches", "2"),
         ["cache", *lift, "--out", f"{processes}/cache"],
+        ["cache", *lift, "--data.init_args.repeats", "2", "--views", "2", "--out", f"{processes}/views"],
         trained(f"{processes}/cached", GLOBAL_BATCH, *cached),
         [
-            *["analyze", "--model", teacher.removeprefix("local-dir:"), "--data", "Digits", "--images", "101"],
+            *[
+                "analyze",
+                "--model",
+                teacher.removeprefix("local-dir:"),
+                "--data",
+                "Digits",
+                "--images",
+                "101",
+                "--batch_size",
+                "1",
+            ],
+            # images one by one, as float32 rounds with the size of a batch
             *["--layers", "all", "--num_workers", "0", *ranks, "--out", f"{processes}/analysis"],
         ],
     ]
@@ -147,9 +159,11 @@ def _same(ours: Any, theirs: Any, where: str) -> None:
 @slow
 @SEVERAL
 def test_several_processes_write_the_cache_of_one_and_train_from_it(home: Path, processes: int) -> None:
-    one, several = ({file.name: file.read_bytes() for file in (home / f"{n}/cache").iterdir()} for n in (1, processes))
-    assert len(one) > 3
-    assert one == several
+    for cache, files in (("cache", 3), ("views", 7)):  # fewer shards than three processes, and more
+        folders = (home / f"{n}/{cache}" for n in (1, processes))
+        one, several = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+        assert len(one) == files
+        assert one == several
     _same_weights(home / "1/cached", home / f"{processes}/cached")
     _same_weights(home / "1/plain", home / f"{processes}/cached", rtol=1e-2, atol=2e-3)
 
