@@ -20,6 +20,7 @@ from kdvit.images import ChosenImages, Images, choose, find_images, images_of_co
 from kdvit.lookup import Experiment, find_network, read_experiment
 from kdvit.messages import UserError
 from kdvit.models import Network, TimmTeacher, load_student
+from kdvit.processes import require_all_processes, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"
@@ -231,6 +232,9 @@ def _networks(experiment: Experiment) -> tuple[dict[str, Network], str]:
 def _run(networks: Mapping[str, Network], images: Images, choice: Choice) -> Report:
     numbers = choose(images, choice.images, choice.options.seed)
     chosen = ChosenImages(images, numbers, choice.batch_size, choice.num_workers)
+    trainer = analysis_trainer(**choice.trainer)
+    require_whole_networks(trainer)
+    require_all_processes(trainer)
     rank_zero_info(f"{len(numbers)} images of {images.name}; {', '.join(networks)}.")
     try:
         return analyze(
@@ -240,7 +244,7 @@ def _run(networks: Mapping[str, Network], images: Images, choice: Choice) -> Rep
             choice.options,
             images.image_format,
             images.name,
-            analysis_trainer(**choice.trainer),
+            trainer,
             choice.memory,
         )
     except (ValueError, TypeError) as error:

@@ -111,9 +111,7 @@ def _steps(module: DistillationModule, datamodule: Any, processes: int | None, b
     loader = datamodule.train_dataloader()
     known = processes or 1
     global_batch = loader.batch_size * known * batches
-    views = len(loader.sampler) // known
-    whole = views // loader.batch_size or 1  # a last batch that is not whole counts only where it is the only one
-    steps = math.ceil(whole / batches)
+    steps = len(loader.sampler) // global_batch or 1
     scaling = (
         "unscaled" if options.lr_base_batch is None else f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
     )

@@ -37,6 +37,7 @@ from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
+from kdvit.processes import SameCheckpoint, end_with_parent, require_all_processes, require_whole_networks
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -274,6 +275,10 @@ class KdvitCLI(LightningCLI):
             print(
                 describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
             )
+        else:
+            require_whole_networks(trainer)
+            require_all_processes(trainer)
+            trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
         return trainer
 
 
@@ -319,6 +324,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    end_with_parent()
     try:
         load_plugins()
         if given and given[0] in COMMANDS:

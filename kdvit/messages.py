@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from importlib import import_module
 
 import lightning.pytorch as pl
+import torch.distributed
 from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
 from kdvit.callbacks import NonFiniteError
+from kdvit.data.base import ShareError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -31,13 +33,15 @@ NOT_SAID = (
     "Errors:",
     "Expected a <class 'NoneType'>",
 )
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
 class UserError(Exception):
     """A mistake in a config or on the command line. The command line shows the message and no traceback."""
+
+
+EXPLAINED = (UserError, ArgumentError, CacheError, ShareError, NonFiniteError)
 
 
 def explain(error: Exception) -> str | None:
@@ -51,7 +55,10 @@ def explain(error: Exception) -> str | None:
             f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. Make "
             "room and give the same command again: a run goes on from its last checkpoint."
         )
-    if not isinstance(error, (UserError, ArgumentError, CacheError, NonFiniteError)):
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
+        said = " ".join(str(error).split())[:300]
+        return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
+    if not isinstance(error, EXPLAINED):
         return None
     return _named(_condensed(str(error)))
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
-    {"lookup"},
+    {"lookup", "processes"},
     {"benchmark", "images"},
     {"analyze", "check", "compare"},
     {"commands"},

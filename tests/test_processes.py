@@ -1,106 +1,341 @@
-"""Two processes with gloo: the step of one process, and a whole run by the command line."""
+"""Several processes with gloo: the numbers of one, and an end for all when one has ended."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kdvit import DistillationModule, load_student
-from kdvit.data import Digits
-from kdvit.distillers import FeatureDistiller, LogitDistiller
-from kdvit.models import TimmStudent
-from kdvit.optim import OptimizerOptions, ScheduleOptions
-from tests.tiny import trainer
+from kdvit import load_student
+from kdvit.cli import main
+from kdvit.data.base import ShareError
+from tests.runs import QUIET
+from tests.several import PATHS, together
+from tests.tiny import STUDENT, SizedData
 
-pytestmark = pytest.mark.slow
-SIZES = {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
+slow = pytest.mark.slow
+SEVERAL = pytest.mark.parametrize("processes", [2, 3])
+GLOBAL_BATCH = 96
+SIZED = ["--data", "tests.tiny.SizedData", "--model.student", "TimmStudent", *QUIET, "--trainer.accelerator", "cpu"]
 
 
-def _trained(processes: int, batch_size: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    args = {"arch": "deit_tiny_patch16_224", "img_size": 8, "num_classes": 10}
-    module = DistillationModule(
-        TimmStudent(**args, model_args=SIZES),
-        teacher=TimmStudent(**args, model_args={**SIZES, "embed_dim": 24}),
-        distillers={"logit": LogitDistiller(), "feature": FeatureDistiller(projector="linear")},
-        optimizer=OptimizerOptions(name="sgd", lr=0.1, lr_base_batch=None, args={"momentum": 0.9}),
-        schedule=ScheduleOptions(warmup_epochs=0),
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, demo_teacher: str) -> Path:
+    """Trains, tests, predicts, analyses and stores with 1, 2 and 3 processes, into a folder each."""
+    home = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for processes in (1, 2, 3):
+            together(processes, *_commands(processes, demo_teacher))
+    return home
+
+
+def _commands(processes: int, teacher: str) -> list[list[str]]:
+    ranks = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
+    lift = ["--config", "demo/lift.yaml", "--model.teacher.init_args.arch", teacher, *ranks, *QUIET]
+    fit = ["fit", *lift, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1", "--ema.decay", "0.9"]
+    sgd = ["--model.optimizer.name", "sgd", "--model.optimizer.lr_base_batch", "48", "--model.schedule.warmup_epochs=0"]
+
+    def trained(root: str, batch: int, *more: str) -> list[str]:
+        sizes = ["--data.init_args.batch_size", str(batch // processes), "--trainer.default_root_dir", root]
+        return [*fit, *sgd, *sizes, "--model.optimizer.lr", "0.02", *more]
+
+    run = f"{processes}/run"
+    cached = ["--data.init_args.cache", f"{processes}/cache"]
+    return [
+        trained(run, GLOBAL_BATCH, "--data.init_args.repeats", "3", "--trainer.max_epochs", "2"),
+        *([command, "--config", f"{run}/config.yaml", "--ckpt_path", "last"] for command in ("test", "predict")),
+        trained(f"{processes}/plain", GLOBAL_BATCH),
+        trained(f"{processes}/accumulated", GLOBAL_BATCH // 2, "--trainer.accumulate_grad_batches", "2"),
+        ["cache", *lift, "--out", f"{processes}/cache"],
+        ["cache", *lift, "--data.init_args.repeats", "2", "--views", "2", "--out", f"{processes}/views"],
+        trained(f"{processes}/cached", GLOBAL_BATCH, *cached),
+        [
+            *[
+                "analyze",
+                "--model",
+                teacher.removeprefix("local-dir:"),
+                "--data",
+                "Digits",
+                "--images",
+                "101",
+                "--batch_size",
+                "1",
+            ],
+            # images one by one, as float32 rounds with the size of a batch
+            *["--layers", "all", "--num_workers", "0", *ranks, "--out", f"{processes}/analysis"],
+        ],
+    ]
+
+
+def _same_weights(one: Path, other: Path, **tolerance: float) -> None:
+    for ema in (False, True):
+        ours, theirs = (load_student(root / "checkpoints/last.ckpt", ema).state_dict() for root in (other, one))
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, **(tolerance or {"atol": 1e-6, "rtol": 1e-5}), msg=name)
+
+
+def _logged(root: Path) -> list[dict[str, float]]:
+    """Returns the rows of metrics.csv, without what a process measures of its share alone."""
+    kept = ("step", "epoch", "val/", "teacher/", "train/grad_norm", "train/lr")
+    with (root / "metrics.csv").open() as stream:
+        rows = [{name: float(row[name]) for name in row if row[name]} for row in csv.DictReader(stream)]
+    return [{name: value for name, value in row.items() if name.startswith(kept) and "lr-" not in name} for row in rows]
+
+
+@slow
+@SEVERAL
+@pytest.mark.parametrize("run", ["run", "plain"], ids=["repeated augmentation", "plain"])
+def test_several_processes_take_the_steps_of_one_on_the_same_global_batch(home: Path, processes: int, run: str) -> None:
+    _same_weights(home / "1" / run, home / str(processes) / run)
+    one, several = _logged(home / "1" / run), _logged(home / str(processes) / run)
+    names = {name for row in one for name in row}
+    assert {f"val/{score}{suffix}" for score in ("acc1", "acc5", "loss") for suffix in ("", "_ema")} < names
+    assert {"teacher/acc1", "train/grad_norm", "train/lr"} < names
+    assert len(one) > 13
+    assert several == [pytest.approx(row, abs=1e-5) for row in one]
+
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_accumulated_batches_take_the_steps_of_one_batch_as_large(home: Path, processes: int) -> None:
+    _same_weights(home / "1/plain", home / f"{processes}/accumulated")
+    checkpoint = torch.load(home / f"{processes}/accumulated/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1297 // GLOBAL_BATCH
+
+
+@slow
+@SEVERAL
+def test_several_processes_predict_each_image_once_and_as_one_does(home: Path, processes: int) -> None:
+    one, several = (
+        list(csv.DictReader((home / f"{n}/run/predictions.csv").read_text().splitlines())) for n in (1, processes)
     )
-    data = Digits(batch_size=batch_size, seed=3, repeats=2)
-    run = trainer(".", devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", max_steps=4)
-    run.fit(module, datamodule=data)
-    return module.state_dict()
+    assert len(one) == 500
+    assert [row["path"] for row in several] == [row["path"] for row in one]
+    assert [row["class"] for row in several] == [row["class"] for row in one]
+    assert [float(row["probability"]) for row in several] == pytest.approx(
+        [float(row["probability"]) for row in one], abs=2e-6
+    )
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_two_processes_take_the_steps_of_one_on_the_same_global_batch() -> None:
-    one, two = _trained(1, 32), _trained(2, 16)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-4, msg=name)
-
-
-def test_the_command_line_trains_validates_and_predicts_with_two_processes() -> None:
-    run = ["--trainer.default_root_dir", "run", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    short = ["--trainer.max_epochs", "2", "--ema.decay", "0.9", "--trainer.enable_progress_bar", "false"]
-    _kdvit("fit", "--config", "demo/teacher.yaml", *run, *short, "--data.init_args.repeats", "3")
-    with Path("run/metrics.csv").open() as stream:
-        rows = [row for row in csv.DictReader(stream) if row["val/acc1"]]
-    shown = _kdvit("validate", "--config", "run/config.yaml", "--ckpt_path", "last", "--trainer.devices", "1")
-    (line,) = (line for line in shown.splitlines() if " val/acc1 " in line)
-    assert float(line.split()[-1]) == pytest.approx(float(rows[-1]["val/acc1"]), abs=1e-6)
-    _kdvit("predict", "--config", "run/config.yaml", "--ckpt_path", "last")
-    with Path("run/predictions.csv").open() as stream:
-        paths = [row["path"] for row in csv.DictReader(stream)]
-    assert len(paths) == len(set(paths)) == 500
-
-
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    _kdvit("fit", "--config", "demo/teacher.yaml", "--trainer.max_epochs", "1", "--trainer.default_root_dir", "run")
-    given = ["analyze", "--model", "run/student", "--data", "Digits", "--images", "101", "--layers", "all"]
-    for devices in ("1", "2"):
-        _kdvit(*given, "--trainer.devices", devices, "--out", f"out{devices}", "--num_workers", "0")
-    one, two = (np.load(f"out{devices}/curves.npz") for devices in "12")
+@slow
+@SEVERAL
+def test_several_processes_measure_what_one_does(home: Path, processes: int) -> None:
+    one, several = (np.load(home / f"{n}/analysis/curves.npz") for n in (1, processes))
     assert len(one) > 40
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
+    told, other = (json.loads((home / f"{n}/analysis/report.json").read_text()) for n in (1, processes))
+    for report in (told, other):
+        assert report.pop("written")  # the time
+    _same(other, told, "report")
 
 
-def _kdvit(*args: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kdvit", *args],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def _same(ours: Any, theirs: Any, where: str) -> None:
+    assert type(ours) is type(theirs), where
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs), where
+        for name in theirs:
+            _same(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            _same(mine, other, f"{where}[{i}]")
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-9, abs=1e-12) if isinstance(theirs, float) else theirs), where
 
 
-def test_two_processes_write_and_train_from_the_cache_of_one() -> None:
-    _kdvit("fit", "--config", "demo/teacher.yaml", "--trainer.max_epochs", "1", "--trainer.default_root_dir", "teacher")
-    given = ["--config", "demo/lift.yaml", "--model.teacher.init_args.arch", "local-dir:teacher/student"]
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    views = ["--data.init_args.repeats", "2", "--views", "2"]
-    _kdvit("cache", *given, *views, "--out", "one")
-    _kdvit("cache", *given, *views, "--out", "two", *two)
-    one, other = ({file.name: file.read_bytes() for file in Path(name).iterdir()} for name in ("one", "two"))
-    assert len(one) == 7
-    assert one == other
-    short = ["--trainer.max_epochs", "2", "--ema.decay", "0.9", "--data.init_args.repeats", "2"]
-    cached, online = (
-        _kdvit("fit", *given, *two, *short, *more, "--trainer.default_root_dir", root)
-        and load_student(f"{root}/student").state_dict()
-        for root, more in (("cached", ["--data.init_args.cache", "two"]), ("online", []))
-    )
-    for name, value in online.items():
-        torch.testing.assert_close(cached[name], value, rtol=1e-2, atol=2e-3, msg=name)
+@slow
+@SEVERAL
+def test_several_processes_write_the_cache_of_one_and_train_from_it(home: Path, processes: int) -> None:
+    for cache, files in (("cache", 3), ("views", 7)):  # fewer shards than three processes, and more
+        folders = (home / f"{n}/{cache}" for n in (1, processes))
+        one, several = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+        assert len(one) == files
+        assert one == several
+    _same_weights(home / "1/cached", home / f"{processes}/cached")
+    _same_weights(home / "1/plain", home / f"{processes}/cached", rtol=1e-2, atol=2e-3)
+
+
+def _sized(processes: int, root: str, train: int, val: int, *more: str, arch: str = "") -> list[str]:
+    args = {"arch": arch, "num_classes": 5} if arch else STUDENT
+    ranks = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp", "--trainer.default_root_dir", root]
+    sizes = ["--data.init_args.train", str(train), "--data.init_args.val", str(val)]
+    return [*SIZED, "--model.student.init_args", json.dumps(args), *ranks, *sizes, *more]
+
+
+@slow
+@SEVERAL
+def test_images_that_do_not_divide_among_the_processes_are_each_seen_once_and_nothing_hangs(processes: int) -> None:
+    more = ["--trainer.max_epochs", "1", "--ema.decay", "0.9", "--trainer.log_every_n_steps", "1"]
+    sizes = [(processes, processes), (processes + 1, processes + 1), (11 * processes - 1, 10 * processes + 1)]
+    commands = [
+        [command, *_sized(processes, f"{train}_{val}", train, val, *more)]
+        for train, val in sizes
+        for command in ("fit", "validate", "test", "predict")
+    ]
+    buffers = _sized(processes, "buffers", 9 * processes + 1, 10 * processes + 1, *more, arch="test_resnet")
+    together(processes, *commands, ["fit", *buffers])
+    for train, val in sizes:
+        with Path(f"{train}_{val}/predictions.csv").open() as stream:
+            paths = [row["path"] for row in csv.DictReader(stream)]
+        assert sorted(paths) == sorted(f"blob/{i}" for i in range(val))
+
+
+@slow
+def test_fewer_images_than_processes_are_one_message() -> None:
+    said = together(2, ["fit", *_sized(2, "run", 8, 1, "--trainer.max_epochs", "1")], status=2)
+    message = "kdvit: error: 1 evaluation image(s) cannot be shared by 2 processes"
+    assert all(message in text.strip().splitlines()[-1] for text in said)
+    assert not Path("run/checkpoints").exists()
+    data = SizedData(train=1)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0, accumulate_grad_batches=1)
+    with pytest.raises(ShareError, match=r"^1 training image\(s\) cannot be shared by 2 processes"):
+        data.train_dataloader()
+
+
+def test_batches_that_make_no_whole_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    accumulating = ["--trainer.max_epochs", "1", "--trainer.accumulate_grad_batches", "3"]
+    with pytest.raises(SystemExit):
+        main(["fit", *_sized(1, "run", 11, 4, *accumulating, "--trainer.strategy", "auto")])
+    assert "and a step takes 12 of each rank (4 x 3 accumulated batches)" in capsys.readouterr().err
+
+
+LAUNCHERS = {
+    "lightning": [sys.executable, "-m", "kdvit"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdvit"],
+}
+DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def _launched(launcher: str, *args: str) -> subprocess.Popen[str]:
+    given = ["fit", "--config", "demo/plain.yaml", *QUIET, "--trainer.default_root_dir", "run", *args]
+    environment = {**os.environ, **PATHS}
+    with Path("said.txt").open("w") as out:
+        return subprocess.Popen([*LAUNCHERS[launcher], *given], stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+
+def _living() -> list[int]:
+    """Returns the processes in this test's folder, besides this one."""
+    here, found = Path.cwd(), []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and (process / "cwd").readlink() == here and int(process.name) != os.getpid():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return [process for process in found if Path(f"/proc/{process}/cmdline").read_bytes()]
+
+
+@slow
+@pytest.mark.parametrize(
+    ("launcher", "faults", "message"),
+    [
+        ("lightning", {1: "raise"}, "RuntimeError: rank 1 has met its fault"),
+        ("lightning", {0: "exit"}, "the connection to another process of this run is lost"),
+        ("lightning", {0: "hang", 1: "killed"}, "terminated with code -9"),
+        ("lightning", {0: "killed", 1: "hang"}, "kdvit: error: the process"),
+        ("torchrun", {0: "raise"}, "RuntimeError: rank 0 has met its fault"),
+        ("torchrun", {0: "hang", 1: "killed"}, "exitcode  : -9"),
+    ],
+    ids=lambda value: "-".join(f"{rank} {fault}" for rank, fault in value.items()) if isinstance(value, dict) else "",
+)
+def test_no_process_outlives_another_by_a_minute(launcher: str, faults: dict[int, str], message: str) -> None:
+    fault = {"class_path": "tests.several.Fault", "init_args": {"faults": faults}}
+    run = _launched(launcher, *DDP, "--trainer.max_epochs", "2", f"--trainer.callbacks+={json.dumps(fault)}")
+    assert run.wait(90) != 0
+    ended = time.monotonic()
+    while living := _living():
+        if time.monotonic() > ended + 60:
+            for process in living:
+                os.kill(process, signal.SIGKILL)
+            pytest.fail(f"{len(living)} process(es) live on: {Path('said.txt').read_text()[-3000:]}")
+        time.sleep(0.2)
+    said = Path("said.txt").read_text()
+    assert message in said, said[-3000:]
+    assert not Path("run/student").exists()
+
+
+@slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_each_launcher_trains_one_run_in_one_folder(launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _launched(launcher, *DDP, "--trainer.max_epochs", "1", "--data.init_args.repeats", "3")
+    assert run.wait(120) == 0, Path("said.txt").read_text()[-3000:]
+    assert Path("said.txt").read_text().count("The student is in run/student") == 1
+    assert {file.name for file in Path("run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len(list(Path("run").glob("events*"))) == 1
+    with Path("run/metrics.csv").open() as stream:
+        (logged,) = (float(row["val/acc1"]) for row in csv.DictReader(stream) if row["val/acc1"])
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+    main(["validate", "--config", "run/config.yaml", "--ckpt_path", "last", *one])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " val/acc1 " in line)
+    assert float(line.split()[-1]) == pytest.approx(logged, abs=1e-6)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_strategy_that_splits_networks_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sharded = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    with pytest.raises(SystemExit):
+        main([command, "--config", "demo/plain.yaml", *QUIET, "--trainer.devices", "2", "--trainer.strategy", sharded])
+    assert "ModelParallelStrategy splits networks over the processes" in capsys.readouterr().err.splitlines()[-1]
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+SLURM |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "5"}
+
+
+@pytest.mark.filterwarnings("ignore:.*srun:UserWarning")
+@pytest.mark.parametrize(
+    ("environment", "args", "message"),
+    [
+        (
+            TORCHRUN,
+            [],
+            "torchrun has started 2 process(es) of this run, and trainer.devices x trainer.num_nodes is 1 x 1",
+        ),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "2"}, [], "Slurm (srun) has started 2 process(es) of this run"),
+        (
+            SLURM,
+            DDP,
+            "Slurm (srun) has started 1 process(es) of this run, and trainer.devices x trainer.num_nodes is 2 x 1",
+        ),
+    ],
+    ids=["torchrun", "srun", "no srun"],
+)
+@pytest.mark.parametrize("command", ["fit", "analyze"])
+def test_a_launcher_that_starts_another_number_of_processes_is_refused(
+    command: str, environment: dict[str, str], args: list[str], message: str, monkeypatch, capsys
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = {
+        "fit": ["fit", "--config", "demo/plain.yaml", *QUIET, "--trainer.default_root_dir", "run"],
+        "analyze": ["analyze", "--config", "demo/plain.yaml", "--images", "4"],
+    }
+    with pytest.raises(SystemExit) as end:
+        main([*given[command], *args])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("run").exists()
+
+
+@slow
+def test_ranks_that_see_different_checkpoints_do_not_train() -> None:
+    main(["fit", *_sized(1, "run", 8, 4, "--trainer.max_epochs", "1", "--trainer.strategy", "auto")])
+    late = ["fit", *_sized(2, "run", 8, 4, "--trainer.max_epochs", "2")]
+    before = Path("run/config.yaml").read_text()
+    said = together(2, ["apart"], late, status=2)
+    assert "rank 1 finds none, rank 0 run/checkpoints/last.ckpt" in said[1]
+    assert Path("run/config.yaml").read_text() == before

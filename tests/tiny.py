@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kdvit.data import ImageDataModule
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
-from kdvit.structures import Batch, ImageFormat
+from kdvit.structures import Batch, ImageFormat, View
 
 FORMAT = ImageFormat((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STUDENT = {
@@ -75,6 +76,27 @@ class TinyData(pl.LightningDataModule):
 
     def path(self, index: int) -> str:
         return f"blob/{index}"
+
+
+class SizedData(ImageDataModule):
+    """So many training and evaluation images, dealt out to the processes."""
+
+    class_names = list("abcde")
+
+    def __init__(self, train: int = 40, val: int = 20, batch_size: int = 4, **kwargs: Any) -> None:
+        super().__init__(batch_size=batch_size, img_size=16, **kwargs)
+        self.sizes = {"train": train, "val": val, "test": val}
+
+    def dataset(self, split: str) -> Dataset:
+        return _Views(self.sizes[split], 0 if split == "train" else 1000)
+
+    def path(self, index: int) -> str:
+        return f"blob/{index}"
+
+
+class _Views(Blobs):
+    def __getitem__(self, index: Any) -> tuple[torch.Tensor, int, int]:
+        return super().__getitem__(View.of(index).image)
 
 
 def _collate(samples: list[tuple[torch.Tensor, int, int]]) -> Batch:

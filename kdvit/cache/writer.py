@@ -100,13 +100,16 @@ class CacheWriting(TeacherPass):
         rows = [shard_rows(self.manifest, shard) for shard in shards]
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
-    def on_predict_start(self) -> None:
-        """Writes the manifest before the first shard, and takes over the signals."""
-        REQUESTS.remember(*REQUEUE, *STOP)
+    def setup(self, stage: str) -> None:
+        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)"""
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest.save(self.folder)
         self.trainer.strategy.barrier()
+
+    def on_predict_start(self) -> None:
+        """Takes over the signals."""
+        REQUESTS.remember(*REQUEUE, *STOP)
 
     def take(self, rows: Sequence[int], output: ViTOutput) -> None:
         """Appends records to their shard."""
@@ -128,7 +131,7 @@ class CacheWriting(TeacherPass):
             rank_zero_info(f"Stopped by {named(stop)}. The same command goes on from what is written.")
             raise Stopped(128 + stop if self.trainer.is_global_zero else 0)
 
-    def on_predict_end(self) -> None:
+    def teardown(self, stage: str) -> None:
         """Marks the cache complete once all ranks have written their shards."""
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero and not missing_shards(self.folder, self.manifest):

@@ -23,6 +23,10 @@ from kdvit.structures import Batch, ImageFormat, View
 Split = Literal["train", "val", "test"]
 
 
+class ShareError(ValueError):
+    """The images are too few for the processes that share them."""
+
+
 class ImageDataModule(pl.LightningDataModule):
     """Batches of labelled images. Subclass it and give `dataset`, `class_names` and `path`.
 
@@ -130,18 +134,21 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Returns the training batches of this rank; the last one is left out if it is not whole."""
+        """Returns the training batches of this rank, as many as make whole steps of the optimizer.
+
+        The images that remain are left out; another epoch has others of them. Only where there are fewer images than a step
+        takes, they are the one step of an epoch.
+        """
         dataset: Any = self.dataset("train")
         sampler = self._sampler(len(dataset), training=True)
         if self._reader is not None:
             dataset = ViewBatches(dataset, self._reader)
-        whole = len(sampler) >= self.batch_size
-        if (self.mixup or self.cutmix) and not whole:
-            raise ValueError(
+        if (self.mixup or self.cutmix) and len(sampler) < self.batch_size:
+            raise ShareError(
                 f"Mixup and CutMix need a whole batch, but a rank has {len(sampler)} training images and batch_size is "
                 f"{self.batch_size}."
             )
-        return ResumableLoader(dataset, sampler=sampler, drop_last=whole, **self._loading())
+        return ResumableLoader(dataset, sampler=sampler, **self._loading())
 
     def replay_dataloader(self, batches: Sampler[list[View]]) -> DataLoader[Any]:
         """Returns training images, augmented, in the batches of views that a sampler says."""
@@ -179,16 +186,29 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _sampler(self, size: int, training: bool) -> ViewSampler:
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        views = None if self._reader is None else self._reader.manifest.views
-        return ViewSampler(
+        batches = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
+        if size < replicas:
+            raise ShareError(
+                f"{size} {'training' if training else 'evaluation'} image(s) cannot be shared by {replicas} processes: each needs "
+                "one. Set --trainer.devices to fewer."
+            )
+        sampler = ViewSampler(
             size,
             training=training,
             repeats=self.repeats,
             num_replicas=replicas,
             rank=rank,
             seed=self.seed,
-            views=views,
+            views=None if self._reader is None else self._reader.manifest.views,
+            step=self.batch_size * batches,
         )
+        if batches > 1 and len(sampler) < self.batch_size * batches:
+            raise ShareError(
+                f"A rank has {len(sampler)} training images an epoch, and a step takes {self.batch_size * batches} of each rank "
+                f"({self.batch_size} x {batches} accumulated batches). Set --data.init_args.batch_size or "
+                "--trainer.accumulate_grad_batches to fewer."
+            )
+        return sampler
 
     def _loading(self) -> dict[str, Any]:
         return {

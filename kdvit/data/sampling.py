@@ -19,7 +19,9 @@ class ViewSampler(DistributedSampler[Any]):
     In training, the images are shuffled by (seed, epoch). With `repeats`, each image comes that many times, as distinct
     views on successive ranks, and the epoch is cut to as many views as there are images (repeated augmentation of
     DeiT, arXiv:2012.12877, which also rounds the epoch down to a multiple of 256 images; below 256 it is not cut to
-    nothing). All ranks get equally many. In evaluation, each image comes once, on one rank, and nothing is padded.
+    nothing). All ranks get equally many: as many as whole steps take, so that a step shows the same views to any number
+    of ranks; where there is no whole step, all views, filled up. In evaluation, each image comes once, on one rank, and
+    nothing is padded.
 
     (A DistributedSampler, for Lightning replaces any other under DDP.)
 
@@ -31,6 +33,7 @@ class ViewSampler(DistributedSampler[Any]):
         rank: This rank.
         seed: Seed of the order.
         views: Epochs after which the views of an image come again (the order does not); None for never.
+        step: Views of a training step on each rank; 0 where an epoch need not be whole steps.
 
     Attributes:
         start: Views that the next iteration leaves out at its beginning; the one after starts at 0 again.
@@ -46,18 +49,21 @@ class ViewSampler(DistributedSampler[Any]):
         rank: int = 0,
         seed: int = 0,
         views: int | None = None,
+        step: int = 0,
     ) -> None:
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=training, seed=seed)  # type: ignore[arg-type]
         self.size, self.training, self.repeats = size, training, repeats if training else 1
-        self.views = views
+        self.views, self.step = views, step
         self.start = 0
 
     def __len__(self) -> int:
         if not self.training:
             return len(range(self.rank, self.size, self.num_replicas))
-        if self.repeats > 1 and self.size >= 256:
-            return self.size // 256 * 256 // self.num_replicas
-        return math.ceil(self.size / self.num_replicas)
+        cut = self.repeats > 1 and self.size >= 256
+        views = self.size // 256 * 256 if cut else self.size
+        if self.step and views >= self.step * self.num_replicas:
+            return views // (self.step * self.num_replicas) * self.step
+        return views // self.num_replicas if cut else math.ceil(views / self.num_replicas)
 
     def __iter__(self) -> Iterator[View]:
         start, self.start = self.start, 0

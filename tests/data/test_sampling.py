@@ -183,3 +183,22 @@ def test_a_loader_goes_on_where_its_state_was_taken(workers: int) -> None:
     after_whole_epoch = loader()
     after_whole_epoch.load_state_dict(state)
     assert batches(after_whole_epoch, 2) == epochs[2]
+
+
+@pytest.mark.parametrize("size", [7, 95, 96, 97, 191, 300, 1000])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_step_shows_the_same_views_to_any_number_of_ranks(size: int, repeats: int) -> None:
+    def steps(replicas: int, step: int) -> list[collections.Counter]:
+        dealt = _ranks(size, replicas, training=True, repeats=repeats, step=step)
+        each = [[collections.Counter(views[i : i + step]) for i in range(0, len(views), step)] for views in dealt]
+        return [sum(parts, collections.Counter()) for parts in zip(*each, strict=True)]
+
+    one = steps(1, 24)
+    for replicas in (2, 3, 4):
+        several = steps(replicas, 24 // replicas)
+        assert len(several) == len(one) == max(1, (size // 256 * 256 if repeats > 1 and size >= 256 else size) // 24)
+        if size >= 24:
+            assert several == one
+            assert {views.total() for views in one} == {24}
+        else:
+            assert set(several[0]) >= set(one[0])

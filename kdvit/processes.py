@@ -1,0 +1,91 @@
+"""The processes of a run: as many as the run is for, and none that outlives the one that started it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from kdvit.messages import UserError
+
+PARENT = "KDVIT_PARENT"
+GRACE = 30.0  # seconds for a process to end by itself
+
+
+def end_with_parent() -> None:
+    """Lets a process that Lightning or torchrun has started end half a minute after its parent, at the latest.
+
+    Lightning ends the first process of a machine when one that it started fails, but nothing ends the others when the
+    first is killed: they would wait for it in a collective, for half an hour.
+    """
+    parent = os.getppid()
+    started_by_kdvit = os.environ.get(PARENT) == str(parent)
+    os.environ[PARENT] = str(os.getpid())
+    if "LOCAL_RANK" in os.environ and (started_by_kdvit or TorchElasticEnvironment.detect()):
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(GRACE)
+    print(f"kdvit: error: the process {parent} that started this one, {os.getpid()}, has ended.", file=sys.stderr)
+    os._exit(1)
+
+
+def require_whole_networks(trainer: pl.Trainer) -> None:
+    """Raises UserError under a strategy that shards networks, such as FSDP.
+
+    The averaged student, the exported one and the measured one would be parts of a student.
+    """
+    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise UserError(
+            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and kdvit needs student and "
+            "teacher whole in each. Set --trainer.strategy ddp."
+        )
+
+
+def require_all_processes(trainer: pl.Trainer) -> None:
+    """Raises UserError if torchrun or srun has started more or fewer processes than the Trainer is for.
+
+    Each would train alone and write the same files, or all would wait for one that never comes.
+    """
+    if TorchElasticEnvironment.detect():
+        launcher, started = "torchrun", TorchElasticEnvironment().world_size()
+    elif SLURMEnvironment.detect():  # in a batch script without srun, there is but this one
+        launcher, started = "Slurm (srun)", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    else:
+        return
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if started != devices * nodes:
+        raise UserError(
+            f"{launcher} has started {started} process(es) of this run, and trainer.devices x trainer.num_nodes is {devices} x "
+            f"{nodes}. Start one process for each device, and set --trainer.devices to those of one machine and "
+            "--trainer.num_nodes to the machines."
+        )
+
+
+class SameCheckpoint(pl.Callback):
+    """Refuses a run whose ranks have found different checkpoints to go on from, as where one sees the files late.
+
+    Args:
+        path: What this rank has found; None to start anew.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compares, before anything is read or written."""
+        first = trainer.strategy.broadcast(self.path)
+        if not trainer.strategy.reduce_boolean_decision(first == self.path, all=True):
+            here = f"rank {trainer.global_rank} finds {self.path or 'none'}, rank 0 {first or 'none'}"
+            raise UserError(
+                f"The processes do not go on from the same checkpoint: {here}. Let all machines see the same files in "
+                f"{trainer.default_root_dir!r}, and give the command again."
+            )
