@@ -22,7 +22,7 @@ from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, f
 from kdvit.callbacks import PredictionWriter, Preemption, StudentEMA, StudentExport, TeacherScores, Throughput
 from kdvit.check import describe
 from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_step
-from kdvit.commands import COMMANDS
+from kdvit.commands import COMMANDS, slurm_command
 from kdvit.config_files import find_configs
 from kdvit.data import ImageDataModule
 from kdvit.loggers import run_loggers
@@ -137,7 +137,7 @@ class KdvitCLI(LightningCLI):
                 "prog": "kdvit",
                 "exit_on_error": False,
                 "description": "Distill vision transformers. More commands, each with --help: analyze (the encoding mismatch of "
-                "a pair, and what to do), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
+                "a pair, and what to do), slurm (submits a fit), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
                 "checkpoint of the authors).",
                 "version": __version__,
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
@@ -268,6 +268,18 @@ class KdvitCLI(LightningCLI):
         return trainer
 
 
+class PlannedFit(KdvitCLI):
+    """A `kdvit fit` that is parsed and checked, and neither built nor run."""
+
+    def instantiate_classes(self) -> None:
+        """Leaves it at the config."""
+        self.subcommand = None
+
+
+def _parse_fit(args: list[str]) -> Any:
+    return PlannedFit(find_configs(["fit", *args])).config["fit"]
+
+
 def _checkpoint_folder(root: Any) -> str:
     return str(Path(root) / "checkpoints")
 
@@ -314,6 +326,8 @@ def main(args: list[str] | None = None) -> None:
         load_plugins()
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])
+        elif given[:1] == ["slurm"]:
+            slurm_command(given[1:], _parse_fit)
         else:
             KdvitCLI(find_configs(given))
     except Exception as error:
