@@ -161,14 +161,18 @@ def slurm_command(args: list[str], parse_fit: Callable[[list[str]], Any]) -> Non
     size.add_argument("--cpus_per_task", type=int, help="processors a process (one, and one for each loader worker)")
     size.add_argument("--mem", help="memory a node, such as 64G (what the cluster gives)")
     size.add_argument("--time", help="limit, such as 24:00:00 or 3-00 (days-hours); the job is requeued and goes on")
-    size.add_argument("--seeds", type=int, nargs="+", default=[], help="a run for each, in RUN/seed_N: an array of jobs")
+    size.add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="a run for each, in RUN/seed_N: an array of jobs"
+    )
     job = parser.add_argument_group("which job")
     for name in ("partition", "account", "qos"):
         job.add_argument(f"--{name}", help="Slurm's")
     job.add_argument("--job_name", help="by default the name of the run directory")
     job.add_argument("--signal_seconds", type=int, default=120, help="before the end, when the run saves itself (120)")
     job.add_argument("--sbatch", action="append", default=[], help="any other option: --sbatch=--constraint=a100")
-    job.add_argument("--setup", action="append", default=[], help="a line of shell before the start: 'module load cuda'")
+    job.add_argument(
+        "--setup", action="append", default=[], help="a line of shell before the start: 'module load cuda'"
+    )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script, and submit nothing")
     bound: list[str] = []  # argparse would take the value of --sbatch, an option as well, for one of kdvit's
     for arg in args:

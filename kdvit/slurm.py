@@ -70,13 +70,12 @@ def slurm(given: Namespace, fit: list[str], command: str, parse_fit: Callable[[l
         run.mkdir(parents=True, exist_ok=True)
     write_whole(file, script.encode())
     job = _answer("sbatch", "--parsable", str(file)).partition(";")[0]
-    log = log_pattern(root, given.seeds, job, "*")
     print(f"Job {job} is submitted.")
     for what, how in {
         "run directory": root,
         "script": file,
-        "log": log,
-        "follow": f"tail -F {log}",
+        "log": log_pattern(str(root), given.seeds, job, "*"),
+        "follow": f"tail -F {log_pattern(shlex.quote(str(root)), given.seeds, job, '*')}",
         "stop": f"scancel {job} (the run is saved, and the job is not requeued)",
         "go on": "the same command again, once the job has ended",
     }.items():
@@ -161,7 +160,7 @@ def render(given: Namespace, fit: list[str], command: str, root: Path, config: A
         "qos": given.qos,
         "array": ",".join(map(str, given.seeds)) or None,
         "chdir": Path.cwd(),
-        "output": log_pattern(Path(str(root).replace("%", "%%")), given.seeds),
+        "output": log_pattern(str(root).replace("%", "%%"), given.seeds),
         "open-mode": "append",
         "signal": f"SIGUSR1@{given.signal_seconds}",
     }
@@ -186,7 +185,7 @@ def render(given: Namespace, fit: list[str], command: str, root: Path, config: A
     )
 
 
-def log_pattern(root: Path, seeds: list[int], job: str | None = None, seed: str = "%a") -> str:
+def log_pattern(root: str, seeds: list[int], job: str | None = None, seed: str = "%a") -> str:
     """Returns the path of the log; without a job, with Slurm's placeholders."""
     return f"{root}/seed_{seed}/slurm-{job or '%A'}_{seed}.log" if seeds else f"{root}/slurm-{job or '%j'}.log"
 

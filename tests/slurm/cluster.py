@@ -67,7 +67,7 @@ class NoCluster(Exception):
 
 
 class Cluster:
-    """Two nodes of four processors each, and partitions main, low and high; a job in high preempts those in low.
+    """Two nodes of eight processors each, and partitions main, low and high; a job in high preempts those in low.
 
     Args:
         folder: Where configuration, state and logs go.
@@ -80,7 +80,9 @@ class Cluster:
         install()
         self.folder = folder
         (folder / "state").mkdir()
-        nodes = [f"NodeName={n} NodeHostname=login NodeAddr={ADDRESS} Port={6900 + i} CPUs=4" for i, n in enumerate(NODES)]
+        nodes = [
+            f"NodeName={n} NodeHostname=login NodeAddr={ADDRESS} Port={6900 + i} CPUs=8" for i, n in enumerate(NODES)
+        ]
         values = {"folder": folder, "address": ADDRESS, "nodes": "\n".join(nodes), "requeue_seconds": 3}
         (folder / "slurm.conf").write_text(CONFIG.format(**values))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} login {' '.join(NODES)}\n")
