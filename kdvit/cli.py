@@ -29,6 +29,7 @@ from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
+from kdvit.slurm import check_tasks
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -226,6 +227,8 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
+        if self.subcommand != "check":
+            check_tasks(_planned_processes(self.config[self.subcommand].trainer))
         try:
             super().instantiate_classes()
             if self.subcommand in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import shlex
 import subprocess
@@ -200,6 +201,31 @@ def refuse_a_second_job(script: Path) -> None:
                 f"Job {job} of this run is in the queue ({state}), and two at once would write over one another. `scancel {job}` "
                 "ends it."
             )
+
+
+def check_tasks(planned: int | None) -> None:
+    """Raises a UserError if Slurm has not started just the processes that a run will be made of.
+
+    Else each would train by itself in the same run directory, or one would wait for the others for ever.
+
+    Args:
+        planned: Devices times nodes; None where the machine decides.
+    """
+    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # without srun there is no step
+    name = os.environ.get("SLURM_JOB_NAME")
+    if name in SHELLS:
+        if started > 1:
+            raise UserError(
+                f"srun has started {started} processes, but Lightning takes a job named {name!r} for a shell, and each would train "
+                "by itself. Give another name: `srun --job-name=kdvit ...`."
+            )
+    elif planned not in (None, started):
+        raise UserError(
+            f"Slurm has started {started} of the {planned} processes of this run (trainer.devices x trainer.num_nodes): start it "
+            "with srun, `srun --nodes=NUM_NODES --ntasks-per-node=DEVICES ...`, or with `kdvit slurm`."
+        )
 
 
 def _answer(*command: str) -> str:

@@ -202,3 +202,38 @@ def test_what_slurm_says_is_one_line(programs: dict[str, str], message: str, tmp
     with pytest.raises(SystemExit):
         main(DEMO)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "message"),
+    [
+        (
+            "NTASKS=2 STEP_NUM_TASKS=2 JOB_NAME=python",
+            1,
+            "Slurm has started 2 of the 1 processes of this run (trainer.dev",
+        ),
+        ("NTASKS=2 NTASKS_PER_NODE=2 JOB_NAME=train", 2, "Slurm has started 1 of the 2 processes of this run"),
+        (
+            "NTASKS=2 STEP_NUM_TASKS=2 JOB_NAME=interactive",
+            2,
+            "srun has started 2 processes, but Lightning takes a job n",
+        ),
+    ],
+    ids=["more tasks than devices", "no srun", "a job named like a shell"],
+)
+def test_a_run_of_other_processes_than_slurm_has_started_is_refused(
+    environment: str, devices: int, message: str, monkeypatch, capsys
+) -> None:
+    for name, _, value in (each.partition("=") for each in environment.split()):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SystemExit):
+        fit("plain", "", *SHORT, "--trainer.devices", str(devices))
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("run").exists()
+
+
+def test_a_single_process_in_a_shell_of_slurm_needs_no_srun(monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    fit("plain", "", *SHORT)
+    assert Path("run/student").is_dir()
