@@ -20,7 +20,7 @@ from kdvit.images import ChosenImages, Images, choose, find_images, images_of_co
 from kdvit.lookup import Experiment, find_network, read_experiment
 from kdvit.messages import UserError
 from kdvit.models import Network, TimmTeacher, load_student
-from kdvit.processes import require_all_processes, require_whole_networks
+from kdvit.processes import require_all_processes, require_all_tasks, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"
@@ -232,6 +232,7 @@ def _networks(experiment: Experiment) -> tuple[dict[str, Network], str]:
 def _run(networks: Mapping[str, Network], images: Images, choice: Choice) -> Report:
     numbers = choose(images, choice.images, choice.options.seed)
     chosen = ChosenImages(images, numbers, choice.batch_size, choice.num_workers)
+    require_all_tasks(choice.trainer["devices"] * choice.trainer["num_nodes"])
     trainer = analysis_trainer(**choice.trainer)
     require_whole_networks(trainer)
     require_all_processes(trainer)

@@ -30,14 +30,20 @@ from kdvit.callbacks import (
 )
 from kdvit.check import describe
 from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_step
-from kdvit.commands import COMMANDS
+from kdvit.commands import COMMANDS, slurm_command
 from kdvit.config_files import find_configs
 from kdvit.data import ImageDataModule
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
-from kdvit.processes import SameCheckpoint, end_with_parent, require_all_processes, require_whole_networks
+from kdvit.processes import (
+    SameCheckpoint,
+    end_with_parent,
+    require_all_processes,
+    require_all_tasks,
+    require_whole_networks,
+)
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -146,7 +152,7 @@ class KdvitCLI(LightningCLI):
                 "prog": "kdvit",
                 "exit_on_error": False,
                 "description": "Distill vision transformers. More commands, each with --help: analyze (the encoding mismatch of "
-                "a pair, and what to do), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
+                "a pair, and what to do), slurm (submits a fit), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
                 "checkpoint of the authors).",
                 "version": __version__,
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
@@ -236,6 +242,8 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
+        if self.subcommand != "check":
+            require_all_tasks(_planned_processes(self.config[self.subcommand].trainer))
         try:
             super().instantiate_classes()
             if self.subcommand in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
@@ -280,6 +288,18 @@ class KdvitCLI(LightningCLI):
             require_all_processes(trainer)
             trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
         return trainer
+
+
+class PlannedFit(KdvitCLI):
+    """A `kdvit fit` that is parsed and checked, and neither built nor run."""
+
+    def instantiate_classes(self) -> None:
+        """Leaves it at the config."""
+        self.subcommand = None
+
+
+def _parse_fit(args: list[str]) -> Any:
+    return PlannedFit(find_configs(["fit", *args])).config["fit"]
 
 
 def _checkpoint_folder(root: Any) -> str:
@@ -329,6 +349,8 @@ def main(args: list[str] | None = None) -> None:
         load_plugins()
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])
+        elif given[:1] == ["slurm"]:
+            slurm_command(given[1:], _parse_fit)
         else:
             KdvitCLI(find_configs(given))
     except Exception as error:

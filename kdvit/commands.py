@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -15,6 +19,7 @@ from kdvit.models.checkpoint import student_spec
 from kdvit.models.cost import parameter_count
 from kdvit.models.export import export_onnx, export_program
 from kdvit.plugins import known_distillers
+from kdvit.slurm import slurm
 
 
 def compare_command(args: list[str]) -> None:
@@ -135,6 +140,50 @@ def analyze_command(args: list[str]) -> None:
     run_analysis(parser.parse_args(args))
 
 
+def slurm_command(args: list[str], parse_fit: Callable[[list[str]], Any]) -> None:
+    """Runs `kdvit slurm`.
+
+    Args:
+        args: Arguments after the command's name. Those that are not its own are passed on to `kdvit fit`.
+        parse_fit: Parses and checks the arguments of `kdvit fit`, and builds nothing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="kdvit slurm",
+        usage="kdvit slurm --config CONFIG [options] [options of kdvit fit]",
+        description=SLURM,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    size = parser.add_argument_group("how much")
+    size.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    size.add_argument("--gpus", type=int, default=1, help="GPUs a node, one process each (1); 0 for processes on CPUs")
+    size.add_argument("--tasks_per_node", type=int, help="with --gpus 0: processes a node (1)")
+    size.add_argument("--cpus_per_task", type=int, help="processors a process (one, and one for each loader worker)")
+    size.add_argument("--mem", help="memory a node, such as 64G (what the cluster gives)")
+    size.add_argument("--time", help="limit, such as 24:00:00 or 3-00 (days-hours); the job is requeued and goes on")
+    size.add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="a run for each, in RUN/seed_N: an array of jobs"
+    )
+    job = parser.add_argument_group("which job")
+    for name in ("partition", "account", "qos"):
+        job.add_argument(f"--{name}", help="Slurm's")
+    job.add_argument("--job_name", help="by default the name of the run directory")
+    job.add_argument("--signal_seconds", type=int, default=120, help="before the end, when the run saves itself (120)")
+    job.add_argument("--sbatch", action="append", default=[], help="any other option: --sbatch=--constraint=a100")
+    job.add_argument(
+        "--setup", action="append", default=[], help="a line of shell before the start: 'module load cuda'"
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script, and submit nothing")
+    bound: list[str] = []  # argparse would take the value of --sbatch, an option as well, for one of kdvit's
+    for arg in args:
+        if bound and bound[-1] in ("--sbatch", "--setup"):
+            bound[-1] += f"={arg}"
+        else:
+            bound.append(arg)
+    given, fit = parser.parse_known_args(bound)
+    slurm(given, fit, shlex.join(["kdvit", "slurm", *args]), parse_fit)
+
+
 COMPARE = "Show finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture."
 IMPORT = "Turn a Lift or WideLast checkpoint of the authors into a student of kdvit."
 EXPORT = "Take a student out of a run: as safetensors that timm loads, as ONNX, or as a program of torch.export."
@@ -142,6 +191,10 @@ BENCHMARK = "Show parameters, FLOPs, latency and throughput of networks side by 
 ANALYZE = (
     "Measure how many directions the features of one image and of all images take, how they spread over the channels, and "
     "what that means for a teacher and a student (arXiv:2511.15572). Writes a page, tables, numbers and figures."
+)
+SLURM = (
+    "Submit a fit as a Slurm job that saves and requeues itself before its time is over or it is preempted. The config and all "
+    "options are checked first. What is not listed here is passed on to `kdvit fit`."
 )
 COMMANDS = {
     "analyze": analyze_command,

@@ -8,11 +8,12 @@ import threading
 import time
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from kdvit.messages import UserError
 
+SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name for a shell, and does not see Slurm
 PARENT = "KDVIT_PARENT"
 GRACE = 30.0  # seconds for a process to end by itself
 
@@ -51,22 +52,41 @@ def require_whole_networks(trainer: pl.Trainer) -> None:
 
 
 def require_all_processes(trainer: pl.Trainer) -> None:
-    """Raises UserError if torchrun or srun has started more or fewer processes than the Trainer is for.
+    """Raises UserError if torchrun has started more or fewer processes than the Trainer is for.
 
     Each would train alone and write the same files, or all would wait for one that never comes.
     """
-    if TorchElasticEnvironment.detect():
-        launcher, started = "torchrun", TorchElasticEnvironment().world_size()
-    elif SLURMEnvironment.detect():  # in a batch script without srun, there is but this one
-        launcher, started = "Slurm (srun)", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    else:
-        return
     devices, nodes = trainer.num_devices, trainer.num_nodes
-    if started != devices * nodes:
+    if TorchElasticEnvironment.detect() and TorchElasticEnvironment().world_size() != devices * nodes:
         raise UserError(
-            f"{launcher} has started {started} process(es) of this run, and trainer.devices x trainer.num_nodes is {devices} x "
-            f"{nodes}. Start one process for each device, and set --trainer.devices to those of one machine and "
-            "--trainer.num_nodes to the machines."
+            f"torchrun has started {TorchElasticEnvironment().world_size()} process(es) of this run, and trainer.devices x "
+            f"trainer.num_nodes is {devices} x {nodes}. Start one process for each device, and set --trainer.devices to those of "
+            "one machine and --trainer.num_nodes to the machines."
+        )
+
+
+def require_all_tasks(planned: int | None) -> None:
+    """Raises UserError if Slurm has not started just the processes that a run will be made of.
+
+    Else each would train by itself in the same run directory, or one would wait for the others for ever.
+
+    Args:
+        planned: Devices times nodes; None where the machine decides.
+    """
+    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # without srun there is no step
+    name = os.environ.get("SLURM_JOB_NAME")
+    if name in SHELLS:
+        if started > 1:
+            raise UserError(
+                f"srun has started {started} processes, but Lightning takes a job named {name!r} for a shell, and each would train "
+                "by itself. Give another name: `srun --job-name=kdvit ...`."
+            )
+    elif planned not in (None, started):
+        raise UserError(
+            f"Slurm has started {started} of the {planned} processes of this run (trainer.devices x trainer.num_nodes): start it "
+            "with srun, `srun --nodes=NUM_NODES --ntasks-per-node=DEVICES ...`, or with `kdvit slurm`."
         )
 
 

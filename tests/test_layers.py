@@ -20,7 +20,7 @@ LEVELS = [
     {"messages"},
     {"lookup", "processes"},
     {"benchmark", "images"},
-    {"analyze", "check", "compare"},
+    {"analyze", "check", "compare", "slurm"},
     {"commands"},
     {"cli"},
     {"__main__"},

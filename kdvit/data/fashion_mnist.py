@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -101,7 +103,7 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
     reason: object = "download is false"
     if download:
         try:
-            torchvision.datasets.FashionMNIST(str(wanted), download=True)
+            download_whole(folders[1])
             return folders[1]
         except Exception as error:
             reason = error
@@ -109,6 +111,15 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
         f"Fashion-MNIST is in none of {', '.join(map(str, folders))}, and cannot be downloaded ({reason}). Install Debian's "
         "package dataset-fashion-mnist, or name the folder of its four idx files by --data.init_args.root."
     )
+
+
+def download_whole(folder: Path) -> None:
+    """Downloads beside the folder and moves each file there: of processes that start together, none reads half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as beside:
+        fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
+        for file in filter(None, (_file(fetched, name) for name in FILES)):
+            os.replace(file, folder / file.name)
 
 
 def read_idx(folder: Path, name: str) -> Tensor:

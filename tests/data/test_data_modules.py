@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +180,31 @@ def test_fashion_mnist_is_read_from_either_layout(place: str, packed: bool, tmp_
     official = FashionMNIST(str(tmp_path))
     assert len(official.dataset("train")) == 50
     assert torch.equal(official.dataset("val").targets, official.dataset("test").targets)
+
+
+def _slow_download(self) -> None:
+    raw = Path(self.raw_folder)
+    fashion_root(raw)
+    files = {file: file.read_bytes() for file in raw.iterdir()}
+    for file in files:
+        file.write_bytes(b"")
+    time.sleep(0.5)
+    for file, content in files.items():
+        file.write_bytes(content)
+
+
+def _number_of_images(root: str, later: float) -> int:
+    time.sleep(later)
+    return len(FashionMNIST(root).images)
+
+
+def test_processes_that_start_together_do_not_read_half_a_download(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST.download", _slow_download)
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST._load_data", lambda self: (None, None))
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST._check_exists", lambda self: True)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap(_number_of_images, [(str(tmp_path), 0), (str(tmp_path), 0.2)]) == [50, 50]
+    assert len(list((tmp_path / "FashionMNIST/raw").iterdir())) == 4
 
 
 def test_the_held_out_images_are_none_of_the_training_images(tmp_path) -> None:
