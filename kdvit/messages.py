@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
 from kdvit.callbacks import NonFiniteError
+from kdvit.data.reading import ImageError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -50,6 +51,11 @@ def explain(error: Exception) -> str | None:
         return (
             f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. Make "
             "room and give the same command again: a run goes on from its last checkpoint."
+        )
+    if isinstance(error, ImageError):
+        return (
+            f"{error} Then give the same command again: a run goes on from its last checkpoint. (--data.init_args.on_error skip "
+            "lets training pass over such images.)"
         )
     if not isinstance(error, (UserError, ArgumentError, CacheError, NonFiniteError)):
         return None
