@@ -20,6 +20,7 @@ from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
 from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
 from kdvit.callbacks import (
+    BadImages,
     NonFiniteGuard,
     PredictionWriter,
     Preemption,
@@ -55,7 +56,11 @@ NOISE = (
 
 
 CHECKED_IMAGES = 8
-MAY_MOVE = ("data.init_args.root ", "data.init_args.num_workers ")  # a run may go on elsewhere
+MAY_MOVE = (  # a run may go on elsewhere, and past an image that has come to harm
+    "data.init_args.root ",
+    "data.init_args.num_workers ",
+    "data.init_args.on_error ",
+)
 
 
 class Trainer(pl.Trainer):
@@ -108,7 +113,7 @@ class Trainer(pl.Trainer):
             raise UserError(f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}.")
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
-        self.callbacks = [each for each in self.callbacks if isinstance(each, ProgressBar)]
+        self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
         data, wanted = datamodule.fingerprint(), model.teacher_request()
         if check is None:
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
@@ -139,7 +144,7 @@ class KdvitCLI(LightningCLI):
     """`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`."""
 
     def __init__(self, args: list[str]) -> None:
-        callbacks = [Throughput(), TeacherScores(), StudentExport(), PredictionWriter(), Preemption()]
+        callbacks = [BadImages(), Throughput(), TeacherScores(), StudentExport(), PredictionWriter(), Preemption()]
         super().__init__(
             DistillationModule,
             pl.LightningDataModule,

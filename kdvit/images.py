@@ -100,6 +100,8 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
         samples = list_images(root / "val" if splits else root)
     except FileNotFoundError as error:
         raise UserError(f"{error} (Or folders of classes alone: ROOT/CLASS/image.jpg.)") from error
+    except OSError as error:
+        raise UserError(str(error)) from error
     holder = Network(1, image_format)
     targets = [target for _, target in samples]
     folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError
 from kdvit.cache import CacheError
 from kdvit.callbacks import NonFiniteError
 from kdvit.data.base import ShareError
+from kdvit.data.reading import ImageError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -58,6 +59,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
         said = " ".join(str(error).split())[:300]
         return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
+    if isinstance(error, ImageError):
+        return (
+            f"{error} Then give the same command again: a run goes on from its last checkpoint. (--data.init_args.on_error skip "
+            "lets training pass over such images.)"
+        )
     if not isinstance(error, EXPLAINED):
         return None
     return _named(_condensed(str(error)))

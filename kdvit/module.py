@@ -102,6 +102,11 @@ class DistillationModule(pl.LightningModule):
         self.student.image_format = self.image_format
         classes = self.student.output_shapes().classes
         assert classes is not None
+        if min(classes, len(self.class_names or range(classes))) < 2:
+            raise ValueError(
+                f"There is nothing to tell apart: expected 2 classes or more, got {classes} of the student"
+                f"{'' if self.class_names is None else f' and {len(self.class_names)} of the data'}."
+            )
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(
                 f"The student has {classes} classes and the data {len(self.class_names)}. Set num_classes of the student to "

@@ -70,12 +70,14 @@ class Batch(NamedTuple):
         target: Class indices ``[B]``, int64; class probabilities ``[B, K]`` once Mixup or CutMix has run.
         index: Position of each image in its data set, ``[B]``, int64.
         teacher: What the distillers want of the teacher, where a cache has it; else None.
+        bad: Of each image that could not be read and in whose place another came, what is wrong with it.
     """
 
     image: Tensor
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
     teacher: ViTOutput | None = None
+    bad: tuple[str, ...] = ()
 
 
 class OutputShapes(NamedTuple):

@@ -1,5 +1,6 @@
 """Callbacks: what happens around the training of a student, and is no part of the method."""
 
+from kdvit.callbacks.bad_images import BadImages
 from kdvit.callbacks.ema import StudentEMA
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
@@ -9,6 +10,7 @@ from kdvit.callbacks.teacher_scores import TeacherScores
 from kdvit.callbacks.throughput import Throughput
 
 __all__ = [
+    "BadImages",
     "NonFiniteError",
     "NonFiniteGuard",
     "PredictionWriter",

@@ -40,7 +40,7 @@ class PredictionWriter(pl.Callback):
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "predictions.csv"
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("w", newline="") as stream:
+            with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:  # any path
                 table = csv.writer(stream)
                 table.writerow(["path", "class", "probability"])
                 for _, path, predicted, probability in sorted(row for part in parts for row in part):

@@ -176,7 +176,7 @@ class ImageDataModule(pl.LightningDataModule):
         mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.num_classes)  # type: ignore[no-untyped-call]
         with seeded(mixed_seed(self.seed, trainer.fit_loop.total_batch_idx + 1, trainer.global_rank)):
             image, target = mix(batch.image, batch.target)
-        return Batch(image, target, batch.index)
+        return batch._replace(image=image, target=target)
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         dataset: Any = self.dataset(split)

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -15,11 +15,16 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from kdvit.data.base import ImageDataModule, Split
+from kdvit.data.cached import collate
+from kdvit.data.reading import DamagedImage, read_image
 from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.data.transforms import Transform, eval_transform, train_transform
-from kdvit.structures import View
+from kdvit.structures import Batch, View
 
 LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
+SUBSTITUTES = 10
+"""Images that are tried in the place of one that cannot be read."""
+OnError = Literal["raise", "skip"]
 
 
 class ImageFolder(ImageDataModule):
@@ -34,6 +39,8 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
+        on_error: What a damaged training image does: end the run, or have another image take its place, which follows from
+            seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the run.
         kwargs: Those of ImageDataModule.
 
     Raises:
@@ -51,10 +58,11 @@ class ImageFolder(ImageDataModule):
         random_erasing: float = 0.25,
         interpolation: str = "bicubic",
         crop_pct: float = 0.875,
+        on_error: OnError = "raise",
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
-        self.root = Path(root).absolute()
+        self.root, self.on_error = Path(root).absolute(), on_error
         self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
         self.class_names = _same_classes(self.root, list(self.samples))
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
@@ -75,7 +83,7 @@ class ImageFolder(ImageDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns also the arguments of the training transform, so that a difference can be named."""
-        return {**super().fingerprint(), **self.augmentation}
+        return {**super().fingerprint(), **self.augmentation, "on_error": self.on_error}
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of train, or of val for every evaluation."""
@@ -83,7 +91,7 @@ class ImageFolder(ImageDataModule):
         self.require(split)
         seed = self.seed if split == "train" else None
         transform = self.train_transform if split == "train" else self.eval_transform
-        return FolderImages(self.samples[split], transform, seed)
+        return FolderImages(self.samples[split], transform, seed, self.on_error if split == "train" else "raise")
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the path of an image, relative to the root."""
@@ -131,10 +139,13 @@ class FolderImages(Dataset[Any]):
         samples: Path and class index of each image.
         transform: Makes a tensor ``[3, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
+        on_error: Whether a damaged image raises, or another takes its place.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform, seed: int | None) -> None:
-        self.samples, self.transform, self.seed = samples, transform, seed
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], transform: Transform, seed: int | None, on_error: OnError = "raise"
+    ) -> None:
+        self.samples, self.transform, self.seed, self.on_error = samples, transform, seed, on_error
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -145,35 +156,45 @@ class FolderImages(Dataset[Any]):
         return [target for _, target in self.samples]
 
     def __getitem__(self, index: View | int) -> tuple[Tensor, int, int]:
-        view = View.of(index)
-        path, target = self.samples[view.image]
-        image = read_image(path)
+        return self._sample(View.of(index))[0]
+
+    def __getitems__(self, indices: Sequence[View | int]) -> Batch:
+        samples, bad = zip(*(self._sample(View.of(index)) for index in indices), strict=True)
+        return collate(list(samples))._replace(bad=tuple(filter(None, bad)))
+
+    def _sample(self, view: View) -> tuple[tuple[Tensor, int, int], str]:
+        """Returns a sample, and what is wrong with the image of the view, if this is another."""
+        image, number, bad = self._readable(view)
+        target = self.samples[number][1]
         if self.seed is None:
-            return self.transform(image), target, view.image
+            return (self.transform(image), target, number), bad
         with seeded(mixed_seed(self.seed, *view)):
-            return self.transform(image), target, view.image
+            return (self.transform(image), target, number), bad
+
+    def _readable(self, view: View) -> tuple[Image.Image, int, str]:
+        try:
+            return read_image(self.samples[view.image][0]), view.image, ""
+        except DamagedImage as error:
+            if self.on_error == "raise":
+                raise
+            first = error
+        for attempt in range(1, SUBSTITUTES + 1):
+            number = mixed_seed(self.seed or 0, *view, attempt) % len(self)
+            try:
+                return read_image(self.samples[number][0]), number, str(first)
+            except DamagedImage:
+                continue
+        raise DamagedImage(f"{first} (Of {SUBSTITUTES} others in its place, none can be read.)") from first
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns in plain types what the pixels of a view follow from: the files, by their sizes, and the transform."""
-        root = os.path.commonpath([path for path, _ in self.samples])
+        root = os.path.commonpath({os.path.dirname(path) for path, _ in self.samples})
         listing = hashlib.sha256()
         for path, target in self.samples:
-            listing.update(f"{os.path.relpath(path, root)} {target} {os.path.getsize(path)}\n".encode())
+            size = os.path.getsize(path) if os.path.exists(path) else -1  # -1: a link to nothing
+            listing.update(os.fsencode(f"{os.path.relpath(path, root)} {target} {size}\n"))
         transform = hashlib.sha256(repr(self.transform).encode()).hexdigest()
         return {"content": listing.hexdigest(), "transform": transform}
-
-
-def read_image(path: str) -> Image.Image:
-    """Reads an image as RGB.
-
-    Raises:
-        RuntimeError: If it cannot be read; the message names the path.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise RuntimeError(f"Cannot read the image {path!r}: {error}. Mend it or take it out.") from error
 
 
 def list_images(folder: Path) -> ImageList:
@@ -181,6 +202,7 @@ def list_images(folder: Path) -> ImageList:
 
     Raises:
         FileNotFoundError: If there is no class folder, or one without an image.
+        PermissionError: If a class folder may not be read.
     """
     try:
         _, class_to_index = find_classes(folder)
@@ -192,6 +214,8 @@ def list_images(folder: Path) -> ImageList:
     empty = sorted(set(class_to_index.values()) - {target for _, target in samples})
     if empty:
         names = {index: name for name, index in class_to_index.items()}
+        for index in empty:
+            os.scandir(folder / names[index]).close()  # raises where it may not be read
         paths = ", ".join(repr(str(folder / names[index])) for index in empty[:3])
         raise FileNotFoundError(
             f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove them."

@@ -1,0 +1,70 @@
+"""Reading an image file as RGB, or saying what is wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+"""Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
+
+
+class ImageError(RuntimeError):
+    """An image that cannot be read. The command line shows the message alone."""
+
+    def __str__(self) -> str:
+        """Returns the message, without the worker's traceback that torch puts before it."""
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class DamagedImage(ImageError):
+    """An image that nobody can read, today or tomorrow, and that training may pass over."""
+
+
+def read_image(path: str) -> Image.Image:
+    """Reads an image as RGB.
+
+    16 bits are rounded to 8, and transparency is left out, as torchvision and timm do. An image of more pixels than Pillow
+    takes without a warning (``PIL.Image.MAX_IMAGE_PIXELS``) is refused before it is unpacked.
+
+    Raises:
+        DamagedImage: If the file is at fault; the message names the path.
+        ImageError: If the reading has failed for another reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _rgb(image)
+    except Exception as error:
+        damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
+        raise (DamagedImage if damaged else ImageError)(
+            f"Cannot read the image {path!r}: {_reason(path, error)}. Mend it or take it out."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose white is unknown; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; expected 0 to 65535")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(path: str, error: Exception) -> str:
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"it unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a known format" if os.path.getsize(path) else "the file is empty"
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"it is a link to {os.readlink(path)!r}, which is not there"
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
