@@ -290,8 +290,13 @@ class DistillationModule(pl.LightningModule):
         Raises:
             ValueError: If the training loader does not say its batch size.
         """
-        _ = self.trainer.estimated_stepping_batches  # builds the loaders
-        size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            _ = self.trainer.estimated_stepping_batches  # builds the loader
+            loader: Any = self.trainer.train_dataloader
+        else:
+            loader = data.train_dataloader()  # of its own: the Trainer's, if built before a resume, would not go on
+        size = getattr(loader, "batch_size", None)
         if size is None:
             raise ValueError(
                 "The training loader has no batch_size by which to scale the learning rate. Set optimizer.lr_base_batch: null "

@@ -27,6 +27,7 @@ EVERYTHING = [
     *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
     *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
     *["--model.student.init_args.drop_path_rate=0.2", "--data.init_args.num_workers=1"],
+    *["--model.optimizer.lr_base_batch=64"],
 ]
 
 

@@ -20,6 +20,7 @@ TRAINING = [
     *["--config", "demo/plain.yaml", *QUIET, "--trainer.max_epochs=6", "--data.init_args.batch_size=16"],
     *["--data.init_args.num_workers=2", "--data.init_args.repeats=3", "--data.init_args.mixup=0.8", "--ema.decay=0.9"],
     *["--trainer.log_every_n_steps=7", "--model.student.init_args.drop_path_rate=0.2"],
+    *["--model.optimizer.lr_base_batch=32"],
 ]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"}
 
