@@ -38,6 +38,7 @@ from kdvit.messages import UserError, explain
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
 from kdvit.processes import SameCheckpoint, end_with_parent, require_all_processes, require_whole_networks
+from kdvit.sharding import ShardedStrategy, require_shardable
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -276,7 +277,10 @@ class KdvitCLI(LightningCLI):
                 describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
             )
         else:
-            require_whole_networks(trainer)
+            if isinstance(trainer.strategy, ShardedStrategy) and self.subcommand != "cache":
+                require_shardable(trainer, self.model)
+            else:
+                require_whole_networks(trainer)
             require_all_processes(trainer)
             trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
         return trainer
