@@ -45,6 +45,7 @@ from kdvit.processes import (
     require_all_tasks,
     require_whole_networks,
 )
+from kdvit.sharding import ShardedStrategy, require_shardable
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -289,7 +290,10 @@ class KdvitCLI(LightningCLI):
                 describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
             )
         else:
-            require_whole_networks(trainer)
+            if isinstance(trainer.strategy, ShardedStrategy) and self.subcommand != "cache":
+                require_shardable(trainer, self.model)
+            else:
+                require_whole_networks(trainer)
             require_all_processes(trainer)
             trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
         return trainer

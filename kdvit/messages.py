@@ -35,6 +35,7 @@ NOT_SAID = (
     "Expected a <class 'NoneType'>",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LONGEST = 600
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
@@ -66,7 +67,8 @@ def explain(error: Exception) -> str | None:
         )
     if not isinstance(error, EXPLAINED):
         return None
-    return _named(_condensed(str(error)))
+    text = _named(_condensed(str(error)))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,13 +10,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 
 from kdvit.distillers import Distiller
 from kdvit.metrics import classification_scores
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention
 from kdvit.models.checkpoint import student_spec
-from kdvit.optim import FUSED_DEVICES, OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.optim import FUSED_DEVICES, OptimizerOptions, ScheduleOptions, gradient_norm, parameter_groups
 from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
 
 
@@ -75,6 +76,7 @@ class DistillationModule(pl.LightningModule):
         self._run_seed = torch.initial_seed()
         self.num_classes = self._check_task()
         self._build_distillers()
+        self._spec = student_spec(self.student, self.image_format, class_names)  # a split student is of another class
         self.val_scores = classification_scores(self.num_classes)
         self.test_scores = classification_scores(self.num_classes)
 
@@ -160,6 +162,21 @@ class DistillationModule(pl.LightningModule):
             self.student.compile()
         if self.compiled in ("teacher", "both") and self.teacher is not None:
             self.teacher.network.compile()
+
+    def configure_model(self) -> None:
+        """Splits student and distillers over the processes where the strategy is `sharded`; the teacher stays whole."""
+        if self.device_mesh is None or isinstance(self.student, FSDPModule):
+            return
+        self.load_state_dict(self.trainer.strategy.broadcast(self.state_dict()))  # parts of one student, not of several
+        mesh = self.device_mesh["data_parallel"]
+        for block in getattr(getattr(self.student, "model", None), "blocks", ()):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.student, mesh=mesh, reshard_after_forward=True)
+        for distiller in self.objectives().values():
+            if next(distiller.parameters(), None) is not None:
+                fully_shard(
+                    distiller, mesh=mesh, reshard_after_forward=False
+                )  # its metrics are taken after its forward
 
     def teacher_request(self) -> tuple[tuple[int, ...], bool]:
         """Returns the teacher's layers that the distillers want, by index and in their order, and whether logits too."""
@@ -278,8 +295,7 @@ class DistillationModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the learning rate and the gradient norm before clipping."""
         if self._is_logged_step():
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/grad_norm", gradient_norm(self))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     # Optimisation
@@ -344,7 +360,7 @@ class DistillationModule(pl.LightningModule):
         """Describes the student in plain types, and how it fares; see `kdvit.models.checkpoint.student_spec`."""
         measured = self.trainer.callback_metrics.items()
         run = {"epochs": self.current_epoch, **{name: float(v) for name, v in measured if name.startswith("val/")}}
-        return {**student_spec(self.student, self.image_format, self.class_names), "run": run}
+        return {**self._spec, "run": run}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the student's description, by which `kdvit.load_student` works from the file alone."""

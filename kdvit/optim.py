@@ -11,7 +11,8 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
@@ -131,3 +132,9 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt):
             groups.setdefault(group["weight_decay"], []).extend(group["params"])
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Returns the norm of all gradients of a module; of a split one's, over all processes, which call it together."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -40,14 +40,11 @@ def _end_after(parent: int) -> None:
 
 
 def require_whole_networks(trainer: pl.Trainer) -> None:
-    """Raises UserError under a strategy that shards networks, such as FSDP.
-
-    The averaged student, the exported one and the measured one would be parts of a student.
-    """
+    """Raises UserError under a strategy that splits networks, such as FSDP, where what is measured would be a part of one."""
     if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
         raise UserError(
-            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and kdvit needs student and "
-            "teacher whole in each. Set --trainer.strategy ddp."
+            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and this command needs "
+            "them whole in each. Set --trainer.strategy ddp, or, to train and evaluate a student that is split (FSDP2), sharded."
         )
 
 

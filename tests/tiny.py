@@ -90,7 +90,7 @@ class SizedData(ImageDataModule):
     def dataset(self, split: str) -> Dataset:
         return _Views(self.sizes[split], 0 if split == "train" else 1000)
 
-    def path(self, index: int) -> str:
+    def path(self, index: int, split: str = "test") -> str:
         return f"blob/{index}"
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, place, save
+from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, described, place, save
+from kdvit.optim import gradient_norm
 from kdvit.structures import Batch
 
 FREE_TO_READ = ("cpu",)  # on other devices a read waits for all that the device has been given to do
@@ -128,8 +129,7 @@ class NonFiniteGuard(pl.Callback):
         """Returns 1.0 if a number of the step is not finite on any rank, else 0.0, on the device."""
         numbers = [term for each in seen for term in each.terms.values()]
         if trainer.scaler is None:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            numbers.append(torch.nn.utils.get_total_norm(gradients).float())
+            numbers.append(gradient_norm(pl_module).float())
         bad = torch.stack(numbers).isfinite().all().logical_not().float()
         if trainer.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
@@ -143,6 +143,7 @@ class NonFiniteGuard(pl.Callback):
     def _judge(self, trainer: pl.Trainer, pl_module: Any, step: Step) -> None:
         """Saves the bad batches, and says what is wrong. All ranks come here together."""
         rank, folder = trainer.global_rank, _folder(trainer)
+        gradients = bad_gradients(pl_module)
         ours = [cause for seen in step.seen for cause in bad_terms(trainer, pl_module, seen)]
         causes = [ours]
         if trainer.world_size > 1:
@@ -150,10 +151,10 @@ class NonFiniteGuard(pl.Callback):
             dist.all_gather_object(causes, [f"{cause} (rank {rank})" for cause in ours])
         said = [cause for theirs in causes for cause in theirs]
         if ours or not said:
-            save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, pl_module, step.number, step.seen)
+            save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, step.number, step.seen, gradients)
         if not said:
             batches = "; ".join(place(trainer, seen) for seen in step.seen)
-            said = [f"{bad_gradients(pl_module)} is not finite ({batches})"]
+            said = [f"{described(gradients, pl_module)} is not finite ({batches})"]
         self.skipped += 1
         message = f"At step {step.number} of epoch {step.epoch}, {'; '.join(said)}."
         if self.skipped <= self.skip_steps:

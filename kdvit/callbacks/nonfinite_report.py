@@ -51,18 +51,18 @@ def _teacher_outputs(trainer: pl.Trainer, pl_module: Any, batch: Batch) -> dict[
     return named if output.logits is None else {**named, f"{whose} output of logits{hint}": output.logits}
 
 
-def bad_gradients(pl_module: Any) -> str:
-    """Names the parameters whose gradient is not finite."""
-    names = _not_finite(pl_module)
+def bad_gradients(pl_module: Any) -> list[str]:
+    """Returns the names of the parameters whose gradient is not finite; all ranks call it together."""
+    gradients = ((name, p.grad) for name, p in pl_module.named_parameters())
+    return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]
+
+
+def described(names: list[str], pl_module: Any) -> str:
+    """Says of which parameters the gradient is not finite."""
     if not names:
         return "the norm of the gradient"
     known = sum(p.grad is not None for p in pl_module.parameters())
     return f"the gradient of {'every parameter' if len(names) == known else _listed(names)}"
-
-
-def _not_finite(pl_module: Any) -> list[str]:
-    gradients = ((name, p.grad) for name, p in pl_module.named_parameters())
-    return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]
 
 
 def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> str:
@@ -73,7 +73,7 @@ def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> 
     return f"{text}: {', '.join(paths)}" if paths else text
 
 
-def save(file: Path, trainer: pl.Trainer, pl_module: Any, step: int, seen: list[SeenBatch]) -> None:
+def save(file: Path, trainer: pl.Trainer, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:
     """Writes the batches of a step as plain tensors and types, to be read with `weights_only=True`."""
     batches = [
         {
@@ -88,7 +88,7 @@ def save(file: Path, trainer: pl.Trainer, pl_module: Any, step: int, seen: list[
         for each in seen
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "batches": batches, "gradients": _not_finite(pl_module)}, file)
+    torch.save({"step": step, "batches": batches, "gradients": gradients}, file)
 
 
 def _plain(output: Any) -> dict[str, Any]:

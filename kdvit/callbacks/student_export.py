@@ -9,7 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.callbacks.nonfinite import NonFiniteError
 from kdvit.models import export_student
+from kdvit.signals import Stopped
 
 
 class StudentExport(pl.Callback):
@@ -36,12 +38,15 @@ class StudentExport(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the folder, on one rank."""
-        if trainer.is_global_zero:
-            self._write(trainer, pl_module)
+        self._write(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Writes the folder for a training that is cut short; what cut it short is told in any case."""
-        if not trainer.is_global_zero or self._since is None:
+        """Writes the folder for a training that is cut short; what cut it short is told in any case.
+
+        A split student is put together by all ranks, and only where all have stopped at one place can they do that.
+        """
+        together = isinstance(exception, (Stopped, NonFiniteError))
+        if self._since is None or not (together or pl_module.device_mesh is None):
             return
         try:
             self._write(trainer, pl_module)
@@ -49,10 +54,15 @@ class StudentExport(pl.Callback):
             rank_zero_info(f"The student could not be written: {error}")
 
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        prefix = "student."
+        state = trainer.strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return
+        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
         folder = Path(trainer.default_root_dir) / "student"
         spec = pl_module.spec()
         spec["run"]["seconds"] = self._seconds()
-        export_student(pl_module.student, spec, folder)
+        export_student(pl_module.student, spec, folder, weights)
         rank_zero_info(f"The student is in {folder}: kdvit.load_student({str(folder)!r}) loads it.")
 
     def _seconds(self) -> float:

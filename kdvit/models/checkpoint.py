@@ -39,7 +39,9 @@ def student_spec(student: Network, image_format: ImageFormat, class_names: list[
     }
 
 
-def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -> None:
+def export_student(
+    student: Network, spec: dict[str, Any], folder: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Writes model.safetensors and config.json, which `load_student` reads.
 
     The folder is also one of timm's: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, a remedied
@@ -49,11 +51,13 @@ def export_student(student: Network, spec: dict[str, Any], folder: str | Path) -
         student: The student.
         spec: Its `student_spec`.
         folder: Where to write; made if it is not there.
+        weights: Its state dict, where the student itself has but a part of it.
     """
     folder = Path(folder)
-    network = student.model if isinstance(student, TimmNetwork) else student
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    write_whole(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    prefix = "model." if isinstance(student, TimmNetwork) else ""
+    state = student.state_dict() if weights is None else weights
+    named = {name.removeprefix(prefix): value.detach().cpu().contiguous() for name, value in state.items()}
+    write_whole(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
     write_whole(folder / CONFIG, (json.dumps({**_timm_config(spec), "kdvit": spec}, indent=2) + "\n").encode())
 
 
