@@ -145,6 +145,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: s
         *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
         *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
         *["--model.student.init_args.drop_path_rate=0.2", f"--last_checkpoint.{saving}"],
+        "--model.optimizer.lr_base_batch=64",
     ]
     fit("lift", demo_teacher, *everything, "--trainer.default_root_dir=whole")
     fit("lift", demo_teacher, *everything, f"--trainer.max_steps={stop}")

@@ -38,9 +38,10 @@ class BadImages(pl.Callback):
         """Notes those of a batch, while a cache is written."""
         self._note(batch)
 
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells them."""
-        self._tell(trainer)
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tells them. (Here all ranks come; those without a batch call no hook of the prediction.)"""
+        if stage == "predict":
+            self._tell(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

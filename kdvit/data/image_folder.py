@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
@@ -202,25 +202,35 @@ def list_images(folder: Path) -> ImageList:
 
     Raises:
         FileNotFoundError: If there is no class folder, or one without an image.
-        PermissionError: If a class folder may not be read.
+        PermissionError: If a folder cannot be listed.
     """
     try:
         _, class_to_index = find_classes(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no class folder in {str(folder)!r}. {LAYOUT}") from error
-    samples: list[tuple[str, int]] = make_dataset(
-        str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
+    except PermissionError as error:
+        _cannot_list(error)
+    samples = [(path, target) for name, target in class_to_index.items() for path in _files(folder / name)]
     empty = sorted(set(class_to_index.values()) - {target for _, target in samples})
     if empty:
         names = {index: name for name, index in class_to_index.items()}
-        for index in empty:
-            os.scandir(folder / names[index]).close()  # raises where it may not be read
         paths = ", ".join(repr(str(folder / names[index])) for index in empty[:3])
         raise FileNotFoundError(
             f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove them."
         )
     return ImageList(samples)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Yields the paths of a folder's images, those in folders below included. (No file is touched for it.)"""
+    for place, _, names in sorted(os.walk(folder, onerror=_cannot_list, followlinks=True)):
+        yield from (os.path.join(place, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS))
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    raise PermissionError(
+        f"Cannot list the folder {error.filename!r}: {error.strerror}. Let this user read it, or take it out."
+    ) from error
 
 
 def _splits(root: Path) -> list[str]:

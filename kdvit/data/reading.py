@@ -13,6 +13,10 @@ OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
 
 
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""Those that are read, whatever a file is called: others, such as EPS, let Pillow start programs."""
+
+
 class ImageError(RuntimeError):
     """An image that cannot be read. The command line shows the message alone."""
 
@@ -38,7 +42,7 @@ def read_image(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return _rgb(image)
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdvit.cache.manifest import Manifest
 from kdvit.cli import main
 from kdvit.data import ImageFolder
 from kdvit.data.cached import ViewBatches
 from kdvit.structures import View
 from tests.data.test_data_modules import image_folder
 from tests.runs import QUIET
+from tests.several import together
 
 SKIP = ["--data.init_args.on_error", "skip"]
 STUDENT = {
@@ -101,6 +103,25 @@ def test_the_count_goes_on_in_a_run_that_was_stopped_within_an_epoch() -> None:
     main(command("fit", *SKIP, *often, "--trainer.max_steps", "4"))
     main(command("fit", *SKIP, *often))
     assert rows("train/bad_images") == ["2.0", "3.0", "4.0"]
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_one_does_and_one_without_a_batch_does_not_hang() -> None:
+    image_folder(Path("images"))
+    spoil("train/dog/2.jpg", "train/cat/0.jpg")
+    main(command("fit", *SKIP))
+    one = rows("train/bad_images")
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    elsewhere = ["--trainer.default_root_dir", "two", "--data.init_args.batch_size=2"]
+    told = "".join(together(2, command("fit", *SKIP, *ranks, *elsewhere)))
+    assert told.count("Another image takes its place") == 2
+    Path("two/metrics.csv").replace("run/metrics.csv")
+    assert rows("train/bad_images") == one
+    teacher = ["--model.teacher", "TimmStudent"]
+    teacher += [f"--model.teacher.init_args.{key}={value}" for key, value in STUDENT.items()]
+    logit = '{"logit": {"class_path": "LogitDistiller"}}'
+    together(2, command("cache", *SKIP, *ranks, *teacher, "--model.distillers", logit, "--out", "cache"))
+    assert Manifest.load(Path("cache")).complete
 
 
 def data(**more) -> ImageFolder:
