@@ -140,7 +140,7 @@ def test_an_error_of_the_machine_does_not_make_an_image_a_bad_one(number: int, m
 
 
 def test_an_image_that_may_not_be_read_is_named(monkeypatch) -> None:
-    def forbidden(*_, **__):
+    def forbidden(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr("PIL.Image.open", forbidden)
