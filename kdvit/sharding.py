@@ -42,7 +42,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    # Evaluation: a collective for each batch would hang where a rank has one batch more than another
+    # Evaluation: without a collective for each batch, which would hang where a rank has one batch more than another
 
     def on_validation_start(self) -> None:
         """Puts the student together."""

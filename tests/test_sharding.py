@@ -57,7 +57,7 @@ def _run(command: str, root: str, strategy: str, *more: str, batch: int = GLOBAL
     networks = {"student": {**STUDENT, "width": 24}, "teacher": {**STUDENT, "model_args": WIDE}}
     options = {
         "data.init_args.train": 48,
-        "data.init_args.val": 25,  # 3 batches for one rank, 2 for the other
+        "data.init_args.val": 25,  # 13 for one rank, 12 for the other
         "data.init_args.batch_size": batch // processes,
         "model.student": "LiftViT",
         "model.student.init_args": json.dumps(networks["student"]),
@@ -159,7 +159,9 @@ def _same_student(root: Path) -> None:
 
 
 @slow
-def test_a_split_student_is_tested_and_predicts_as_a_whole_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_student_is_tested_and_predicts_as_a_whole_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     split, whole = (
         list(csv.DictReader((home / f"{each}/adamw/predictions.csv").read_text().splitlines()))
         for each in ("sharded", "auto")
@@ -169,8 +171,9 @@ def test_a_split_student_is_tested_and_predicts_as_a_whole_one(home: Path, capsy
     assert [float(row["probability"]) for row in split] == pytest.approx(
         [float(row["probability"]) for row in whole], abs=2e-5
     )
-    root = home / "sharded/adamw"
-    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--ckpt_path", f"{root}/checkpoints/last.ckpt"]
+    monkeypatch.chdir(home)
+    root = Path("sharded/adamw")
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--ckpt_path", "last"]
     main(["validate", "--config", f"{root}/config.yaml", *one])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if " val/loss " in line)
     logged = [row["val/loss"] for row in _rows(root) if "val/loss" in row]
@@ -185,9 +188,9 @@ def test_a_split_run_that_is_stopped_goes_on_split_or_whole(home: Path) -> None:
     assert torch.load("sharded/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     _same_student(Path("sharded"))
     shutil.copytree("sharded", "changed")
-    for root, strategy in (("sharded", "sharded"), ("ddp", "sharded"), ("changed", "ddp")):
-        said = together(2, _run("fit", root, strategy))
-        assert f"Going on from {root}/checkpoints/last.ckpt, step 6" in said[0]
+    goes_on = (("sharded", "sharded"), ("ddp", "sharded"), ("changed", "ddp"))
+    said = together(2, *(_run("fit", root, strategy) for root, strategy in goes_on))
+    assert all(f"Going on from {root}/checkpoints/last.ckpt, step 6" in said[0] for root, _ in goes_on)
     whole = _weights(home / "sharded/adamw")
     for name, value in _weights(Path("sharded")).items():
         assert torch.equal(value, whole[name]), name
@@ -205,12 +208,12 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks() -> None:
     more = ["--model.distillers", json.dumps({**DISTILLERS, "odd": breaks}), "--trainer.max_epochs", "1"]
     for strategy in ("ddp", "sharded"):
         said = together(2, _run("fit", strategy, strategy, *SGD, *more, "--nonfinite.skip_steps", "1"))
-        assert "the gradient of every parameter is not finite" in said[0], said[0][-2000:]
+        assert "the gradient of student.model.cls_token, student.model.pos_embed" in said[0], said[0][-2000:]
     whole, split = (torch.load(f"{each}/checkpoints/last.ckpt", weights_only=True) for each in ("ddp", "sharded"))
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(split["state_dict"][name], value, atol=1e-6, rtol=1e-5, msg=name)
     said = together(2, _run("fit", "stopped", "sharded", *SGD, *more), status=2)
-    assert "At step 2 of epoch 0, the gradient of every parameter is not finite" in said[0].splitlines()[-1]
+    assert "At step 2 of epoch 0, the gradient of student.model.cls_token" in said[0].splitlines()[-1]
     left, exported = (load_student(f"stopped/{file}").state_dict() for file in ("nonfinite/step_2.ckpt", "student"))
     assert all(torch.equal(exported[name], value) for name, value in left.items())
 
