@@ -264,7 +264,6 @@ def test_no_process_outlives_another_by_a_minute(launcher: str, faults: dict[int
         time.sleep(0.2)
     said = Path("said.txt").read_text()
     assert message in said, said[-3000:]
-    assert not Path("run/student").exists()
 
 
 @slow

@@ -22,6 +22,7 @@ from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from kdvit.structures import Batch
 from tests.runs import SHORT, fit
+from tests.several import PATHS
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer
 
 
@@ -276,7 +277,7 @@ def test_a_resumed_run_goes_on_counting_the_steps_left_out() -> None:
 def test_two_processes_stop_together_and_say_whose_batch_it_was(demo_teacher: str) -> None:
     given = ["--config", "demo/soft_kd.yaml", "--model.teacher.init_args.arch", demo_teacher, *SHORT]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **PATHS}
     done = subprocess.run(
         [sys.executable, "-m", "kdvit", "fit", *given, *two, *_breaking(2, rank=1)],
         capture_output=True,
