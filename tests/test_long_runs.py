@@ -29,6 +29,7 @@ from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.loggers import run_loggers
 from kdvit.models import LiftViT, TimmStudent
 from tests.runs import QUIET, fit
+from tests.several import PATHS
 from tests.tiny import trainer
 
 MEBIBYTE = 2**20
@@ -96,7 +97,9 @@ def test_open_files_threads_and_processes_do_not_grow_with_the_epochs(usage: lis
 @pytest.mark.slow
 def test_a_loader_process_shares_the_list_of_images_with_its_parent() -> None:
     program = "from tests.test_long_runs import print_memory_of_a_worker; print_memory_of_a_worker()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, **PATHS}
+    )
     before, after = map(int, done.stdout.split())
     assert after - before < 80 * MEBIBYTE  # 120 without gc.freeze, 350 with a list of tuples
 
