@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser
 
-from kdvit.config_files import find_config
+from kdvit.buildable import require_buildable
+from kdvit.config_files import find_config, load_yaml
 from kdvit.messages import UserError
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
 
@@ -46,7 +47,7 @@ def read_experiment(
     """
     file = Path(find_config(name))
     try:
-        config = yaml.safe_load(file.read_text())
+        config = load_yaml(file.read_text())
         model = config["model"]
         specs = {"student": model.get("student"), "teacher": model.get("teacher"), "data": config.get("data")}
     except OSError as error:
@@ -71,6 +72,7 @@ def build(part: str, spec: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, part)
     config = parser.parse_object({part: dict(spec)})
+    require_buildable(config)
     try:
         return parser.instantiate_classes(config)[part]
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

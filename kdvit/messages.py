@@ -35,6 +35,8 @@ NOT_SAID = (
     "Expected a <class 'NoneType'>",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LONGEST = 700
+"""Characters of a message."""
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
@@ -66,7 +68,13 @@ def explain(error: Exception) -> str | None:
         )
     if not isinstance(error, EXPLAINED):
         return None
-    return _named(_condensed(str(error)))
+    message = _named(_condensed(str(error)))
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]} ... (KDVIT_TRACEBACK=1 shows all.)"
+
+
+def unforeseen(what: str, error: Exception) -> str:
+    """Returns the message for a config that cannot be read or built for a reason that no check has foreseen."""
+    return f"The config cannot be {what}. {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -109,6 +117,11 @@ def _named(text: str) -> str:
             f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
             "path, such as my_package.MyClass."
         )
+    if match := re.match(
+        r"([\w.]+): .*(is not iterable|object has no attribute '\w+'|unhashable type: '\w+'|must be a mapping, not \w+)$",
+        text,
+    ):
+        return f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
     if "kdvit.Distiller is abstract" in text:
         return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
     if match := re.search(r"([\w.]+): Option '([^']+)' is not accepted", text):

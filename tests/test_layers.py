@@ -18,6 +18,7 @@ LEVELS = [
     {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
+    {"buildable"},
     {"lookup", "processes"},
     {"benchmark", "images"},
     {"analyze", "check", "compare", "slurm"},
