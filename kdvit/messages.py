@@ -118,7 +118,8 @@ def _named(text: str) -> str:
             "path, such as my_package.MyClass."
         )
     if match := re.match(
-        r"([\w.]+): .*(is not iterable|object has no attribute '\w+'|unhashable type: '\w+'|must be a mapping, not \w+)$",
+        r"([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(is not iterable|object has no attribute '\w+'"
+        r"|unhashable type: '\w+'|must be a mapping, not \w+)$)",
         text,
     ):
         return f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."

@@ -64,7 +64,7 @@ WRONG = {
     ),
     "endless network": ({"model/student/init_args/model_args/depth": 10**9}, "depth must be at most 4,096"),
     "too many workers": ({"data/init_args/num_workers": 10**9}, "num_workers must be 1024 or less"),
-    "no mapping": ({"model/student": 0.5}, "model.student: expected `class_path`, the name of a class"),
+    "no mapping": ({"data": 0.5}, "data: expected `class_path`, the name of a class"),
     "padding": ({"data/init_args/padding": -1}, "padding must be 0 or more"),
     "option of all data": (
         {"data/init_args/mixupp": 1},

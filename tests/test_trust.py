@@ -220,3 +220,19 @@ def test_a_config_does_not_choose_another_folder_for_checkpoints(tmp_path) -> No
     main(["fit", *config(folders, "plain"), *SHORT, "--trainer.default_root_dir", "run"])
     assert not Path("elsewhere").exists()
     assert {file.name for file in Path("run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
+def test_names_in_a_report_are_text_and_name_no_file() -> None:
+    name = """../../x<script>alert("1")</script>' onerror='y"""
+    tokens = np.random.default_rng(0).standard_normal((4, 9, 6)).astype(np.float32)
+    folder = Path("<script>")
+    folder.mkdir()
+    np.savez(folder / "features.npz", **{name: tokens})
+    main(["analyze", "--model", str(folder / "features.npz"), "--permutations", "2", "--out", "deep/er/out"])
+    page = Path("deep/er/out/report.html").read_text()
+    assert "<script" not in page.lower()
+    assert "' onerror='" not in page
+    assert "../../x&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&#x27; onerror=&#x27;y" in page
+    written = {file.parent for file in Path().rglob("*") if file.is_file()}
+    assert written == {folder, Path("deep/er/out")}
