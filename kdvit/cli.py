@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,10 +33,11 @@ from kdvit.callbacks import (
 from kdvit.check import describe
 from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_step
 from kdvit.commands import COMMANDS, slurm_command
-from kdvit.config_files import find_configs
+from kdvit.config_files import find_configs, read_plain_values_alone
 from kdvit.data import ImageDataModule
 from kdvit.loggers import run_loggers
-from kdvit.messages import UserError, explain
+from kdvit.messages import UserError, explain, unforeseen
+from kdvit.models.released import read_weights_only
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
 from kdvit.processes import (
@@ -194,9 +196,27 @@ class KdvitCLI(LightningCLI):
         parser.link_arguments("data", "model.image_format", compute_fn=_image_format, apply_on="instantiate")
         parser.link_arguments("data", "model.class_names", compute_fn=_class_names, apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; what no one has foreseen of a config is the config's fault, too."""
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(unforeseen("read", error)) from error
+        given = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+        if given and Path(given).is_file():  # of which Lightning reads changes of the config, next
+            _require_plain(Path(given))
+
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.subcommand]
+        for key in ("checkpoint", "last_checkpoint"):
+            _refuse_elsewhere(f"{key}.filename", config[key].filename)
+        if config.get("weights_only") is False:
+            raise UserError(
+                "weights_only: false would let a checkpoint run code. Leave it out: kdvit loads no such file."
+            )
         if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         self.checkpoint = None if self.subcommand in ("check", "cache") else self._find_checkpoint()
@@ -223,6 +243,7 @@ class KdvitCLI(LightningCLI):
             if not file.is_file():
                 rank_zero_info(f"There is no {file}: the student is taken as the config builds it.")
                 return None
+            _require_plain(file)
         return str(file)
 
     def _refuse_another_run(self, root: Path) -> None:
@@ -257,8 +278,11 @@ class KdvitCLI(LightningCLI):
                 self.datamodule.require("train")
         except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(unforeseen("built", error)) from error
         if self.subcommand not in ("check", "cache"):
             self.config_init[self.subcommand]["ckpt_path"] = self.checkpoint
+            self.config_init[self.subcommand]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Gives a fit its loggers; a check runs on one CPU process, whatever the config says."""
@@ -312,6 +336,24 @@ def _parse_fit(args: list[str]) -> Any:
     return PlannedFit(find_configs(["fit", *args])).config["fit"]
 
 
+def _require_plain(file: Path) -> None:
+    """Raises if a checkpoint holds more than tensors and plain values, or would change the config."""
+    try:
+        content = read_weights_only(file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if "hyper_parameters" in content:
+        raise UserError(
+            f"{str(file)!r} is no checkpoint of `kdvit fit`: it would change the config by its hyper_parameters."
+        )
+
+
+def _refuse_elsewhere(key: str, name: str | None) -> None:
+    """Raises if a file name leads out of its folder."""
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise UserError(f"{key}: expected a name inside the run's checkpoints, got {name!r}.")
+
+
 def _checkpoint_folder(root: Any) -> str:
     return str(Path(root) / "checkpoints")
 
@@ -356,6 +398,7 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=message)
     end_with_parent()
     try:
+        read_plain_values_alone()
         load_plugins()
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])

@@ -1,10 +1,18 @@
-"""The configs that come with kdvit, found by their short names wherever one works."""
+"""The configs that come with kdvit, found by their short names wherever one works, and YAML that cannot grow."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 
 import kdvit
+
+JSONARGPARSE_YAML = get_loader("yaml")
+MOST_VALUES = 100_000
+"""Values of a config with its aliases written out."""
 
 
 def packaged_configs() -> Path:
@@ -35,3 +43,36 @@ def find_config(name: str) -> str:
     """Returns the path of a config that kdvit brings, where no file of that name is at hand; else the name itself."""
     packaged = packaged_configs() / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name
+
+
+def read_plain_values_alone() -> None:
+    """Lets a config from elsewhere name classes only where one of a known kind is expected.
+
+    By default jsonargparse builds whatever a ``class_path`` names where any value goes, as in `model_args`.
+    """
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def load_yaml(text: str) -> Any:
+    """Loads YAML as jsonargparse does: plain values alone.
+
+    Raises:
+        yaml.YAMLError: If it is no YAML, names a Python object, or has aliases that write out to very many values, of which
+            a few lines can make more than any memory holds.
+    """
+    if "*" in text:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None and _written_out(root, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases write out to more than {MOST_VALUES:,} values")
+    return JSONARGPARSE_YAML(text)
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Returns the number of values below a node; infinite, where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        value = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [part for child in value for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    return known[id(node)]

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser
 
-from kdvit.config_files import find_config
+from kdvit.config_files import find_config, load_yaml
 from kdvit.messages import UserError
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
 
@@ -46,7 +46,7 @@ def read_experiment(
     """
     file = Path(find_config(name))
     try:
-        config = yaml.safe_load(file.read_text())
+        config = load_yaml(file.read_text())
         model = config["model"]
         specs = {"student": model.get("student"), "teacher": model.get("teacher"), "data": config.get("data")}
     except OSError as error:

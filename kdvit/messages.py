@@ -35,7 +35,7 @@ NOT_SAID = (
     "Expected a <class 'NoneType'>",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-LONGEST = 600
+LONGEST = 600  # characters of a message
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
@@ -69,6 +69,11 @@ def explain(error: Exception) -> str | None:
         return None
     text = _named(_condensed(str(error)))
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
+
+
+def unforeseen(what: str, error: Exception) -> str:
+    """Returns the message for a config that cannot be read or built for a reason that no check has foreseen."""
+    return f"The config cannot be {what}. {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -111,6 +116,12 @@ def _named(text: str) -> str:
             f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
             "path, such as my_package.MyClass."
         )
+    if match := re.match(
+        r"([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(is not iterable|object has no attribute '\w+'"
+        r"|unhashable type: '\w+'|must be a mapping, not \w+)$)",
+        text,
+    ):
+        return f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
     if "kdvit.Distiller is abstract" in text:
         return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
     if match := re.search(r"([\w.]+): Option '([^']+)' is not accepted", text):

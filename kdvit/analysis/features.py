@@ -26,7 +26,11 @@ def read_features(file: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"There is no file {str(file.absolute())!r}.")
     try:
         loaded = np.load(file, mmap_mode="c", allow_pickle=False)  # copy-on-write: torch wants writable arrays
-        arrays = dict(loaded) if file.suffix == ".npz" else {file.stem: loaded}
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                arrays = dict(loaded)
+        else:
+            arrays = {file.stem: loaded}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"It is no array file that can be read without running code: {error}.") from error
     if not arrays:

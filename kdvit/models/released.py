@@ -85,7 +85,8 @@ def read_weights_only(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}, which is not run" if named else (str(error).splitlines() or [""])[0]
         raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain options: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}; expected a dictionary.")

@@ -1,0 +1,238 @@
+"""Files from strangers: none of them runs code, and none writes outside the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kdvit import load_student
+from kdvit.cli import main
+from kdvit.config_files import packaged_configs
+from tests.runs import QUIET, SHORT, fit
+
+DEMO = packaged_configs() / "demo"
+RUN = {"class_path": "os.system", "init_args": {"command": "touch pwned"}}
+SPAWN = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "pwned"]}}
+NESTED = {"class_path": "TimmStudent", "init_args": {"arch": "resnet18", "model_args": json.dumps({"x": RUN})}}
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch pwned",)
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    assert not Path("pwned").exists()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("kdvit: error: ")
+    assert len(message) < 800
+    return message
+
+
+def config(change: dict[str, Any], name: str = "lift", **more: Any) -> list[str]:
+    """Writes a config with values changed, and returns the arguments that name it."""
+    tree = copy.deepcopy(yaml.safe_load((DEMO / f"{name}.yaml").read_text()))
+    for path, value in change.items():
+        *keys, last = path.split("/")
+        place = tree
+        for key in keys:
+            place = place.setdefault(key, {})
+        place[last] = value
+    Path("stranger.yaml").write_text(yaml.safe_dump(tree, **more))
+    return ["--config", "stranger.yaml"]
+
+
+@pytest.mark.parametrize("spec", [RUN, SPAWN, NESTED], ids=["function", "class", "text in a network"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "model/student/init_args/model_args/norm",
+        "model/teacher/init_args/model_args",
+        "model/optimizer/args/betas",
+        "model/schedule/args/x",
+        "model/student",
+        "model/distillers/x",
+        "data",
+        "trainer/callbacks",
+        "trainer/strategy",
+    ],
+)
+def test_a_config_cannot_have_a_program_run_by_its_name(place: str, spec: dict[str, Any], capsys) -> None:
+    before = {"trainer/default_root_dir": "run", "model/teacher/init_args/model_args": {}}
+    for command in ("check", "fit"):
+        refused([command, *config({**before, place: spec})], capsys)
+    assert not Path("run").exists()
+
+
+def test_a_logger_is_not_handed_a_program(capsys) -> None:
+    for more in ({"x": RUN}, {"save_dir": "run", "prefix": RUN}):
+        logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "run"}}
+        for place in ("init_args", "dict_kwargs"):
+            logger[place] = {**logger.get(place, {}), **more}
+        refused(["fit", *config({"trainer/logger": logger}, "plain")], capsys)
+
+
+def test_networks_of_a_strangers_config_are_refused_by_analyses_too(capsys) -> None:
+    given = config({"model/student/init_args/model_args/norm": RUN, "model/teacher": None})
+    for command in (["analyze", *given, "--out", "report"], ["benchmark", "stranger.yaml"]):
+        assert "unexpected keyword argument 'norm'" in refused(command, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor for the tag"),
+        ("model: !!python/name:os.system", "could not determine a constructor for the tag"),
+        ("a: &a [*a]", "aliases write out to more than 100,000 values"),
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+            "aliases write out to more than 100,000 values",
+        ),
+    ],
+    ids=["call", "name", "circle", "billion laughs"],
+)
+def test_yaml_is_values_alone_and_cannot_grow(text: str, said: str, capsys) -> None:
+    Path("stranger.yaml").write_text(text)
+    since = time.monotonic()
+    assert said in refused(["fit", "--config", "stranger.yaml"], capsys)
+    assert said in refused(["analyze", "--config", "stranger.yaml"], capsys)
+    assert time.monotonic() - since < 10
+
+
+def test_an_alias_may_be_used() -> None:
+    text = (DEMO / "plain.yaml").read_text().replace("mean: [", "mean: &grey [")
+    head, std, rest = text.partition("    std: ")
+    Path("mine.yaml").write_text(f"{head}{std}*grey\n{rest.partition(chr(10))[2]}")
+    main(["check", "--config", "mine.yaml"])
+
+
+def bombs() -> list[Path]:
+    """Writes pickles that would run a program: as torch saves them, in a checkpoint's shape, and bare."""
+    torch.save(Bomb(), "zip.pth")
+    whole = {"state_dict": {}, "model": {}, "epoch": 0, "global_step": 1, "loops": {}, "optimizer_states": []}
+    torch.save({**whole, "kdvit": Bomb(), "callbacks": {}}, "shaped.pth")
+    Path("bare.pth").write_bytes(pickle.dumps({"model": Bomb()}, protocol=2))
+    return [Path(name) for name in ("zip.pth", "shaped.pth", "bare.pth")]
+
+
+@pytest.fixture
+def run_of_plain(demo_teacher: str) -> None:
+    fit("plain", demo_teacher, *SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("run_of_plain")
+def test_no_checkpoint_runs_code(demo_teacher: str, capsys, caplog) -> None:
+    plain = ["--config", "demo/plain.yaml", *SHORT]
+    lift = ["--config", "demo/lift.yaml", *SHORT]
+    for file in bombs():
+        own = ["--trainer.default_root_dir", "new"]
+        for command in ("fit", "validate", "test", "predict"):
+            assert str(file) in refused([command, *plain, *own, "--ckpt_path", str(file)], capsys), command
+        given = [
+            ["fit", *plain, "--model.student.init_args.checkpoint", str(file)],
+            [
+                "fit",
+                *lift,
+                "--model.teacher.init_args.arch=vit_tiny_patch16_224",
+                "--model.teacher.init_args.checkpoint",
+                str(file),
+            ],
+            ["import", str(file), "--out", "imported"],
+            ["export", "--ckpt", str(file), "--out", "exported"],
+            ["analyze", "--model", str(file), "--data", "Digits"],
+            ["benchmark", str(file)],
+        ]
+        for args in given:
+            assert str(file) in refused(args, capsys), args
+        with pytest.raises(ValueError, match=str(file)):
+            load_student(file)
+        Path("run/checkpoints/last.ckpt").write_bytes(file.read_bytes())
+        Path("run/checkpoints/best.ckpt").write_bytes(file.read_bytes())
+        assert "best.ckpt" in refused(["validate", *plain, "--trainer.default_root_dir", "run"], capsys)
+        caplog.clear()
+        fit("plain", demo_teacher, *SHORT)
+        assert "last.ckpt is no whole checkpoint" in caplog.text
+        assert not Path("pwned").exists()
+
+
+def test_a_config_cannot_ask_for_unsafe_checkpoints(capsys) -> None:
+    given = config({"weights_only": False}, "plain")
+    for command in ("fit", "validate"):
+        assert "weights_only: false would let a checkpoint run code" in refused([command, *given], capsys)
+
+
+def test_a_checkpoint_does_not_change_the_config(capsys) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": {"student": RUN}}, "changing.ckpt")
+    message = refused(["validate", "--config", "demo/plain.yaml", "--ckpt_path", "changing.ckpt"], capsys)
+    assert "'changing.ckpt' is no checkpoint of `kdvit fit`: it would change the config" in message
+
+
+def test_the_switch_of_torch_does_not_open_checkpoints(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(Bomb(), "zip.pth")
+    for args in (
+        ["import", "zip.pth", "--out", "x"],
+        ["validate", "--config", "demo/plain.yaml", "--ckpt_path", "zip.pth"],
+    ):
+        refused(args, capsys)
+
+
+def test_features_and_exported_folders_run_no_code(capsys) -> None:
+    np.save("objects.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    np.savez("objects.npz", x=np.array([Bomb()], dtype=object))
+    Path("raw.npy").write_bytes(pickle.dumps(Bomb()))
+    for file in ("objects.npy", "objects.npz", "raw.npy"):
+        assert file in refused(["analyze", "--model", file], capsys)
+    folder = Path("folder")
+    folder.mkdir()
+    description = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "pretrained_cfg": {"num_classes": 10}}
+    (folder / "config.json").write_text(json.dumps(description))
+    torch.save(Bomb(), folder / "pytorch_model.bin")
+    given = config({"model/teacher/init_args/arch": "local-dir:folder"})
+    refused(["fit", *given], capsys)
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "last_checkpoint"])
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "{epoch}/../../../x"])
+def test_a_checkpoint_stays_in_its_run(key: str, name: str, capsys) -> None:
+    given = config({key: {"filename": name}}, "plain")
+    assert f"{key}.filename: expected a name inside the run's" in refused(["fit", *given, *QUIET], capsys)
+
+
+def test_a_config_does_not_choose_another_folder_for_checkpoints(tmp_path) -> None:
+    folders = {key: {"dirpath": str(tmp_path / "elsewhere")} for key in ("checkpoint", "last_checkpoint")}
+    main(["fit", *config(folders, "plain"), *SHORT, "--trainer.default_root_dir", "run"])
+    assert not Path("elsewhere").exists()
+    assert {file.name for file in Path("run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
+def test_names_in_a_report_are_text_and_name_no_file() -> None:
+    name = """../../x<script>alert("1")</script>' onerror='y"""
+    tokens = np.random.default_rng(0).standard_normal((4, 9, 6)).astype(np.float32)
+    folder = Path("<script>")
+    folder.mkdir()
+    np.savez(folder / "features.npz", **{name: tokens})
+    main(["analyze", "--model", str(folder / "features.npz"), "--permutations", "2", "--out", "deep/er/out"])
+    page = Path("deep/er/out/report.html").read_text()
+    assert "<script" not in page.lower()
+    assert "' onerror='" not in page
+    assert "../../x&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&#x27; onerror=&#x27;y" in page
+    written = {file.parent for file in Path().rglob("*") if file.is_file()}
+    assert written == {folder, Path("deep/er/out")}
