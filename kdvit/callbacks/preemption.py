@@ -56,6 +56,8 @@ class Preemption(Checkpoint):
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if complete:
             self._obey(trainer)
+        if trainer.is_last_batch or validation_is_due(trainer):
+            self._hear_all()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out whether the ranks can agree within this validation: if all have equally many batches."""
@@ -82,6 +84,7 @@ class Preemption(Checkpoint):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes that the validation is complete."""
         self._validating = False
+        self._hear_all()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Waits for the last agreement."""
@@ -129,6 +132,11 @@ class Preemption(Checkpoint):
             asked = torch.tensor(_asked(trainer), device=trainer.strategy.root_device)
             work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
             self._asked = asked, work
+
+    def _hear_all(self) -> None:
+        """Waits until all have told: no collective may end while workers are forked, see `kdvit.data.workers`."""
+        if self._asked is not None:
+            self._asked[1].wait()
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
         """Returns what any rank had been asked when they last told each other; a single process, what it has been by now."""

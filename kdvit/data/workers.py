@@ -5,7 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
+import time
+
+import torch.distributed as dist
+
+SETTLING = 0.02  # seconds
 
 
 def start_worker(worker: int) -> None:
@@ -35,3 +41,17 @@ def _end_with_the_parents_word() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(128 + signal.SIGTERM)
+
+
+def _let_collectives_end() -> None:
+    """Gives threads of torch.distributed the time to leave Python alone, before a worker is forked.
+
+    A worker that is forked while a C++ thread enters Python waits for ever for a lock that nobody holds in it
+    (https://github.com/python/cpython/issues/112275). Such a thread does so when a collective has just ended.
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(SETTLING)
+
+
+if sys.version_info < (3, 11, 10):
+    os.register_at_fork(before=_let_collectives_end)
