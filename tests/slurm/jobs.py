@@ -15,9 +15,9 @@ from typing import NamedTuple
 from kdvit.cli import main
 from tests.runs import QUIET
 
-# 240 steps, each with all that a resumed run could get wrong
+# 200 steps, each with all that a resumed run could get wrong
 TRAINING = [
-    *["--config", "demo/plain.yaml", *QUIET, "--trainer.max_epochs=6", "--data.init_args.batch_size=16"],
+    *["--config", "demo/plain.yaml", *QUIET, "--trainer.max_epochs=5", "--data.init_args.batch_size=16"],
     *["--data.init_args.num_workers=2", "--data.init_args.repeats=3", "--data.init_args.mixup=0.8", "--ema.decay=0.9"],
     *["--trainer.log_every_n_steps=7", "--model.student.init_args.drop_path_rate=0.2"],
     *["--model.optimizer.lr_base_batch=32"],
@@ -63,7 +63,7 @@ class Job(NamedTuple):
         while not what():
             ended = self.told("JobState") in ENDED
             assert what() or (time.monotonic() < end and not ended), f"{self.told('JobState')}\n{self.log[-3000:]}"
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def wait_for_step(self, step: int) -> None:
         """Waits until the training has come to a step."""
