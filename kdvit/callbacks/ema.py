@@ -100,12 +100,13 @@ class StudentEMA(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the average from a checkpoint."""
         if self._average is not None and "student" in state_dict:
+            self._average.to(next(iter(state_dict["student"].values())).dtype)
             self._average.module.load_state_dict(state_dict["student"])
             self._started = True
 
     def _follow(self, pl_module: Any) -> None:
-        if self._average is not None:
-            self._average.to(pl_module.device)
+        if self._average is not None:  # in float32 at least, as a small step of an average is none in bfloat16
+            self._average.to(pl_module.device, torch.promote_types(pl_module.dtype, torch.float32))
             self._scores.to(pl_module.device)
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class StudentEMA(pl.Callback):
         if self._average is not None:
             self._follow(pl_module)
             with trainer.precision_plugin.forward_context():
-                logits = self._average.module(batch.image).logits
+                logits = self._average.module(batch.image.to(next(self._average.parameters()))).logits
             self._scores.update(logits, batch.target)
 
     def _log(self, pl_module: Any, stage: str) -> None:

@@ -1,0 +1,27 @@
+"""The average of the student's weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.runs import SHORT, column, fit
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("64-true", torch.float64), ("bf16-true", torch.float32)])
+def test_the_average_goes_with_weights_of_another_precision(precision: str, kept: torch.dtype) -> None:
+    given = [*SHORT, "--trainer.precision", precision, "--ema.decay", "0.999"]
+    fit("plain", "", *given)
+    fit("plain", "", *given, "--trainer.max_epochs", "3")
+    scores = [float(row.strip("(),")) for row in column("run", ("val/loss_ema",)) if "nan" not in row]
+    assert len(scores) == 3 and all(map(math.isfinite, scores))
+    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    raw = {name.removeprefix("student."): weight for name, weight in saved["state_dict"].items()}
+    averages = saved["callbacks"]["StudentEMA"]["student"]
+    assert {average.dtype for average in averages.values()} == {kept}
+    moved = [name for name, average in averages.items() if not torch.equal(average, raw[name].to(kept))]
+    assert len(moved) > len(averages) / 2
+    for name, average in averages.items():
+        torch.testing.assert_close(average, raw[name].to(kept), rtol=0.05, atol=0.05)
