@@ -16,7 +16,8 @@ def test_the_average_goes_with_weights_of_another_precision(precision: str, kept
     fit("plain", "", *given)
     fit("plain", "", *given, "--trainer.max_epochs", "3")
     scores = [float(row.strip("(),")) for row in column("run", ("val/loss_ema",)) if "nan" not in row]
-    assert len(scores) == 3 and all(map(math.isfinite, scores))
+    assert len(scores) == 3
+    assert all(map(math.isfinite, scores))
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     raw = {name.removeprefix("student."): weight for name, weight in saved["state_dict"].items()}
     averages = saved["callbacks"]["StudentEMA"]["student"]
