@@ -116,12 +116,12 @@ def test_validations_amid_an_epoch_are_held_anew(demo_teacher: str) -> None:
 
 def test_a_checkpoint_saved_just_before_a_validation_does_not_lose_it(demo_teacher: str) -> None:
     saving = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--last_checkpoint.every_n_train_steps=20"]
-    fit("lift", demo_teacher, *saving, "--trainer.default_root_dir=whole")
+    fit("plain", demo_teacher, *saving, "--trainer.default_root_dir=whole")
     with pytest.raises(RuntimeError, match="by the test"):
-        fit("lift", demo_teacher, *saving, "--trainer.callbacks", "tests.test_stopping.FailsToValidate")
+        fit("plain", demo_teacher, *saving, "--trainer.callbacks", "tests.test_stopping.FailsToValidate")
     assert not Path("run/checkpoints/best.ckpt").exists()
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 20
-    fit("lift", demo_teacher, *saving)
+    fit("plain", demo_teacher, *saving)
     assert_same_end("whole", "run")
 
 
@@ -242,12 +242,12 @@ def test_a_preemption_callback_has_no_state_of_its_own() -> None:
 
 
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> None:
-    more = [*QUIET, "--trainer.max_epochs=4", "--ema.decay=0.9"]
-    fit("lift", demo_teacher, *more, "--trainer.default_root_dir=whole")
+    more = [*QUIET, "--trainer.max_epochs=4", "--trainer.limit_train_batches=5", "--ema.decay=0.9"]
+    fit("plain", demo_teacher, *more, "--trainer.default_root_dir=whole")
     with pytest.raises(SystemExit):
-        fit("lift", demo_teacher, *more, *signal_at("on_train_batch_start", 50), "--trainer.default_root_dir=before")
+        fit("plain", demo_teacher, *more, *signal_at("on_train_batch_start", 13), "--trainer.default_root_dir=before")
     Path("before").rename("run")
-    fit("lift", demo_teacher, *more)
+    fit("plain", demo_teacher, *more)
     assert_same_end("whole", "run")
     states = torch.load("run/checkpoints/last.ckpt", weights_only=True)["callbacks"]
     paths = [state["best_model_path"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
