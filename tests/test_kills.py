@@ -106,6 +106,7 @@ def test_a_cache_killed_while_it_is_written_ends_with_the_same_bytes(demo_teache
     assert whole == other
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before(demo_teacher: str) -> None:
     more = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9"]
     fit("lift", demo_teacher, *more, "--trainer.default_root_dir=whole")

@@ -92,7 +92,7 @@ class Preemption(Checkpoint):
         self._training = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tells, as the last line, what has ended the run and from where it goes on."""
+        """Tells, as the last line, what has ended the run and from where it goes on, and lets the loader's workers go."""
         if isinstance(exception, Stopped):
             rank_zero_info(exception.story)
         elif self._training:
@@ -101,6 +101,7 @@ class Preemption(Checkpoint):
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")
         self._training = False
         REQUESTS.forget()
+        trainer.fit_loop.teardown()  # Lightning ends the active loop alone, which amid an epoch may be a validation's
 
     # What is asked for
 
