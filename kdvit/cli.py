@@ -35,6 +35,7 @@ from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_ste
 from kdvit.commands import COMMANDS, slurm_command
 from kdvit.config_files import find_configs, read_plain_values_alone
 from kdvit.data import ImageDataModule
+from kdvit.data.workers import let_collectives_end
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain, unforeseen
 from kdvit.models.released import read_weights_only
@@ -412,3 +413,5 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"kdvit: error: {explanation}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        let_collectives_end()

@@ -43,15 +43,15 @@ def _end_with_the_parents_word() -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def _let_collectives_end() -> None:
-    """Gives threads of torch.distributed the time to leave Python alone, before a worker is forked.
+def let_collectives_end() -> None:
+    """Gives threads of torch.distributed the time to leave Python alone: before a worker is forked, and before Python ends.
 
-    A worker that is forked while a C++ thread enters Python waits for ever for a lock that nobody holds in it
-    (https://github.com/python/cpython/issues/112275). Such a thread does so when a collective has just ended.
+    A C++ thread enters Python when a collective has just ended. A worker that is forked meanwhile waits for ever for a lock
+    that nobody holds in it (https://github.com/python/cpython/issues/112275), and a Python that ends meanwhile aborts.
     """
     if dist.is_available() and dist.is_initialized():
         time.sleep(SETTLING)
 
 
 if sys.version_info < (3, 11, 10):
-    os.register_at_fork(before=_let_collectives_end)
+    os.register_at_fork(before=let_collectives_end)
