@@ -46,9 +46,10 @@ def find_config(name: str) -> str:
 
 
 def read_plain_values_alone() -> None:
-    """Lets a config from elsewhere name classes only where one of a known kind is expected.
+    """Keeps a ``class_path`` a plain value where any value goes, as in `model_args`; by default jsonargparse builds it.
 
-    By default jsonargparse builds whatever a ``class_path`` names where any value goes, as in `model_args`.
+    This does not make a config safe that comes from elsewhere: an argument that takes a callable still builds any class
+    whose instances can be called.
     """
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))

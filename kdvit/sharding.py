@@ -26,8 +26,8 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: each process holds a part of the student's and distillers' weights, gradients and moments, and the whole teacher.
 
     A layer is put together where it runs, and for a validation, a test or a prediction the whole student is. Checkpoints are
-    one file, the same as other strategies write: a run may go on with another strategy, and be tested by any number of
-    processes.
+    one file, the same as other strategies write: a run may go on with another strategy of as many processes, and be tested by
+    any number.
 
     Raises:
         UserError: Before anything is trained, if the run has what does not go with it; see `require_shardable`.

@@ -1,4 +1,4 @@
-"""Files from strangers: none of them runs code, and none writes outside the run."""
+"""Files from strangers: checkpoints and arrays run no code, and the plain ways for a config to run some are refused."""
 
 from __future__ import annotations
 
