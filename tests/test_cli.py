@@ -135,16 +135,24 @@ def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> No
     assert [len(run["curve"]) for run in numbers] == [2, 2]
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -> None:
+@pytest.mark.parametrize(
+    ("stop", "saving"),
+    [
+        pytest.param(40, "every_n_epochs=1", marks=pytest.mark.slow, id="epoch boundary"),
+        pytest.param(33, "every_n_train_steps=33", marks=pytest.mark.slow, id="in the second epoch"),
+        pytest.param(21, "every_n_train_steps=21", id="early in the second epoch"),
+    ],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(stop: int, saving: str, demo_teacher: str) -> None:
     everything = [
         *[*QUIET, "--trainer.max_epochs=3", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
         *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
-        *["--model.student.init_args.drop_path_rate=0.2", "--last_checkpoint.every_n_train_steps=21"],
+        *["--model.student.init_args.drop_path_rate=0.2", f"--last_checkpoint.{saving}"],
         "--model.optimizer.lr_base_batch=64",
     ]
     fit("lift", demo_teacher, *everything, "--trainer.default_root_dir=whole")
-    fit("lift", demo_teacher, *everything, "--trainer.max_steps=21")
-    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 21
+    fit("lift", demo_teacher, *everything, f"--trainer.max_steps={stop}")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == stop
     fit("lift", demo_teacher, *everything)
     for ema in (False, True):
         whole, resumed = (load_student(f"{root}/checkpoints/best.ckpt", ema).state_dict() for root in ("whole", "run"))
@@ -153,6 +161,17 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -
     assert all(torch.equal(one[name], other[name]) for name in one)
     columns = ("step", "train/loss", "val/acc1", "val/acc1_ema")
     assert column("whole", columns) == column("run", columns)
+
+
+@pytest.mark.slow
+def test_resume_is_exact_with_accumulated_batches(demo_teacher: str) -> None:
+    accumulating = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.accumulate_grad_batches=2"]
+    fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
+    fit("wide_last", demo_teacher, *accumulating, "--trainer.max_steps=10")
+    fit("wide_last", demo_teacher, *accumulating)
+    for ema in (False, True):
+        one, other = (load_student(f"{root}/checkpoints/last.ckpt", ema).state_dict() for root in ("whole", "run"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_is_not_gone_on_with_under_other_settings(demo_teacher: str, capsys) -> None:
