@@ -1,0 +1,187 @@
+"""One run of kdvit in a process of its own, and what it leaves: one JSON file, written whole."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from kdvit import load_student
+from kdvit.cli import KdvitCLI
+from kdvit.config_files import find_config, find_configs
+from kdvit.files import write_whole
+from kdvit.models.cost import parameter_count
+from tests.bench.machine import machine
+from tests.replication.geometry import measured_layers
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
+UNSCORED = ("--trainer.limit_val_batches", "0", "--last_checkpoint.save_on_train_epoch_end", "true")  # scored at the end
+
+
+class Place(NamedTuple):
+    """Where a replication lives.
+
+    Attributes:
+        runs: Folder of the run directories and caches.
+        results: Folder of the JSON files.
+        over: Configs that are laid over each of configs/replication: other data, other sizes.
+    """
+
+    runs: Path
+    results: Path
+    over: tuple[str, ...] = ()
+
+    def result(self, name: str) -> Path:
+        """Returns the file of a result."""
+        return self.results / f"{name}.json"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Returns a result, if it is there."""
+        file = self.result(name)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a result in one piece."""
+        self.result(name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.result(name), (json.dumps(content, indent=1) + "\n").encode())
+
+    def configs(self, config: str) -> list[str]:
+        """Returns the options that name a config of configs/replication and what is laid over it."""
+        files = [f"configs/replication/{config}.yaml", *self.over]
+        return [word for file in files for word in ("--config", file)]
+
+    def teacher(self) -> tuple[str, ...]:
+        """Returns the options that name the teacher."""
+        return ("--model.teacher.init_args.arch", f"local-dir:{self.runs / 'teacher' / 'student'}")
+
+    def epochs(self, config: str) -> int:
+        """Returns the length of a config's run."""
+        files = [Path(find_config(f"configs/replication/{config}.yaml")), *map(Path, self.over)]
+        trainers = [yaml.safe_load(file.read_text()).get("trainer", {}) for file in files]
+        return int({key: value for trainer in trainers for key, value in trainer.items()}["max_epochs"])
+
+
+class Run(NamedTuple):
+    """A training.
+
+    Attributes:
+        name: Of its folder and its result.
+        config: Of configs/replication, without suffix.
+        seed: Of weights, order and augmentation.
+        changes: Options of `kdvit fit`.
+        about: What the result tells of it.
+        commands: The commands that score it: validate, test.
+        geometry: Whether its features are analysed.
+        threads: Of its process.
+    """
+
+    name: str
+    config: str
+    seed: int
+    changes: tuple[str, ...]
+    about: dict[str, Any]
+    commands: tuple[str, ...] = ("validate",)
+    geometry: bool = False
+    threads: int = 1
+
+
+def train(place: Place, run: Run) -> None:
+    """Trains, scores the weights of the last step, and writes the result; goes on where it was stopped."""
+    torch.set_num_threads(run.threads)
+    root = place.runs / run.name
+    seeds = ("--seed_everything", str(run.seed), "--data.init_args.seed", str(run.seed))
+    where = ("--trainer.default_root_dir", str(root))
+    kdvit("fit", *place.configs(run.config), *run.changes, *seeds, *where, *UNSCORED, *QUIET)
+    if not run.commands:
+        return
+    scores: dict[str, float] = {}
+    for command in run.commands:
+        last = ("--config", str(root / "config.yaml"), "--ckpt_path", "last", "--trainer.limit_val_batches", "1.0")
+        cli = kdvit(command, *last)
+        scores |= {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    student = load_student(root / "student")
+    result = {
+        **run.about,
+        "seed": run.seed,
+        "config": f"configs/replication/{run.config}.yaml",
+        "changes": list(run.changes),
+        "parameters": parameter_count(student),
+        "scores": scores,
+        "seconds": student.spec["run"]["seconds"],
+        "threads": run.threads,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+    if run.geometry:
+        result["geometry"] = measured_layers({run.name: student}, cli.datamodule)
+    place.write(run.name, result)
+    shutil.rmtree(root / "checkpoints")
+
+
+def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...], threads: int) -> None:
+    """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    shape = ("--out", folder, "--views", str(place.epochs(config)), "--data.init_args.seed", str(seed))
+    kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
+    seconds = time.perf_counter() - start
+    place.write(f"cache_seed_{seed}", {"seed": seed, "seconds": seconds, "threads": threads, "machine": machine()})
+
+
+def kdvit(*args: str) -> Any:
+    """Runs a command of kdvit and returns its CLI, whose trainer holds the scores."""
+    return KdvitCLI(find_configs(list(args)))
+
+
+def in_processes(folder: Path, jobs: Sequence[tuple[str, Callable[..., None], tuple[Any, ...]]], at_once: int) -> None:
+    """Runs functions in processes of their own, so many at once, and tells each that is done.
+
+    Args:
+        folder: Of their logs.
+        jobs: Name, function and arguments of each.
+        at_once: How many at once.
+
+    Raises:
+        RuntimeError: If one fails; those that run are waited for, the others are left.
+    """
+    with ThreadPoolExecutor(at_once) as threads:
+        futures = [threads.submit(_in_process, folder / f"{name}.log", job, args) for name, job, args in jobs]
+        try:
+            for (name, _, _), future in zip(jobs, futures, strict=True):
+                print(f"{datetime.now():%H:%M:%S}  {name}: {future.result():.0f} s", flush=True)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _in_process(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    process = PROCESSES.Process(target=_logged, args=(log, job, args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        tail = "\n".join(log.read_text().splitlines()[-5:]) if log.is_file() else ""
+        raise RuntimeError(f"A run ended with status {process.exitcode}; see {log}:\n{tail}")
+    return time.perf_counter() - start
+
+
+def _logged(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream:
+        for file in (sys.stdout, sys.stderr):
+            os.dup2(stream.fileno(), file.fileno())
+        job(*args)
+        sys.stdout.flush()

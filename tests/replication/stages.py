@@ -1,0 +1,137 @@
+"""The order of a replication: teacher, recipe of the plain student, feature weights, the arms seed by seed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from tests.replication.arms import (
+    ARMS,
+    FEATURE_WEIGHTS,
+    LEARNING_RATES,
+    SEEDS,
+    SELECTION_SEED,
+    TEACHER,
+    TUNED,
+    WEIGHT_DECAYS,
+    Arm,
+    recipe_changes,
+    weight_changes,
+)
+from tests.replication.runs import Place, Run, in_processes, store, train
+
+PROCESSES = 2
+RECIPE, WEIGHTS = "chosen_recipe", "chosen_weights"
+
+
+def train_teacher(place: Place, scored: bool = False) -> None:
+    """Trains the teacher on all cores; scored on the test set only when everything is chosen."""
+    if place.read(TEACHER) is None:
+        commands = ("test",) if scored else ()
+        run = Run(TEACHER, "teacher", 0, (), {"arm": TEACHER}, commands, geometry=scored, threads=PROCESSES)
+        in_processes(place.runs / "logs", [(TEACHER, train, (place, run))], 1)
+
+
+def choose_recipe(place: Place) -> None:
+    """Chooses learning rate and weight decay for the plain student, on held out training images."""
+    if place.read(RECIPE) is not None:
+        return
+    candidates = {
+        f"selection/plain_lr_{rate:g}_decay_{decay:g}": {"learning_rate": rate, "weight_decay": decay}
+        for rate in LEARNING_RATES
+        for decay in WEIGHT_DECAYS
+    }
+    runs = [
+        Run(name, ARMS["plain"].config, SELECTION_SEED, recipe_changes(**values), {"arm": "plain", **values})
+        for name, values in candidates.items()
+    ]
+    _train_missing(place, runs)
+    place.write(RECIPE, _best(place, list(candidates)))
+
+
+def choose_weights(place: Place) -> None:
+    """Chooses the weight of the feature term for each method, on held out training images, from one grid for all."""
+    if place.read(WEIGHTS) is not None:
+        return
+    recipe = chosen_recipe(place)
+    names = {arm: [f"selection/{arm}_weight_{weight:g}" for weight in FEATURE_WEIGHTS] for arm in TUNED}
+    runs = [
+        _run(place, name, ARMS[arm], SELECTION_SEED, recipe, weight, {"arm": arm, "weight": weight})
+        for arm in TUNED
+        for name, weight in zip(names[arm], FEATURE_WEIGHTS, strict=True)
+    ]
+    _train_from_cache(place, SELECTION_SEED, runs)
+    place.write(WEIGHTS, {arm: _best(place, candidates) for arm, candidates in names.items()})
+
+
+def train_arms(place: Place, seeds: Sequence[int] = SEEDS) -> None:
+    """Trains and tests all arms of one seed after those of another."""
+    recipe, weights = chosen_recipe(place), place.read(WEIGHTS)
+    assert weights is not None
+    for seed in seeds:
+        runs = []
+        for name, arm in ARMS.items():
+            weight = None if arm.weight_of is None else weights[arm.weight_of]["chosen"]["weight"]
+            about = {"arm": name, "weight": weight}
+            run = _run(place, f"{name}_seed_{seed}", arm, seed, recipe, weight, about)
+            runs.append(run._replace(commands=("validate", "test"), geometry=arm.geometry))
+        _train_from_cache(place, seed, runs)
+
+
+def chosen_recipe(place: Place) -> tuple[str, ...]:
+    """Returns the options of the recipe that was chosen."""
+    found = place.read(RECIPE)
+    assert found is not None
+    return recipe_changes(found["chosen"]["learning_rate"], found["chosen"]["weight_decay"])
+
+
+def _run(
+    place: Place,
+    name: str,
+    arm: Arm,
+    seed: int,
+    recipe: tuple[str, ...],
+    weight: float | None,
+    about: dict[str, Any],
+) -> Run:
+    changes = (*arm.changes, *recipe)
+    if weight is not None:
+        changes += weight_changes(arm, weight)
+    if arm.needs_teacher:
+        changes += (*place.teacher(), "--data.init_args.cache", _cache(place, seed))
+    return Run(name, arm.config, seed, changes, about)
+
+
+def _cache(place: Place, seed: int) -> str:
+    return str(place.runs / f"cache_seed_{seed}")
+
+
+def _train_missing(place: Place, runs: Sequence[Run]) -> None:
+    jobs = [(run.name, train, (place, run)) for run in runs if place.read(run.name) is None]
+    in_processes(place.runs / "logs", jobs, PROCESSES)
+
+
+def _train_from_cache(place: Place, seed: int, runs: Sequence[Run]) -> None:
+    """Trains what is missing; the cache is there as long as one of the runs needs it."""
+    learning = [run for run in runs if place.read(run.name) is None and "--data.init_args.cache" in run.changes]
+    folder = _cache(place, seed)
+    if learning:
+        both = ARMS["lift_soft_mse"]
+        job = (f"cache_seed_{seed}", store, (place, folder, both.config, seed, both.changes, PROCESSES))
+        in_processes(place.runs / "logs", [job], 1)
+    _train_missing(place, runs)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _best(place: Place, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the candidate with the highest validation accuracy (the first of equals), beside all of them."""
+    found = {name: place.read(name) for name in names}
+    tried = [
+        {key: value for key, value in each.items() if key in ("learning_rate", "weight_decay", "weight")}
+        | {"validation_acc1": each["scores"]["val/acc1"]}
+        for each in found.values()
+        if each is not None
+    ]
+    chosen = max(tried, key=lambda each: each["validation_acc1"])
+    return {"chosen": chosen, "candidates": tried, "seed": SELECTION_SEED}
