@@ -9,9 +9,9 @@ from pathlib import Path
 from tests.replication.arms import SEEDS
 from tests.replication.report import write_report
 from tests.replication.runs import Place
-from tests.replication.stages import choose_recipe, choose_weights, train_arms, train_teacher
+from tests.replication.stages import choose_recipe, choose_weights, draw_analysis, train_arms, train_teacher
 
-STAGES = ("teacher", "recipe", "weights", "arms", "report")
+STAGES = ("teacher", "recipe", "weights", "arms", "figures", "report")
 
 
 def main(given: list[str] | None = None) -> None:
@@ -38,6 +38,8 @@ def main(given: list[str] | None = None) -> None:
     if "arms" in stages:
         train_teacher(place, scored=True)
         train_arms(place, args.seeds)
+    if "figures" in stages:
+        draw_analysis(place, args.report.absolute().parent)
     if "report" in stages:
         write_report(place.results, args.report)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdvit import load_student
 from kdvit.analysis import Report, analyze
 from kdvit.analysis.geometry import LEVEL, LayerReport, bandwidths, p99
+from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
-from kdvit.images import ChosenImages, Images, choose
 from kdvit.data.cached import collate
+from kdvit.images import ChosenImages, Images, choose
+from kdvit.lookup import read_experiment
 
 IMAGES = 1000
 RESAMPLES = 1000
+FIGURES = ("ranks", "sep")
 
 
 def analysed(networks: dict[str, Any], data: Any) -> Report:
@@ -24,6 +29,15 @@ def analysed(networks: dict[str, Any], data: Any) -> Report:
     chosen = ChosenImages(images, choose(images, IMAGES, seed=0), batch_size=100, num_workers=0)
     trainer = analysis_trainer(accelerator="cpu", callbacks=[], enable_progress_bar=False)
     return analyze(networks, chosen, image_format=data.image_format, data="test images", trainer=trainer)
+
+
+def draw(networks: dict[str, str], config: str, folder: Path) -> None:
+    """Draws ranks and SEP of exported students, on the test images of a run's config."""
+    students = {name: load_student(path) for name, path in networks.items()}
+    report = analysed(students, read_experiment(config, ("data",)).data)
+    for name, figure in figures(report).items():
+        if name in FIGURES:
+            figure.savefig(folder / f"{name}.png", dpi=130)
 
 
 def measured_layers(networks: dict[str, Any], data: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -14,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 
@@ -28,7 +31,12 @@ from tests.replication.geometry import measured_layers
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
-UNSCORED = ("--trainer.limit_val_batches", "0", "--last_checkpoint.save_on_train_epoch_end", "true")  # scored at the end
+UNSCORED = (
+    "--trainer.limit_val_batches",
+    "0",
+    "--last_checkpoint.save_on_train_epoch_end",
+    "true",
+)  # scored at the end
 
 
 class Place(NamedTuple):
@@ -108,6 +116,7 @@ def train(place: Place, run: Run) -> None:
     if not run.commands:
         return
     scores: dict[str, float] = {}
+    trained = time.perf_counter()
     for command in run.commands:
         last = ("--config", str(root / "config.yaml"), "--ckpt_path", "last", "--trainer.limit_val_batches", "1.0")
         cli = kdvit(command, *last)
@@ -120,25 +129,34 @@ def train(place: Place, run: Run) -> None:
         "changes": list(run.changes),
         "parameters": parameter_count(student),
         "scores": scores,
-        "seconds": student.spec["run"]["seconds"],
+        "images_per_second": images_per_second(root),
         "threads": run.threads,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }
     if run.geometry:
         result["geometry"] = measured_layers({run.name: student}, cli.datamodule)
+    result["seconds"] = student.spec["run"]["seconds"] + time.perf_counter() - trained
+    result["cpu_seconds"] = time.process_time()  # of this process: where a run was gone on with, of its last part
     place.write(run.name, result)
     shutil.rmtree(root / "checkpoints")
 
 
 def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...], threads: int) -> None:
     """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
-    torch.set_num_threads(threads)
     start = time.perf_counter()
+    torch.set_num_threads(threads)
     shape = ("--out", folder, "--views", str(place.epochs(config)), "--data.init_args.seed", str(seed))
     kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
-    seconds = time.perf_counter() - start
-    place.write(f"cache_seed_{seed}", {"seed": seed, "seconds": seconds, "threads": threads, "machine": machine()})
+    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
+    place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "threads": threads, "machine": machine()})
+
+
+def images_per_second(root: Path) -> float:
+    """Returns the median rate of a run's training steps."""
+    with (root / "metrics.csv").open(newline="") as stream:
+        rates = [row.get("train/images_per_second") for row in csv.DictReader(stream)]
+    return float(np.median([float(rate) for rate in rates if rate] or [math.nan]))
 
 
 def kdvit(*args: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.replication.arms import (
@@ -19,9 +20,11 @@ from tests.replication.arms import (
     recipe_changes,
     weight_changes,
 )
+from tests.replication.geometry import draw
 from tests.replication.runs import Place, Run, in_processes, store, train
 
 PROCESSES = 2
+DRAWN = ("plain", "lift_mse", "wide_last_mse")
 RECIPE, WEIGHTS = "chosen_recipe", "chosen_weights"
 
 
@@ -77,6 +80,15 @@ def train_arms(place: Place, seeds: Sequence[int] = SEEDS) -> None:
             run = _run(place, f"{name}_seed_{seed}", arm, seed, recipe, weight, about)
             runs.append(run._replace(commands=("validate", "test"), geometry=arm.geometry))
         _train_from_cache(place, seed, runs)
+
+
+def draw_analysis(place: Place, folder: Path) -> None:
+    """Draws the analysis of the teacher and of students of the first seed, as far as they are trained."""
+    seed = SEEDS[0]
+    runs = {TEACHER: TEACHER, **{name: f"{name}_seed_{seed}" for name in DRAWN}}
+    networks = {name: str(place.runs / run / "student") for name, run in runs.items() if place.read(run)}
+    config = str(place.runs / runs["plain"] / "config.yaml")
+    in_processes(place.runs / "logs", [("figures", draw, (networks, config, folder))], 1)
 
 
 def chosen_recipe(place: Place) -> tuple[str, ...]:

@@ -1,0 +1,50 @@
+"""The whole driver, on scikit-learn's digits and a few steps a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.replication import stages
+from tests.replication.__main__ import main
+from tests.replication.arms import ARMS
+from tests.replication.test_report import PAGE
+
+pytestmark = pytest.mark.slow
+OVER = """
+trainer: {max_epochs: 2, limit_train_batches: 2}
+data: {class_path: Digits, init_args: {batch_size: 16, img_size: 28}}
+"""
+
+
+def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_its_page(tmp_path, monkeypatch) -> None:
+    few = {name: ARMS[name] for name in ("plain", "lift_mse", "lift_soft_mse")}
+    monkeypatch.setattr(stages, "ARMS", few)
+    monkeypatch.setattr(stages, "TUNED", ["lift_mse"])
+    monkeypatch.setattr(stages, "FEATURE_WEIGHTS", (0.1, 0.5))
+    monkeypatch.setattr(stages, "LEARNING_RATES", (1e-3,))
+    Path("over.yaml").write_text(OVER)
+    shutil.copy(PAGE, "page.md")
+    where = ["--over", "over.yaml", "--runs", "runs", "--results", "results", "--report", "page.md"]
+    main(["teacher", "recipe", "weights", *where])
+    assert not list(Path("results").glob("*_seed_?.json"))
+    assert "test/acc1" not in "".join(file.read_text() for file in Path("results").rglob("*.json"))
+    main(["arms", "--seeds", "0", *where])
+    first = Path("results/plain_seed_0.json")
+    trained = first.stat().st_mtime_ns
+    Path("results/lift_mse_seed_0.json").unlink()
+    main(["--seeds", "0", "1", *where])
+    assert first.stat().st_mtime_ns == trained
+    results = {file.stem: json.loads(file.read_text()) for file in Path("results").glob("*_seed_?.json")}
+    assert set(results) - {"cache_seed_0", "cache_seed_1"} == {f"{name}_seed_{seed}" for name in few for seed in (0, 1)}
+    plain, lift = results["plain_seed_1"], results["lift_mse_seed_1"]
+    assert plain["scores"].keys() >= {"val/acc1", "test/acc1"}
+    assert lift["weight"] in (0.1, 0.5)
+    assert [layer["width"] for layer in lift["geometry"]] == [24, 96]
+    assert plain["geometry"][0]["images"] == 500
+    assert not list(Path("runs").glob("cache_seed_*")) + list(Path("runs").rglob("*.ckpt"))
+    assert "| `lift_soft_mse` | Lift + soft KD + MSE |" in Path("page.md").read_text()
+    assert {file.name for file in Path().glob("*.png")} == {"arms.png", "ranks.png", "sep.png"}
