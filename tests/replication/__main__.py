@@ -9,9 +9,9 @@ from pathlib import Path
 from tests.replication.arms import SEEDS
 from tests.replication.report import write_report
 from tests.replication.runs import Place
-from tests.replication.stages import choose_recipe, choose_weights, draw_analysis, train_arms, train_teacher
+from tests.replication.stages import choose_recipe, choose_weights, draw_analysis, train_arms
 
-STAGES = ("teacher", "recipe", "weights", "arms", "figures", "report")
+STAGES = ("recipe", "weights", "arms", "figures", "report")
 
 
 def main(given: list[str] | None = None) -> None:
@@ -26,17 +26,14 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
-    os.environ["OMP_NUM_THREADS"] = "1"  # two runs share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # two runs at once, a core each
     place = Place(args.runs.absolute(), args.results.absolute(), tuple(args.over))
     stages = args.stages or STAGES
-    if "teacher" in stages:
-        train_teacher(place)
     if "recipe" in stages:
         choose_recipe(place)
     if "weights" in stages:
         choose_weights(place)
     if "arms" in stages:
-        train_teacher(place, scored=True)
         train_arms(place, args.seeds)
     if "figures" in stages:
         draw_analysis(place, args.report.absolute().parent)

@@ -156,7 +156,7 @@ def choices(folder: Path) -> str:
         f"{'; '.join(rates)}. Chosen, for all arms: **{chosen['learning_rate']:g} and {chosen['weight_decay']:g}**.",
         "",
     ]
-    grid = [f"{each['weight']:g}" for each in weights[TUNED[0]]["candidates"]]
+    grid = [f"{each['weight']:g}" for each in next(iter(weights.values()))["candidates"]]
     rows = [
         (
             f"`{arm}`",
@@ -173,7 +173,7 @@ def cost(folder: Path, results: Results) -> str:
     """Returns what it took, and where."""
     everything = [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
     timed = [each for each in everything if "seconds" in each]
-    hours = sum(each["seconds"] * each["threads"] for each in timed) / 3600
+    hours = sum(each["seconds"] for each in timed) / 3600
     computed = sum(each["cpu_seconds"] for each in timed) / 3600
     machines = {(m["cpu"], m["cores"], m["torch"], m["timm"], m["lightning"]) for m in (t["machine"] for t in timed)}
     seeds = sorted({seed for runs in results.values() for seed in runs})

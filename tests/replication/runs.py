@@ -11,13 +11,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
 
 from kdvit import load_student
@@ -93,7 +92,6 @@ class Run(NamedTuple):
         about: What the result tells of it.
         commands: The commands that score it: validate, test.
         geometry: Whether its features are analysed.
-        threads: Of its process.
     """
 
     name: str
@@ -103,17 +101,16 @@ class Run(NamedTuple):
     about: dict[str, Any]
     commands: tuple[str, ...] = ("validate",)
     geometry: bool = False
-    threads: int = 1
 
 
 def train(place: Place, run: Run) -> None:
     """Trains, scores the weights of the last step, and writes the result; goes on where it was stopped."""
-    torch.set_num_threads(run.threads)
     root = place.runs / run.name
     seeds = ("--seed_everything", str(run.seed), "--data.init_args.seed", str(run.seed))
     where = ("--trainer.default_root_dir", str(root))
     kdvit("fit", *place.configs(run.config), *run.changes, *seeds, *where, *UNSCORED, *QUIET)
     if not run.commands:
+        cpu_seconds(root)
         return
     scores: dict[str, float] = {}
     trained = time.perf_counter()
@@ -130,26 +127,32 @@ def train(place: Place, run: Run) -> None:
         "parameters": parameter_count(student),
         "scores": scores,
         "images_per_second": images_per_second(root),
-        "threads": run.threads,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }
     if run.geometry:
         result["geometry"] = measured_layers({run.name: student}, cli.datamodule)
     result["seconds"] = student.spec["run"]["seconds"] + time.perf_counter() - trained
-    result["cpu_seconds"] = time.process_time()  # of this process: where a run was gone on with, of its last part
+    result["cpu_seconds"] = cpu_seconds(root)
     place.write(run.name, result)
     shutil.rmtree(root / "checkpoints")
 
 
-def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...], threads: int) -> None:
+def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...]) -> None:
     """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
     start = time.perf_counter()
-    torch.set_num_threads(threads)
     shape = ("--out", folder, "--views", str(place.epochs(config)), "--data.init_args.seed", str(seed))
     kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-    place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "threads": threads, "machine": machine()})
+    place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "machine": machine()})
+
+
+def cpu_seconds(root: Path) -> float:
+    """Returns what this process and those before it that came to an end have computed for a run."""
+    file = root / "cpu_seconds"
+    total = time.process_time() + (float(file.read_text()) if file.is_file() else 0.0)
+    file.write_text(f"{total}\n")
+    return total
 
 
 def images_per_second(root: Path) -> float:
@@ -164,42 +167,56 @@ def kdvit(*args: str) -> Any:
     return KdvitCLI(find_configs(list(args)))
 
 
-def in_processes(folder: Path, jobs: Sequence[tuple[str, Callable[..., None], tuple[Any, ...]]], at_once: int) -> None:
-    """Runs functions in processes of their own, so many at once, and tells each that is done.
+class Job(NamedTuple):
+    """Something to do in a process of its own.
+
+    Attributes:
+        name: For the log.
+        function: What is called.
+        args: With what.
+    """
+
+    name: str
+    function: Callable[..., None]
+    args: tuple[Any, ...]
+
+
+def in_processes(logs: Path, jobs: Sequence[Job], at_once: int) -> None:
+    """Does jobs in processes of their own, so many at once, and tells each that is done.
 
     Args:
-        folder: Of their logs.
-        jobs: Name, function and arguments of each.
+        logs: Folder of their logs.
+        jobs: The jobs.
         at_once: How many at once.
 
     Raises:
         RuntimeError: If one fails; those that run are waited for, the others are left.
     """
     with ThreadPoolExecutor(at_once) as threads:
-        futures = [threads.submit(_in_process, folder / f"{name}.log", job, args) for name, job, args in jobs]
+        waiting = [threads.submit(_in_process, logs, job) for job in jobs]
         try:
-            for (name, _, _), future in zip(jobs, futures, strict=True):
-                print(f"{datetime.now():%H:%M:%S}  {name}: {future.result():.0f} s", flush=True)
+            for done in as_completed(waiting):
+                print(done.result(), flush=True)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _in_process(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> float:
-    start = time.perf_counter()
-    process = PROCESSES.Process(target=_logged, args=(log, job, args))
+def _in_process(logs: Path, job: Job) -> str:
+    log, start = logs / f"{job.name}.log", time.perf_counter()
+    process = PROCESSES.Process(target=_logged, args=(log, job))
     process.start()
     process.join()
     if process.exitcode:
         tail = "\n".join(log.read_text().splitlines()[-5:]) if log.is_file() else ""
-        raise RuntimeError(f"A run ended with status {process.exitcode}; see {log}:\n{tail}")
-    return time.perf_counter() - start
+        raise RuntimeError(f"{job.name} ended with status {process.exitcode}; see {log}:\n{tail}")
+    return f"{datetime.now():%H:%M:%S}  {job.name}: {time.perf_counter() - start:.0f} s"
 
 
-def _logged(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _logged(log: Path, job: Job) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as stream:
         for file in (sys.stdout, sys.stderr):
             os.dup2(stream.fileno(), file.fileno())
-        job(*args)
+        job.function(*job.args)
         sys.stdout.flush()

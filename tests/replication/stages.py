@@ -21,23 +21,16 @@ from tests.replication.arms import (
     weight_changes,
 )
 from tests.replication.geometry import draw
-from tests.replication.runs import Place, Run, in_processes, store, train
+from tests.replication.runs import Job, Place, Run, in_processes, store, train
 
 PROCESSES = 2
 DRAWN = ("plain", "lift_mse", "wide_last_mse")
+CACHE = "--data.init_args.cache"
 RECIPE, WEIGHTS = "chosen_recipe", "chosen_weights"
 
 
-def train_teacher(place: Place, scored: bool = False) -> None:
-    """Trains the teacher on all cores; scored on the test set only when everything is chosen."""
-    if place.read(TEACHER) is None:
-        commands = ("test",) if scored else ()
-        run = Run(TEACHER, "teacher", 0, (), {"arm": TEACHER}, commands, geometry=scored, threads=PROCESSES)
-        in_processes(place.runs / "logs", [(TEACHER, train, (place, run))], 1)
-
-
 def choose_recipe(place: Place) -> None:
-    """Chooses learning rate and weight decay for the plain student, on held out training images."""
+    """Trains the teacher; meanwhile chooses learning rate and weight decay for the plain student, on held out images."""
     if place.read(RECIPE) is not None:
         return
     candidates = {
@@ -49,7 +42,7 @@ def choose_recipe(place: Place) -> None:
         Run(name, ARMS["plain"].config, SELECTION_SEED, recipe_changes(**values), {"arm": "plain", **values})
         for name, values in candidates.items()
     ]
-    _train_missing(place, runs)
+    _perform(place, [*_training(place, [_teacher(scored=False)]), *_training(place, runs)])
     place.write(RECIPE, _best(place, list(candidates)))
 
 
@@ -69,9 +62,10 @@ def choose_weights(place: Place) -> None:
 
 
 def train_arms(place: Place, seeds: Sequence[int] = SEEDS) -> None:
-    """Trains and tests all arms of one seed after those of another."""
+    """Scores the teacher, and trains and tests all arms of one seed after those of another."""
     recipe, weights = chosen_recipe(place), place.read(WEIGHTS)
     assert weights is not None
+    _perform(place, _training(place, [_teacher(scored=True)]))
     for seed in seeds:
         runs = []
         for name, arm in ARMS.items():
@@ -88,7 +82,7 @@ def draw_analysis(place: Place, folder: Path) -> None:
     runs = {TEACHER: TEACHER, **{name: f"{name}_seed_{seed}" for name in DRAWN}}
     networks = {name: str(place.runs / run / "student") for name, run in runs.items() if place.read(run)}
     config = str(place.runs / runs["plain"] / "config.yaml")
-    in_processes(place.runs / "logs", [("figures", draw, (networks, config, folder))], 1)
+    _perform(place, [Job("figures", draw, (networks, config, folder))])
 
 
 def chosen_recipe(place: Place) -> tuple[str, ...]:
@@ -111,7 +105,7 @@ def _run(
     if weight is not None:
         changes += weight_changes(arm, weight)
     if arm.needs_teacher:
-        changes += (*place.teacher(), "--data.init_args.cache", _cache(place, seed))
+        changes += (*place.teacher(), CACHE, _cache(place, seed))
     return Run(name, arm.config, seed, changes, about)
 
 
@@ -119,20 +113,28 @@ def _cache(place: Place, seed: int) -> str:
     return str(place.runs / f"cache_seed_{seed}")
 
 
-def _train_missing(place: Place, runs: Sequence[Run]) -> None:
-    jobs = [(run.name, train, (place, run)) for run in runs if place.read(run.name) is None]
+def _teacher(scored: bool) -> Run:
+    """Returns the training of the teacher; it is scored on the test set only when everything is chosen."""
+    return Run(TEACHER, "teacher", 0, (), {"arm": TEACHER}, ("test",) if scored else (), geometry=scored)
+
+
+def _training(place: Place, runs: Sequence[Run]) -> list[Job]:
+    """Returns the runs that have no result yet, as jobs."""
+    return [Job(run.name, train, (place, run)) for run in runs if place.read(run.name) is None]
+
+
+def _perform(place: Place, jobs: Sequence[Job]) -> None:
     in_processes(place.runs / "logs", jobs, PROCESSES)
 
 
 def _train_from_cache(place: Place, seed: int, runs: Sequence[Run]) -> None:
-    """Trains what is missing; the cache is there as long as one of the runs needs it."""
-    learning = [run for run in runs if place.read(run.name) is None and "--data.init_args.cache" in run.changes]
-    folder = _cache(place, seed)
-    if learning:
-        both = ARMS["lift_soft_mse"]
-        job = (f"cache_seed_{seed}", store, (place, folder, both.config, seed, both.changes, PROCESSES))
-        in_processes(place.runs / "logs", [job], 1)
-    _train_missing(place, runs)
+    """Trains what is missing: what needs no teacher while the cache is written, then the others, and removes the cache."""
+    alone = [run for run in runs if CACHE not in run.changes]
+    learning = _training(place, [run for run in runs if CACHE in run.changes])
+    folder, both = _cache(place, seed), ARMS["lift_soft_mse"]
+    storing = [Job(f"cache_seed_{seed}", store, (place, folder, both.config, seed, both.changes))] if learning else []
+    _perform(place, [*storing, *_training(place, alone)])
+    _perform(place, learning)
     shutil.rmtree(folder, ignore_errors=True)
 
 

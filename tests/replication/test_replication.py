@@ -15,7 +15,7 @@ from tests.replication.test_report import PAGE
 
 pytestmark = pytest.mark.slow
 OVER = """
-trainer: {max_epochs: 2, limit_train_batches: 2}
+trainer: {max_epochs: 2, limit_train_batches: 2, log_every_n_steps: 1}
 data: {class_path: Digits, init_args: {batch_size: 16, img_size: 28}}
 """
 
@@ -29,7 +29,7 @@ def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_i
     Path("over.yaml").write_text(OVER)
     shutil.copy(PAGE, "page.md")
     where = ["--over", "over.yaml", "--runs", "runs", "--results", "results", "--report", "page.md"]
-    main(["teacher", "recipe", "weights", *where])
+    main(["recipe", "weights", *where])
     assert not list(Path("results").glob("*_seed_?.json"))
     assert "test/acc1" not in "".join(file.read_text() for file in Path("results").rglob("*.json"))
     main(["arms", "--seeds", "0", *where])

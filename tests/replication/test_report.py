@@ -14,7 +14,7 @@ from tests.replication.test_claims import layer
 
 PAGE = Path(__file__).parent.parent.parent / "configs" / "replication" / "README.md"
 MACHINE = {"cpu": "a CPU", "cores": 2, "torch": "2", "timm": "1", "lightning": "2"}
-COST = {"seconds": 1800.0, "cpu_seconds": 900.0, "threads": 1, "machine": MACHINE}
+COST = {"seconds": 1800.0, "cpu_seconds": 900.0, "machine": MACHINE}
 
 
 def made_up(folder: Path, seeds: int = 3) -> Path:
