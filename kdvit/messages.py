@@ -15,8 +15,8 @@ from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
 from kdvit.callbacks import NonFiniteError
-from kdvit.data.base import ShareError
 from kdvit.data.reading import ImageError
+from kdvit.data.sampling import ShareError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
