@@ -18,7 +18,7 @@ LEVELS = [
     {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
-    {"lookup", "processes", "sharding"},
+    {"lookup", "processes", "resuming", "sharding"},
     {"benchmark", "images"},
     {"analyze", "check", "compare", "slurm"},
     {"commands"},
