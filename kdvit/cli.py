@@ -197,6 +197,11 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.subcommand]
         for key in ("checkpoint", "last_checkpoint"):
             refuse_elsewhere(f"{key}.filename", config[key].filename)
+            if config[key].train_time_interval is not None and config.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    f"{key}.train_time_interval would save amid accumulated batches, whose gradients no checkpoint has. Set "
+                    f"--{key}.every_n_train_steps instead."
+                )
         if config.get("weights_only") is False:
             raise UserError(
                 "weights_only: false would let a checkpoint run code. Leave it out: kdvit loads no such file."
