@@ -47,6 +47,7 @@ from kdvit.processes import (
 )
 from kdvit.resuming import SaveConfig, find_checkpoint, refuse_elsewhere, require_plain
 from kdvit.sharding import ShardedStrategy, require_shardable
+from kdvit.trust import build_no_callables, refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -188,13 +189,17 @@ class KdvitCLI(LightningCLI):
             raise
         except Exception as error:
             raise UserError(unforeseen("read", error)) from error
-        given = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+        config = self.config.get(self.config.get("subcommand"), {})
+        refuse_folder_of_config(config, args)
+        given = config.get("ckpt_path")
         if given and Path(given).is_file():  # of which Lightning reads changes of the config, next
             require_plain(Path(given))
 
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.subcommand]
+        refuse_code(config)
+        refuse_writing_elsewhere(config)
         for key in ("checkpoint", "last_checkpoint"):
             refuse_elsewhere(f"{key}.filename", config[key].filename)
             if config[key].train_time_interval is not None and config.trainer.accumulate_grad_batches > 1:
@@ -319,6 +324,7 @@ def main(args: list[str] | None = None) -> None:
     end_with_parent()
     try:
         read_plain_values_alone()
+        build_no_callables()
         load_plugins()
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])

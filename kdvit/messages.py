@@ -97,6 +97,7 @@ def _condensed(text: str) -> str:
             said.append(line)
     condensed = " ".join(said)
     condensed = re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)
+    condensed = re.sub(r" Add the import path to import_path_allowlist.*? to allow it\.", "", condensed)
     condensed = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", condensed)
     condensed = re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[.*?\]))\. Got value: (.*)", _expected, condensed)
     condensed = re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)

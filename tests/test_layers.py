@@ -18,6 +18,7 @@ LEVELS = [
     {"data"},
     {"module", "analysis", "callbacks", "loggers", "plugins", "testing"},
     {"messages"},
+    {"trust"},
     {"lookup", "processes", "resuming", "sharding"},
     {"benchmark", "images"},
     {"analyze", "check", "compare", "slurm"},
