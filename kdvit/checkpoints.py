@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,30 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for file in sorted(folder.glob("*.ckpt"), key=lambda each: each.name == "last.ckpt", reverse=True):
         try:
             steps[file] = training_step(file)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            rank_zero_info(f"{file} is no whole checkpoint ({str(error).split('. ')[0]}) and is passed over.")
-    return max(steps, key=lambda each: steps[each]) if steps else None
+        except ValueError as error:
+            rank_zero_info(f"{error} It is passed over.")
+    for file in sorted(steps, key=lambda each: steps[each], reverse=True):
+        try:
+            require_whole(file)
+        except ValueError as error:
+            rank_zero_info(f"{error} It is passed over.")
+        else:
+            return file
+    return None
+
+
+def require_whole(file: Path) -> None:
+    """Reads a checkpoint once through, by the checksums of its parts: what unpickles may still hold other numbers.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        damaged = zipfile.ZipFile(file).testzip()
+    except Exception as error:  # damaged bytes can lead zipfile anywhere
+        raise ValueError(f"{file} is no whole checkpoint ({_said(error)}).") from error
+    if damaged is not None:
+        raise ValueError(f"{file} is no whole checkpoint (its part {damaged} is damaged).")
 
 
 def move_checkpoints(states: dict[str, Any], folder: str) -> None:
@@ -56,9 +77,9 @@ def move_checkpoints(states: dict[str, Any], folder: str) -> None:
         folder: An absolute path.
     """
     for state in states.values():
-        old = state.get("dirpath")
-        if old is None or old == folder:
+        if not isinstance(state, dict) or "best_model_path" not in state or state["dirpath"] == folder:
             continue
+        old = state["dirpath"]
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = state[key].replace(old, folder, 1)
         state["best_k_models"] = {path.replace(old, folder, 1): v for path, v in state["best_k_models"].items()}
@@ -66,13 +87,20 @@ def move_checkpoints(states: dict[str, Any], folder: str) -> None:
 
 
 def training_step(file: Path) -> int:
-    """Returns the optimizer step at which a checkpoint was saved.
+    """Returns the optimizer step at which a checkpoint was saved, without reading its tensors.
 
     Raises:
-        RuntimeError: If the file is damaged.
-        ValueError: If it holds weights alone.
+        ValueError: If it is damaged, or holds weights alone.
     """
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if missing := {"optimizer_states", "loops", "global_step"} - set(checkpoint):
-        raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    return int(checkpoint["global_step"])
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        missing = {"optimizer_states", "loops", "global_step"} - set(checkpoint)
+        if not missing:
+            return int(checkpoint["global_step"])
+    except Exception as error:  # damaged bytes can lead the unpickler anywhere
+        raise ValueError(f"{file} is no whole checkpoint ({_said(error)}).") from error
+    raise ValueError(f"{file} is no whole checkpoint (it has no {', '.join(sorted(missing))}).")
+
+
+def _said(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import __version__
@@ -31,14 +29,13 @@ from kdvit.callbacks import (
     Throughput,
 )
 from kdvit.check import describe
-from kdvit.checkpoints import WholeCheckpointIO, newest_checkpoint, training_step
+from kdvit.checkpoints import WholeCheckpointIO
 from kdvit.commands import COMMANDS, slurm_command
 from kdvit.config_files import find_configs, read_plain_values_alone
 from kdvit.data import ImageDataModule
 from kdvit.data.workers import let_collectives_end
 from kdvit.loggers import run_loggers
 from kdvit.messages import UserError, explain, unforeseen
-from kdvit.models.released import read_weights_only
 from kdvit.module import DistillationModule
 from kdvit.plugins import load_plugins
 from kdvit.processes import (
@@ -48,7 +45,9 @@ from kdvit.processes import (
     require_all_tasks,
     require_whole_networks,
 )
+from kdvit.resuming import SaveConfig, find_checkpoint, refuse_elsewhere, require_plain
 from kdvit.sharding import ShardedStrategy, require_shardable
+from kdvit.trust import build_no_callables, refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
@@ -61,11 +60,6 @@ NOISE = (
 
 
 CHECKED_IMAGES = 8
-MAY_MOVE = (  # a run may go on elsewhere, and past an image that has come to harm
-    "data.init_args.root ",
-    "data.init_args.num_workers ",
-    "data.init_args.on_error ",
-)
 
 
 class Trainer(pl.Trainer):
@@ -136,15 +130,6 @@ class Trainer(pl.Trainer):
             print(done)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the run's config.yaml, when training starts and not when a trained run is read."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Saves the config before fit."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
 class KdvitCLI(LightningCLI):
     """`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`."""
 
@@ -154,7 +139,6 @@ class KdvitCLI(LightningCLI):
             DistillationModule,
             pl.LightningDataModule,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             trainer_class=Trainer,
             trainer_defaults={"default_root_dir": "runs/default", "callbacks": callbacks},
             seed_everything_default=0,
@@ -205,69 +189,34 @@ class KdvitCLI(LightningCLI):
             raise
         except Exception as error:
             raise UserError(unforeseen("read", error)) from error
-        given = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+        config = self.config.get(self.config.get("subcommand"), {})
+        refuse_folder_of_config(config, args)
+        given = config.get("ckpt_path")
         if given and Path(given).is_file():  # of which Lightning reads changes of the config, next
-            _require_plain(Path(given))
+            require_plain(Path(given))
 
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.subcommand]
+        refuse_code(config)
+        refuse_writing_elsewhere(config)
         for key in ("checkpoint", "last_checkpoint"):
-            _refuse_elsewhere(f"{key}.filename", config[key].filename)
+            refuse_elsewhere(f"{key}.filename", config[key].filename)
+            if config[key].train_time_interval is not None and config.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    f"{key}.train_time_interval would save amid accumulated batches, whose gradients no checkpoint has. Set "
+                    f"--{key}.every_n_train_steps instead."
+                )
         if config.get("weights_only") is False:
             raise UserError(
                 "weights_only: false would let a checkpoint run code. Leave it out: kdvit loads no such file."
             )
         if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
-        self.checkpoint = None if self.subcommand in ("check", "cache") else self._find_checkpoint()
-
-    def _find_checkpoint(self) -> str | None:
-        config = self.config[self.subcommand]
-        root, folder = Path(config.trainer.default_root_dir), Path(config.last_checkpoint.dirpath)
-        if config.ckpt_path is not None:
-            named = config.ckpt_path in ("best", "last")
-            file = folder / f"{config.ckpt_path}.ckpt" if named else Path(config.ckpt_path)
-            if not file.is_file():
-                raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
-        elif self.subcommand == "fit":
-            newest = newest_checkpoint(folder)
-            if newest is None:
-                return None
-            self._refuse_another_run(root)
-            file = newest
-            rank_zero_info(
-                f"Going on from {file}, step {training_step(file)}. (To start anew, choose another --trainer.default_root_dir.)"
-            )
-        else:
-            file = folder / "best.ckpt"
-            if not file.is_file():
-                rank_zero_info(f"There is no {file}: the student is taken as the config builds it.")
-                return None
-            _require_plain(file)
-        return str(file)
-
-    def _refuse_another_run(self, root: Path) -> None:
-        """Raises if the run to go on with was of another model or other data."""
-        if not (root / "config.yaml").is_file():
-            return
-        parser = self._parser(self.subcommand)
-        ours = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
-        theirs = yaml.safe_load((root / "config.yaml").read_text())
-        for data in (each.get("data", {}).get("init_args", {}) for each in (ours, theirs)):
-            data["cache"] = data.get("cache") is not None  # may move: what it holds is compared when it is opened
-        known = ("model", "data", "seed_everything")
-        differing = [
-            key
-            for part in known
-            for key in _differing(ours.get(part), theirs.get(part), part)
-            if not key.startswith(MAY_MOVE)
-        ]
-        if differing:
-            raise UserError(
-                f"{str(root)!r} holds a run with other settings: {'; '.join(differing[:5])}. Go on with its own config.yaml, "
-                "or choose another --trainer.default_root_dir."
-            )
+        self.checkpoint = None
+        if self.subcommand not in ("check", "cache"):
+            text = self._parser(self.subcommand).dump(config, skip_none=False)
+            self.checkpoint = find_checkpoint(str(self.subcommand), config, text)
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
@@ -337,24 +286,6 @@ def _parse_fit(args: list[str]) -> Any:
     return PlannedFit(find_configs(["fit", *args])).config["fit"]
 
 
-def _require_plain(file: Path) -> None:
-    """Raises if a checkpoint holds more than tensors and plain values, or would change the config."""
-    try:
-        content = read_weights_only(file)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if "hyper_parameters" in content:
-        raise UserError(
-            f"{str(file)!r} is no checkpoint of `kdvit fit`: it would change the config by its hyper_parameters."
-        )
-
-
-def _refuse_elsewhere(key: str, name: str | None) -> None:
-    """Raises if a file name leads out of its folder."""
-    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise UserError(f"{key}: expected a name inside the run's checkpoints, got {name!r}.")
-
-
 def _checkpoint_folder(root: Any) -> str:
     return str(Path(root) / "checkpoints")
 
@@ -377,13 +308,6 @@ def _planned_processes(trainer: Any) -> int | None:
     return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None
 
 
-def _differing(ours: Any, theirs: Any, key: str) -> list[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = sorted({*ours, *theirs})
-        return [each for name in names for each in _differing(ours.get(name), theirs.get(name), f"{key}.{name}")]
-    return [] if ours == theirs else [f"{key} is {ours!r} and was {theirs!r}"]
-
-
 def main(args: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -400,6 +324,7 @@ def main(args: list[str] | None = None) -> None:
     end_with_parent()
     try:
         read_plain_values_alone()
+        build_no_callables()
         load_plugins()
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])

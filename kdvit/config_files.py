@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse import get_loader, set_loader
 
 import kdvit
 
@@ -46,12 +46,7 @@ def find_config(name: str) -> str:
 
 
 def read_plain_values_alone() -> None:
-    """Keeps a ``class_path`` a plain value where any value goes, as in `model_args`; by default jsonargparse builds it.
-
-    This does not make a config safe that comes from elsewhere: an argument that takes a callable still builds any class
-    whose instances can be called.
-    """
-    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    """Has jsonargparse load YAML by `load_yaml`."""
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 

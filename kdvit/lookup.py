@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from kdvit.config_files import find_config, load_yaml
 from kdvit.messages import UserError
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
+from kdvit.trust import refuse_code
 
 
 class Experiment(NamedTuple):
@@ -71,6 +72,7 @@ def build(part: str, spec: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, part)
     config = parser.parse_object({part: dict(spec)})
+    refuse_code(config)
     try:
         return parser.instantiate_classes(config)[part]
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

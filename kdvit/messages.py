@@ -15,8 +15,8 @@ from jsonargparse import ArgumentError
 
 from kdvit.cache import CacheError
 from kdvit.callbacks import NonFiniteError
-from kdvit.data.base import ShareError
 from kdvit.data.reading import ImageError
+from kdvit.data.sampling import ShareError
 from kdvit.distillers import Distiller
 from kdvit.models import Network
 from kdvit.module import DistillationModule
@@ -36,6 +36,7 @@ NOT_SAID = (
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
+IN_A_WORKER = "in DataLoader worker process"  # in what torch puts before the message of an error there
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
@@ -61,13 +62,13 @@ def explain(error: Exception) -> str | None:
         said = " ".join(str(error).split())[:300]
         return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
     if isinstance(error, ImageError):
-        return (
-            f"{error} Then give the same command again: a run goes on from its last checkpoint. (--data.init_args.on_error skip "
-            "lets training pass over such images.)"
-        )
+        return f"{error} Then give the same command again: a run goes on from its last checkpoint."
     if not isinstance(error, EXPLAINED):
         return None
-    text = _named(_condensed(str(error)))
+    said = str(error)
+    if IN_A_WORKER in said:
+        said = said.rpartition(f"{type(error).__name__}: ")[2].strip()
+    text = _named(_condensed(said))
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
@@ -96,6 +97,7 @@ def _condensed(text: str) -> str:
             said.append(line)
     condensed = " ".join(said)
     condensed = re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)
+    condensed = re.sub(r" Add the import path to import_path_allowlist.*? to allow it\.", "", condensed)
     condensed = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", condensed)
     condensed = re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[.*?\]))\. Got value: (.*)", _expected, condensed)
     condensed = re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)

@@ -194,7 +194,7 @@ def refuse_a_second_job(script: Path) -> None:
     """Raises a UserError if a job of this script waits or runs."""
     queue = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %T %o")
     for line in queue.splitlines():
-        job, state, command = line.split(" ", 2)
+        job, state, command = [*line.split(" ", 2), ""][:3]  # an interactive job has no command
         if command == str(script):
             raise UserError(
                 f"Job {job} of this run is in the queue ({state}), and two at once would write over one another. `scancel {job}` "

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from kdvit import load_student
+from kdvit.checkpoints import training_step
 from kdvit.cli import main
-from kdvit.data.base import ShareError
-from tests.runs import QUIET
+from kdvit.data.sampling import ShareError
+from tests.runs import QUIET, column
 from tests.several import PATHS, together
 from tests.tiny import STUDENT, SizedData
 
@@ -332,3 +333,21 @@ def test_ranks_that_see_different_checkpoints_do_not_train() -> None:
     said = together(2, ["apart"], late, status=2)
     assert "rank 1 finds none, rank 0 run/checkpoints/last.ckpt" in said[1]
     assert Path("run/config.yaml").read_text() == before
+
+
+@slow
+def test_a_run_goes_on_with_other_processes_from_an_epochs_end_and_not_amid_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    amid = ["--last_checkpoint.every_n_train_steps", "5"]  # an epoch of two processes has 4 steps, of one 8
+    together(2, ["fit", *_sized(2, "run", 32, 4, "--trainer.max_epochs", "2", *amid)])
+    one = _sized(1, "run", 32, 4, "--trainer.max_epochs", "3", "--trainer.strategy", "auto", *amid)
+    trained = Path("run/checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["fit", *one, "--ckpt_path", "last"])
+    assert "amid epoch 1 by 2 process(es), and 1 would share the rest otherwise" in capsys.readouterr().err
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == trained
+    steps = training_step(Path("run/checkpoints/best.ckpt"))
+    main(["fit", *one, "--ckpt_path", "best"])
+    rows = [row for row in column("run", ("step", "val/acc1")) if "nan" not in row]
+    assert rows[-1].startswith(f"({steps + 8 * (3 - steps // 4) - 1}.0,")

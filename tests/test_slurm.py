@@ -117,7 +117,11 @@ def fakes(folder: Path, **programs: str) -> Path:
 def test_a_job_is_submitted_with_its_script_kept_and_all_that_one_wants_to_know_next(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    home = fakes(tmp_path, sbatch='echo "$@" > asked; echo "7;cluster"', squeue="echo '3 RUNNING /other/fit.sbatch'")
+    home = fakes(
+        tmp_path,
+        sbatch='echo "$@" > asked; echo "7;cluster"',
+        squeue="echo '3 RUNNING /other/fit.sbatch'; echo '4 RUNNING'",
+    )
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     main([*DEMO, "--trainer.default_root_dir", "a run"])
     run = tmp_path / "a run"

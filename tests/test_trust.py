@@ -1,4 +1,4 @@
-"""Files from strangers: checkpoints and arrays run no code, and the plain ways for a config to run some are refused."""
+"""Files from strangers: checkpoints, arrays and configs run no code, and configs write in their run directory alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,166 @@ def test_a_logger_is_not_handed_a_program(capsys) -> None:
         for place in ("init_args", "dict_kwargs"):
             logger[place] = {**logger.get(place, {}), **more}
         refused(["fit", *config({"trainer/logger": logger}, "plain")], capsys)
+
+
+EVALUATED = {"signature": "x", "expr": "__import__('os').system('touch pwned')"}
+LAMBDA = {"class_path": "sympy.Lambda", "init_args": EVALUATED}
+CALLABLES = [
+    [LAMBDA],
+    "os.abort",
+    "torch.hub.load",
+    "sympy.Lambda",
+    {"class_path": "sympy.Symbol"},
+    {"class_path": "torch.nn.Identity"},
+    {"class_path": "functools.partial", "init_args": {"func": "os.system", "args": "touch pwned"}},
+]
+TAKERS = {
+    "trainer/callbacks": ("lightning.pytorch.callbacks.LambdaCallback", "on_fit_start"),
+    "trainer/strategy": ("lightning.pytorch.strategies.DDPStrategy", "ddp_comm_hook"),
+    "trainer/profiler": ("lightning.pytorch.profilers.PyTorchProfiler", "schedule"),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [*((place, LAMBDA) for place in TAKERS), *(("trainer/callbacks", given) for given in CALLABLES)],
+    ids=str,
+)
+def test_what_is_called_is_not_for_a_config_to_choose(place: str, given: Any, capsys) -> None:
+    path, name = TAKERS[place]
+    spec: Any = {"class_path": path, "init_args": {name: given}}
+    stranger = config(
+        {"trainer/default_root_dir": "run", place: [spec] if place == "trainer/callbacks" else spec}, "plain"
+    )
+    for command in ("check", "fit"):
+        message = refused([command, *stranger, *QUIET], capsys)
+        assert place.replace("/", ".") in message
+        assert name in message
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "path", "given"),
+    [
+        ("data", "lightning.pytorch.LightningDataModule.from_datasets", {}),
+        ("model/student", "kdvit.load_student", {"path": "x"}),
+    ],
+)
+def test_a_function_is_no_class(place: str, path: str, given: dict[str, str], capsys) -> None:
+    stranger = config({place: {"class_path": path, "init_args": given}}, "plain")
+    assert f"{place.replace('/', '.')}: {path!r} is no class" in refused(["check", *stranger], capsys)
+
+
+OWN = """
+from collections.abc import Callable
+import lightning.pytorch as pl
+from torch import nn
+from torch.nn import functional as F
+
+def measure(given, loss: Callable = F.l1_loss): return loss
+
+class Own(pl.Callback):
+    def __init__(self, act: nn.Module, loss: Callable = F.mse_loss, norm: Callable[..., nn.Module] = nn.LayerNorm, **more):
+        assert isinstance(act, nn.ReLU) and loss is F.mse_loss and isinstance(norm(4), nn.LayerNorm)
+        assert measure(0, **more) is F.l1_loss
+"""
+
+
+def test_a_class_of_ones_own_keeps_its_functions(monkeypatch, capsys) -> None:
+    Path("own_callback.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    own: Any = {"class_path": "own_callback.Own", "init_args": {"act": {"class_path": "torch.nn.ReLU"}}}
+    mine = config({"trainer/callbacks": [own], "trainer/default_root_dir": "run"}, "plain")
+    main(["fit", *mine, *SHORT])
+    main(["validate", "--config", "run/config.yaml"])
+    for name in ("loss", "norm"):
+        own["init_args"][name] = "torch.hub.load"
+        changed = config({"trainer/callbacks": [own]}, "plain")
+        assert f"trainer.callbacks[0].init_args.{name}: got 'torch.hub.load'" in refused(["check", *changed], capsys)
+        del own["init_args"][name]
+
+
+CALLBACKS, LOGGERS, PROFILERS = (f"lightning.pytorch.{room}" for room in ("callbacks", "loggers", "profilers"))
+UNNAMED = {"name": "", "version": ""}
+WRITERS = [
+    ("logger", f"{LOGGERS}.CSVLogger", {"save_dir": "ELSEWHERE", **UNNAMED}),
+    ("logger", f"{LOGGERS}.CSVLogger", {"save_dir": "elsewhere", **UNNAMED}),
+    ("logger", f"{LOGGERS}.CSVLogger", {"save_dir": "run/link", **UNNAMED}),
+    ("logger", f"{LOGGERS}.CSVLogger", {"name": "../elsewhere", "save_dir": "run", "version": ""}),
+    ("logger", f"{LOGGERS}.CSVLogger", {"version": "ELSEWHERE", "save_dir": "run", "name": ""}),
+    ("logger", f"{LOGGERS}.TensorBoardLogger", {"save_dir": "~/elsewhere"}),
+    ("logger", f"{LOGGERS}.TensorBoardLogger", {"save_dir": "$PWD/elsewhere"}),
+    ("logger", f"{LOGGERS}.TensorBoardLogger", {"save_dir": "memory://elsewhere"}),
+    ("logger", f"{LOGGERS}.TensorBoardLogger", {"save_dir": "reference::elsewhere/metrics.csv"}),
+    ("logger", f"{LOGGERS}.TensorBoardLogger", {"sub_dir": "../../../../elsewhere", "save_dir": "run"}),
+    ("callbacks", f"{CALLBACKS}.ModelCheckpoint", {"dirpath": "ELSEWHERE"}),
+    ("callbacks", f"{CALLBACKS}.ModelCheckpoint", {"filename": "../../elsewhere/x"}),
+    ("callbacks", f"{CALLBACKS}.ModelCheckpoint", {"filename": "http://../../../elsewhere/x"}),
+    ("callbacks", f"{CALLBACKS}.ModelCheckpoint", {"filename": "a::/../../../elsewhere/x"}),
+    ("callbacks", f"{CALLBACKS}.OnExceptionCheckpoint", {"dirpath": "elsewhere"}),
+    ("profiler", f"{PROFILERS}.SimpleProfiler", {"dirpath": "elsewhere", "filename": "x"}),
+    ("profiler", f"{PROFILERS}.PyTorchProfiler", {"filename": "ELSEWHERE/x"}),
+]
+
+
+@pytest.mark.parametrize(("place", "path", "given"), WRITERS, ids=str)
+def test_a_config_writes_in_its_run_directory_alone(
+    place: str, path: str, given: dict[str, str], capsys, tmp_path
+) -> None:
+    listed = place == "callbacks"
+    Path("elsewhere").mkdir()
+    for name in ("metrics.csv", "config.yaml"):
+        Path("elsewhere", name).write_text("{}")
+    Path("run").mkdir()
+    Path("run/link").symlink_to("../elsewhere")
+    args = {name: text.replace("ELSEWHERE", str(tmp_path / "elsewhere")) for name, text in given.items()}
+    spec = {"class_path": path, "init_args": args}
+    stranger = config({f"trainer/{place}": [spec] if listed else spec, "trainer/default_root_dir": "run"}, "plain")
+    message = refused(["fit", *stranger, *SHORT], capsys)
+    assert message.startswith(f"kdvit: error: trainer.{place}{'[0]' if listed else ''}.")
+    assert f".{next(iter(given))}: " in message
+    assert "leads out of the run directory 'run'" in message
+    assert [file.read_text() for file in Path("elsewhere").iterdir()] == ["{}", "{}"]
+    assert [file.name for file in Path("run").iterdir()] == ["link"]
+
+
+def test_writers_inside_the_run_directory_go_on(tmp_path) -> None:
+    logger = {"class_path": f"{LOGGERS}.CSVLogger", "init_args": {"save_dir": str(tmp_path / "run"), "name": "table"}}
+    profiler = {"class_path": f"{PROFILERS}.SimpleProfiler", "init_args": {"dirpath": "run/times", "filename": "x"}}
+    best = {"class_path": f"{CALLBACKS}.ModelCheckpoint", "init_args": {"monitor": "val/loss", "filename": "{epoch}"}}
+    writers = {"trainer/logger": logger, "trainer/profiler": profiler, "trainer/callbacks": [best]}
+    main(["fit", *config({**writers, "trainer/default_root_dir": "run"}, "plain"), *SHORT])
+    assert Path("run/table/version_0/metrics.csv").is_file()
+    assert Path("run/times/fit-x.txt").is_file()
+    assert {each.name for each in Path().iterdir()} == {"run", "stranger.yaml"}
+
+
+def test_other_folders_of_a_config_are_refused(capsys) -> None:
+    downloads = config({"model/student/init_args/model_args/cache_dir": "elsewhere"}, "plain")
+    assert "model.student.init_args.model_args.cache_dir: 'elsewhere'" in refused(["fit", *downloads], capsys)
+    rest = {
+        "class_path": f"{LOGGERS}.TensorBoardLogger",
+        "init_args": {"save_dir": "."},
+        "dict_kwargs": {"log_dir": "/x"},
+    }
+    logs = config({"trainer/logger": [rest], "trainer/default_root_dir": "."}, "plain")
+    assert "trainer.logger[0].dict_kwargs.log_dir: '/x' leads out" in refused(["fit", *logs], capsys)
+    cache = config({"out": "elsewhere"})
+    assert "out: a config chooses no folder" in refused(["cache", *cache], capsys)
+    assert "out: a config chooses no folder" in refused(["cache", "--out", "mine", *cache], capsys)
+    for root in ("memory://run", "reference::refs.json", "run\ntouch pwned\n"):
+        given = config({"trainer/default_root_dir": root}, "plain")
+        for command in (["fit"], ["slurm", "--dry_run"]):
+            assert "trainer.default_root_dir: expected a folder of this" in refused([*command, *given], capsys)
+    assert [each.name for each in Path().iterdir()] == ["stranger.yaml"]
+
+
+def test_parts_of_a_config_are_read_from_files_alone(capsys) -> None:
+    data = yaml.safe_load((DEMO / "plain.yaml").read_text())["data"]
+    fsspec.filesystem("memory").pipe_file("/data.yaml", yaml.safe_dump(data).encode())
+    Path("data.yaml").write_text(yaml.safe_dump(data))
+    main(["check", *config({"data": "data.yaml"}, "plain")])
+    assert "'memory://data.yaml'" in refused(["check", *config({"data": "memory://data.yaml"}, "plain")], capsys)
 
 
 def test_networks_of_a_strangers_config_are_refused_by_analyses_too(capsys) -> None:

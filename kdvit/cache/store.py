@@ -24,8 +24,8 @@ PRECISION = np.dtype("<f2")
 
 
 def record_type(manifest: Manifest) -> np.dtype[Any]:
-    """Returns the type of one record: the logits, then one map for each layer."""
-    fields: list[tuple[Any, ...]] = []
+    """Returns the type of one record: the number of the image that was shown, the logits, then one map for each layer."""
+    fields: list[tuple[Any, ...]] = [("image", "<u4")]
     if manifest.topk is not None and manifest.classes is not None:
         fields.append(("classes", "<u2" if manifest.classes <= 2**16 else "<u4", (manifest.topk,)))
         fields.append(("logits", PRECISION, (manifest.topk + 1,)))
@@ -66,8 +66,13 @@ def expand_logits(classes: Tensor, values: Tensor, count: int) -> Tensor:
     return values[:, -1:].repeat(1, count).scatter_(1, classes, values[:, :-1])
 
 
-def encode(output: ViTOutput, manifest: Manifest) -> np.ndarray[Any, Any]:
+def encode(images: Tensor, output: ViTOutput, manifest: Manifest) -> np.ndarray[Any, Any]:
     """Turns teacher outputs into records ``[B]``.
+
+    Args:
+        images: Numbers ``[B]`` of the images that the teacher has seen: others than asked for, where those cannot be read.
+        output: What it makes of them.
+        manifest: What is to be stored.
 
     Raises:
         CacheError: If a value is beyond the range of half precision.
@@ -79,7 +84,8 @@ def encode(output: ViTOutput, manifest: Manifest) -> np.ndarray[Any, Any]:
         parts["classes"], parts["logits"] = shrink_logits(output.logits, manifest.topk)
     elif output.logits is not None:
         parts["logits"] = output.logits
-    records = np.empty(len(next(iter(parts.values()))), record_type(manifest))
+    records = np.empty(len(images), record_type(manifest))
+    records["image"] = images.cpu().numpy()
     for name, part in parts.items():
         values = part.cpu() if name == "classes" else part.float().cpu()
         largest, most = float(values.abs().max()), float(np.finfo(PRECISION).max)
@@ -148,10 +154,26 @@ class CacheReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # each process maps the files itself
 
-    def read(self, views: Sequence[View]) -> ViTOutput:
-        """Returns the outputs of views: logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` a layer, as stored."""
+    def read(self, views: Sequence[View], images: Tensor) -> ViTOutput:
+        """Returns the outputs of views: logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` a layer, as stored.
+
+        Args:
+            views: The views.
+            images: Numbers ``[B]`` of the images that the student is shown for them.
+
+        Raises:
+            CacheError: If the teacher was shown another image.
+        """
         places = [divmod(self.manifest.row(view), ROWS) for view in views]
         records = [(self._shard(shard), row) for shard, row in places]
+        stored = [int(shard["image"][row]) for shard, row in records]
+        for view, ours, theirs in zip(views, images.tolist(), stored, strict=True):
+            if ours != theirs:
+                raise CacheError(
+                    f"For training image {view.image} the student is shown image {ours}, and the teacher was shown image {theirs} "
+                    f"when the cache {str(self.folder)!r} was written: a file has come to harm, or has been mended, since. Bring "
+                    "the files back as they were, or make another cache by `kdvit cache`."
+                )
         found = {layer: _gather(records, f"layer{layer}") for layer in dict.fromkeys(self.layers)}
         return ViTOutput(self._logits(records), tuple(found[layer] for layer in self.layers))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,8 +68,8 @@ class TeacherPass(pl.LightningModule):
         """Returns the records of each of this rank's batches."""
         raise NotImplementedError
 
-    def take(self, rows: Sequence[int], output: ViTOutput) -> None:
-        """Receives the teacher's output for records."""
+    def take(self, rows: Sequence[int], images: Tensor, output: ViTOutput) -> None:
+        """Receives the teacher's output for records, and the numbers of the images that were shown."""
         raise NotImplementedError
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -80,6 +81,7 @@ class TeacherPass(pl.LightningModule):
         """Runs the teacher on one batch."""
         self.take(
             self._batches[batch_idx],
+            batch.index,
             self.teacher(batch.image, self.manifest.layers, self.manifest.classes is not None),
         )
         return batch.index
@@ -92,39 +94,39 @@ class CacheWriting(TeacherPass):
     """
 
     def batches(self) -> list[Sequence[int]]:
-        """Returns the records of this rank's missing shards."""
-        ranks = self.trainer.world_size
-        shards = [
-            shard for shard in missing_shards(self.folder, self.manifest) if shard % ranks == self.trainer.global_rank
-        ]
+        """Returns the records of this rank's share of the missing shards."""
+        shards = self._missing[self.trainer.global_rank :: self.trainer.world_size]
         rows = [shard_rows(self.manifest, shard) for shard in shards]
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
     def setup(self, stage: str) -> None:
-        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)"""
+        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)
+
+        All ranks hear from the first one what is missing: another may write already when one of them looks.
+        """
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest.save(self.folder)
-        self.trainer.strategy.barrier()
+        self._missing: list[int] = self.trainer.strategy.broadcast(missing_shards(self.folder, self.manifest))
 
     def on_predict_start(self) -> None:
         """Takes over the signals."""
         REQUESTS.remember(*REQUEUE, *STOP)
 
-    def take(self, rows: Sequence[int], output: ViTOutput) -> None:
+    def take(self, rows: Sequence[int], images: Tensor, output: ViTOutput) -> None:
         """Appends records to their shard."""
-        append_records(self.folder, self.manifest, rows, encode(output, self.manifest))
+        append_records(self.folder, self.manifest, rows, encode(images, output, self.manifest))
         self._leave()
 
     def _leave(self) -> None:
         """Does what this process is asked from outside; what is written stays."""
-        if REQUESTS.requeue and self.trainer.is_global_zero:  # other ranks write on until Slurm ends them
+        if REQUESTS.requeue:  # whichever rank is first to end a batch; Slurm then ends the others
             REQUESTS.requeue = False
             refused = requeue_job()
             if not refused:
-                rank_zero_info("Slurm has requeued the job, which goes on from what is written.")
+                print("Slurm has requeued the job, which goes on from what is written.", file=sys.stderr, flush=True)
                 raise Stopped(0)
-            rank_zero_info(f"The job is not requeued: {refused}")
+            rank_zero_info(f"The job is not requeued by this process: {refused}")
         if REQUESTS.stop:
             stop = REQUESTS.stop
             REQUESTS.forget()
@@ -157,9 +159,9 @@ class CacheComparison(TeacherPass):
         rows = sorted(random.Random(0).sample(range(self.manifest.rows), self.samples))
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
-    def take(self, rows: Sequence[int], output: ViTOutput) -> None:
+    def take(self, rows: Sequence[int], images: Tensor, output: ViTOutput) -> None:
         """Compares records with what is stored."""
-        stored = self.reader.read([self.manifest.view(row) for row in rows])
+        stored = self.reader.read([self.manifest.view(row) for row in rows], images)
         for layer, ours, theirs in zip(self.manifest.layers, output.features, stored.features, strict=True):
             self._note(f"features of layer {layer}", ours, theirs)
         if output.logits is not None and stored.logits is not None:

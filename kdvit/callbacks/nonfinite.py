@@ -73,6 +73,7 @@ class NonFiniteGuard(pl.Callback):
         self._seen: list[SeenBatch] = []
         self._unread: Step | None = None
         self._failure: tuple[int, str] | None = None
+        self._unwritten: OSError | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Keeps the batch until its numbers are known to be finite."""
@@ -117,6 +118,11 @@ class NonFiniteGuard(pl.Callback):
         self._read(trainer, pl_module)
         self._stop(trainer)
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Reads the verdict on the last step: no checkpoint lies behind one that stops the run."""
+        self._read(trainer, pl_module)
+        self._stop(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps left out."""
         return {"skipped": self.skipped + (self._unread is not None and self._unread.is_bad())}
@@ -151,7 +157,10 @@ class NonFiniteGuard(pl.Callback):
             dist.all_gather_object(causes, [f"{cause} (rank {rank})" for cause in ours])
         said = [cause for theirs in causes for cause in theirs]
         if ours or not said:
-            save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, step.number, step.seen, gradients)
+            try:
+                save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, step.number, step.seen, gradients)
+            except OSError as error:
+                self._unwritten = error
         if not said:
             batches = "; ".join(place(trainer, seen) for seen in step.seen)
             said = [f"{described(gradients, pl_module)} is not finite ({batches})"]
@@ -159,22 +168,28 @@ class NonFiniteGuard(pl.Callback):
         message = f"At step {step.number} of epoch {step.epoch}, {'; '.join(said)}."
         if self.skipped <= self.skip_steps:
             counted = f"{self.skipped} of at most {self.skip_steps}"
-            rank_zero_info(f"{message} The step is left out ({counted}), and the batch is in {folder}.")
+            rank_zero_info(f"{message} The step is left out ({counted}), and its numbers {self._kept(folder)}.")
         else:
             self._failure = step.number, message
 
     def _stop(self, trainer: pl.Trainer) -> None:
         if self._failure is None:
             return
-        number, message = self._failure
+        (number, message), self._failure = self._failure, None
         checkpoint = _folder(trainer) / f"step_{number}.ckpt"
-        trainer.save_checkpoint(checkpoint)
+        try:
+            trainer.save_checkpoint(checkpoint)
+        except OSError as error:
+            self._unwritten = error
         raise NonFiniteError(
-            f"{message} The step was not taken; the batch and the weights before it are in {checkpoint.parent}. A run repeats "
-            "itself to the last bit, so the same command meets this again. Lower the learning rate, clip the gradients "
+            f"{message} The step was not taken; the batch and the weights before it {self._kept(checkpoint.parent)}. A run "
+            "repeats itself to the last bit, so the same command meets this again. Lower the learning rate, clip the gradients "
             "(--trainer.gradient_clip_val 1), take another --trainer.precision, go on behind this batch (--ckpt_path "
             f"{checkpoint}), or let such steps be left out (--nonfinite.skip_steps {self.skip_steps + 10})."
         )
+
+    def _kept(self, folder: Path) -> str:
+        return f"are in {folder}" if self._unwritten is None else f"could not all be written ({self._unwritten})"
 
 
 def _folder(trainer: pl.Trainer) -> Path:

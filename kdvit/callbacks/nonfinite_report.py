@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdvit.data import ImageDataModule
+from kdvit.files import write_whole
 from kdvit.structures import Batch
 
 SHOWN = 5
@@ -74,7 +76,11 @@ def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> 
 
 
 def save(file: Path, trainer: pl.Trainer, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:
-    """Writes the batches of a step as plain tensors and types, to be read with `weights_only=True`."""
+    """Writes the batches of a step as plain tensors and types, to be read with `weights_only=True`.
+
+    Raises:
+        OSError: If the disk is full, or cannot be written to.
+    """
     batches = [
         {
             "batch": each.number,
@@ -87,8 +93,9 @@ def save(file: Path, trainer: pl.Trainer, step: int, seen: list[SeenBatch], grad
         }
         for each in seen
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "batches": batches, "gradients": gradients}, file)
+    content = io.BytesIO()
+    torch.save({"step": step, "batches": batches, "gradients": gradients}, content)
+    write_whole(file, content.getbuffer())
 
 
 def _plain(output: Any) -> dict[str, Any]:

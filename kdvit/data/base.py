@@ -15,17 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdvit.cache import CacheError, CacheReader, open_cache
 from kdvit.data.cached import ViewBatches, collate
-from kdvit.data.sampling import ResumableLoader, ViewSampler
+from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.data.workers import start_worker
 from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]
 MOST_WORKERS = 1024
-
-
-class ShareError(ValueError):
-    """The images are too few for the processes that share them."""
 
 
 class ImageDataModule(pl.LightningDataModule):

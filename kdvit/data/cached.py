@@ -31,7 +31,7 @@ class ViewBatches(Dataset[Any]):
         views = [View.of(index) for index in indices]
         together = hasattr(self.images, "__getitems__")
         batch = collate(self.images.__getitems__(views) if together else [self.images[view] for view in views])
-        return batch if self.reader is None else batch._replace(teacher=self.reader.read(views))
+        return batch if self.reader is None else batch._replace(teacher=self.reader.read(views, batch.index))
 
     __getitems__ = __getitem__
 

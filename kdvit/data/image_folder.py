@@ -91,7 +91,7 @@ class ImageFolder(ImageDataModule):
         self.require(split)
         seed = self.seed if split == "train" else None
         transform = self.train_transform if split == "train" else self.eval_transform
-        return FolderImages(self.samples[split], transform, seed, self.on_error if split == "train" else "raise")
+        return FolderImages(self.samples[split], transform, seed, self.on_error)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the path of an image, relative to the root."""
@@ -139,7 +139,7 @@ class FolderImages(Dataset[Any]):
         samples: Path and class index of each image.
         transform: Makes a tensor ``[3, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
-        on_error: Whether a damaged image raises, or another takes its place.
+        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it raises.)
     """
 
     def __init__(
@@ -175,11 +175,15 @@ class FolderImages(Dataset[Any]):
         try:
             return read_image(self.samples[view.image][0]), view.image, ""
         except DamagedImage as error:
-            if self.on_error == "raise":
+            if self.seed is None:
                 raise
+            if self.on_error == "raise":
+                raise DamagedImage(
+                    f"{error} (Or let training pass over it: --data.init_args.on_error skip.)"
+                ) from error
             first = error
         for attempt in range(1, SUBSTITUTES + 1):
-            number = mixed_seed(self.seed or 0, *view, attempt) % len(self)
+            number = mixed_seed(self.seed, *view, attempt) % len(self)
             try:
                 return read_image(self.samples[number][0]), number, str(first)
             except DamagedImage:

@@ -13,6 +13,8 @@ OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
 
 
+NOT_OF_THE_FILE = "The file may be whole: see to the disk or the machine."
+
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Those that are read, whatever a file is called: others, such as EPS, let Pillow start programs."""
 
@@ -47,7 +49,7 @@ def read_image(path: str) -> Image.Image:
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(
-            f"Cannot read the image {path!r}: {_reason(path, error)}. Mend it or take it out."
+            f"Cannot read the image {path!r}: {_reason(path, error)}. {'Mend it or take it out.' if damaged else NOT_OF_THE_FILE}"
         ) from error
 
 

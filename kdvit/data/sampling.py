@@ -13,6 +13,10 @@ from kdvit.data.seeding import mixed_seed
 from kdvit.structures import View
 
 
+class ShareError(ValueError):
+    """The images cannot be shared by the processes as they are."""
+
+
 class ViewSampler(DistributedSampler[Any]):
     """Deals an epoch's views out to the ranks.
 
@@ -78,20 +82,30 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of batches that it has handed out in an epoch.
+    """A loader whose state is the number of batches that it has handed out in an epoch, and of ranks that share it.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
     sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
     (torchdata's StatefulDataLoader would restore the order, and no random draw).
+
+    Raises:
+        ShareError: When an epoch is gone on with that another number of ranks has begun: they would share it otherwise.
 
     Its iterator reads the epoch when the first batch is asked for: Lightning makes it before it sets the epoch.
     """
 
     _handed_out = 0
     _resume = (-1, 0)
+    _begun_by = 0
 
     def __iter__(self) -> Any:
         epoch, batches = self._resume
+        if batches and epoch == self._epoch and self._begun_by != self._ranks:
+            raise ShareError(
+                f"The checkpoint was saved amid epoch {epoch} by {self._begun_by} process(es), and {self._ranks} would share the rest "
+                f"otherwise: images would come twice, or never. Go on with {self._begun_by} (trainer.devices x "
+                "trainer.num_nodes), or from the end of an epoch (`--ckpt_path best`)."
+            )
         self._resume = (-1, 0)
         self._handed_out = batches if epoch == self._epoch and batches < len(self) else 0
         if isinstance(self.sampler, ViewSampler):
@@ -101,14 +115,19 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and the number of batches handed out in it, those before a resume that is yet to come included."""
+        """Returns the epoch, the number of batches handed out in it, a resume that is yet to come included, and that of ranks."""
         epoch, batches = self._resume
-        return {"epoch": self._epoch, "batches": batches if epoch == self._epoch else self._handed_out}
+        handed_out = batches if epoch == self._epoch else self._handed_out
+        return {"epoch": self._epoch, "batches": handed_out, "ranks": self._ranks}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""
-        self._resume = (state_dict["epoch"], state_dict["batches"])
+        self._resume, self._begun_by = (state_dict["epoch"], state_dict["batches"]), state_dict["ranks"]
 
     @property
     def _epoch(self) -> int:
         return self.sampler.epoch if isinstance(self.sampler, ViewSampler) else 0
+
+    @property
+    def _ranks(self) -> int:
+        return self.sampler.num_replicas if isinstance(self.sampler, ViewSampler) else 1

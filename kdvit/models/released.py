@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +83,10 @@ def read_weights_only(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes can lead the unpickler anywhere
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}, which is not run" if named else (str(error).splitlines() or [""])[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"it names {named[1]}, which is not run" if named else said
         raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain options: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}; expected a dictionary.")

@@ -28,11 +28,14 @@ def _rows(remedy: str, rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", torch.bfloat16):
         manifest = Manifest(BATCH, 1, 1, layers, ((384, 14, 14),), 1000, None, "bf16-mixed", {})
         append_records(
-            Path(folder), manifest, range(BATCH), encode(module.teacher(batch.image, layers, logits), manifest)
+            Path(folder),
+            manifest,
+            range(BATCH),
+            encode(batch.index, module.teacher(batch.image, layers, logits), manifest),
         )
         reader = CacheReader(Path(folder), manifest, layers, logits)
         views = [View(i) for i in range(BATCH)]
-        cached = step(module, batch, lambda: reader.read(views))
+        cached = step(module, batch, lambda: reader.read(views, batch.index))
         against_none = interleave(cached, step(alone, batch), rounds)
         against_online = interleave(cached, step(module, batch), rounds)
     return [

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from kdvit import DistillationModule, load_student
 from kdvit.cache import CacheError, Manifest
 from kdvit.cache import store as cache_store
-from kdvit.cache.store import encode, expand_logits, record_type, shrink_logits
+from kdvit.cache.store import encode, expand_logits, record_type, shard_file, shrink_logits
 from kdvit.cache.writer import CacheWriting
 from kdvit.cli import main
 from kdvit.data import Digits
@@ -181,10 +182,10 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str,
     cache(demo_teacher, *views, out="whole")
     take = CacheWriting.take
 
-    def killed(run: CacheWriting, rows: Any, output: ViTOutput) -> None:
+    def killed(run: CacheWriting, rows: Any, images: Tensor, output: ViTOutput) -> None:
         if rows[0] > 1500:
             raise KeyboardInterrupt("killed")
-        take(run, rows, output)
+        take(run, rows, images, output)
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriting, "take", killed)
@@ -203,6 +204,22 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str,
     capsys.readouterr()
     cache(demo_teacher, *views)
     assert "Next: kdvit fit --config " in capsys.readouterr().out
+
+
+def test_missing_shards_are_dealt_out_evenly_however_they_came_to_be_missing() -> None:
+    manifest = Manifest(cache_store.ROWS * 8, 1, 1, (), (), 10, None, "32-true", {})
+    for done in (0, 2, 4):  # as if the one of two ranks had been faster
+        shard_file(Path(), done).touch()
+    rows = []
+    for rank in range(2):
+        writing = CacheWriting(None, Path(), manifest, cache_store.ROWS, None)
+        strategy = SimpleNamespace(broadcast=lambda missing: missing)
+        writing.trainer = SimpleNamespace(world_size=2, global_rank=rank, is_global_zero=rank == 0, strategy=strategy)
+        writing.setup("predict")
+        shard_file(Path(), 7).touch()  # the first rank writes before the other looks
+        rows.append([batch[0] // cache_store.ROWS for batch in writing.batches()])
+        shard_file(Path(), 7).unlink()
+    assert rows == [[1, 5, 7], [3, 6]]
 
 
 def test_too_little_disk_is_said_before_anything_is_written(demo_teacher: str, monkeypatch, capsys) -> None:
@@ -229,7 +246,7 @@ def test_what_is_stored_is_what_is_asked_for(demo_teacher: str, capsys) -> None:
     ):
         out = f"{method}_{store}"
         cache(demo_teacher, "--store", store, method=method, out=out)
-        assert list(np.load(f"{out}/000000.npy", mmap_mode="r").dtype.names) == fields
+        assert list(np.load(f"{out}/000000.npy", mmap_mode="r").dtype.names) == ["image", *fields]
     fit("soft_kd", demo_teacher, *EPOCHS, *cached("feature_both"))
     lift = ["--trainer.default_root_dir", "lift", *EPOCHS]
     message = refusal(capsys, "lift", demo_teacher, *lift, *cached("lift_features"))
@@ -243,14 +260,14 @@ def test_what_is_stored_is_what_is_asked_for(demo_teacher: str, capsys) -> None:
 def test_a_value_beyond_half_precision_is_an_error() -> None:
     manifest = Manifest(4, 1, 1, (2,), ((3, 2, 2),), None, None, "32-true", {})
     feature = torch.randn(4, 3, 2, 2)
-    records = encode(ViTOutput(None, (feature,)), manifest)
+    records = encode(torch.arange(len(feature)), ViTOutput(None, (feature,)), manifest)
     assert records.dtype == record_type(manifest)
     np.testing.assert_array_equal(records["layer2"], feature.numpy().astype(np.float16))
     feature[1, 1, 1, 1] = -70_000
     with pytest.raises(
         CacheError, match=r"layer2 of the teacher reaches 70000, beyond the 65504 of the stored float16"
     ):
-        encode(ViTOutput(None, (feature,)), manifest)
+        encode(torch.arange(len(feature)), ViTOutput(None, (feature,)), manifest)
 
 
 def test_records_and_views_are_numbered_alike() -> None:
@@ -276,7 +293,7 @@ def test_top_k_keeps_the_probabilities_of_k_classes_and_spreads_the_rest() -> No
 def test_top_k_logits_train(demo_teacher: str) -> None:
     cache(demo_teacher, "--topk", "3", method="soft_kd")
     fit("soft_kd", demo_teacher, *EPOCHS, *cached())
-    assert record_type(Manifest.load(Path("cache"))).itemsize == 2 * 3 + 2 * 4
+    assert record_type(Manifest.load(Path("cache"))).itemsize == 4 + 2 * 3 + 2 * 4
 
 
 # Checking

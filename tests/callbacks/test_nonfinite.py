@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from kdvit import DistillationModule, Distiller, load_student
 from kdvit.callbacks import NonFiniteError, NonFiniteGuard, StudentEMA, nonfinite
+from kdvit.checkpoints import WholeCheckpointIO
 from kdvit.data import Digits
 from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
@@ -126,6 +129,38 @@ def test_a_run_that_stops_keeps_the_weights_before_it(at: int, reading: str) -> 
         assert torch.equal(saved["state_dict"][name], value), name
     assert saved["global_step"] == at + (2 if reading == "read late" and at == 1 else 1)
     assert run(_module(Breaks([])), f"nonfinite/step_{at}.ckpt").global_step == 10
+
+
+class StopsAt(pl.Callback):
+    """Saves and leaves at the end of a step, as a preemption does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint("last.ckpt")
+            raise KeyboardInterrupt
+
+
+def test_no_checkpoint_lies_behind_a_step_that_stops_the_run(reading: str) -> None:
+    with pytest.raises(NonFiniteError, match="At step 1 of epoch 0"):
+        trainer(".", callbacks=[StopsAt(2), NonFiniteGuard()]).fit(_module(Breaks([1])), datamodule=TinyData())
+    assert not Path("last.ckpt").exists()
+
+
+@pytest.mark.parametrize("skip_steps", [0, 1])
+def test_on_a_full_disk_the_finding_is_told_all_the_same(skip_steps: int, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    caplog.set_level("INFO")
+    run = trainer(".", callbacks=[NonFiniteGuard(skip_steps)], plugins=[WholeCheckpointIO()])
+    with pytest.raises(NonFiniteError) as raised:
+        run.fit(_module(Breaks([1, 2])), datamodule=TinyData())
+    full = "could not all be written ([Errno 28] No space left on device: 'nonfinite/step_"
+    assert f"At step {1 + skip_steps} of epoch 0, loss term 'odd' is nan (batch" in str(raised.value)
+    assert f"the weights before it {full}" in str(raised.value)
+    assert caplog.text.count(f"left out (1 of at most 1), and its numbers {full}") == skip_steps
+    assert not list(Path("nonfinite").iterdir())
 
 
 class OneBadImage(TinyData):

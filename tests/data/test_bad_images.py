@@ -57,7 +57,8 @@ def test_a_bad_image_ends_a_run_with_one_line_that_names_it(workers: int, capfd)
     spoil("train/dog/2.jpg")
     message = last_line(command("fit", workers=workers), capfd)
     assert message.startswith("kdvit: error: Cannot read the image '")
-    assert "images/train/dog/2.jpg': it is no image of a known format. Mend it or take it out. Then give the" in message
+    assert "images/train/dog/2.jpg': it is no image of a known format. Mend it or take it out." in message
+    assert "take it out. (Or let training pass over it: --data.init_args.on_error skip.) Then give the same" in message
     assert "a run goes on from its last checkpoint" in message
     assert len(message) < 500
 
@@ -65,7 +66,9 @@ def test_a_bad_image_ends_a_run_with_one_line_that_names_it(workers: int, capfd)
 def test_a_bad_validation_image_is_never_passed_over(capfd) -> None:
     image_folder(Path("images"))
     spoil("val/cat/1.jpg")
-    assert "images/val/cat/1.jpg'" in last_line(command("fit", *SKIP), capfd)
+    message = last_line(command("fit", *SKIP), capfd)
+    assert "images/val/cat/1.jpg'" in message
+    assert "skip" not in message
     assert "images/val/cat/1.jpg'" in last_line(command("validate", *SKIP, workers=2), capfd)
     network = ["--model", "vit_tiny_patch16_224", "--pretrained", "false", "--images", "6"]
     assert "images/val/cat/1.jpg'" in last_line(["analyze", *network, "--data", "images"], capfd)
@@ -184,6 +187,32 @@ def test_a_cache_of_a_folder_with_a_bad_image_trains_like_its_teacher(demo_teach
         with Path(root, "metrics.csv").open() as stream:
             losses.append([float(row["train/map"]) for row in csv.DictReader(stream) if row["train/map"]])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_was_mended_since_is_not_paired_with_what_its_substitute_gave(
+    workers: int, demo_teacher: str, capfd
+) -> None:
+    image_folder(Path("images"))
+    file = Path("images/train/dog/2.jpg")
+    whole = file.read_bytes()
+    file.write_bytes(b"no image".ljust(len(whole)))  # of the same size
+    teacher = ["--model.teacher=TimmTeacher", f"--model.teacher.init_args.arch={demo_teacher}"]
+    given = [
+        *SKIP,
+        *teacher,
+        '--model.distillers={"map": {"class_path": "FeatureDistiller", "init_args": {"projector": "pool"}}}',
+    ]
+    main(command("cache", *given, "--out", "stored"))
+    file.write_bytes(whole)
+    message = last_line(command("fit", *given, "--data.init_args.cache", "stored", workers=workers), capfd)
+    assert message.startswith(
+        "kdvit: error: For training image 8 the student is shown image 8, and the teacher was shown image "
+    )
+    assert (
+        "a file has come to harm, or has been mended, since. Bring the files back as they were, or make another"
+        in message
+    )
 
 
 def test_training_ends_where_hardly_any_image_can_be_read(capfd) -> None:

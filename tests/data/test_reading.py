@@ -137,6 +137,7 @@ def test_an_error_of_the_machine_does_not_make_an_image_a_bad_one(number: int, m
     with pytest.raises(ImageError, match=os.strerror(number)) as error:
         read_image("image.jpg")
     assert type(error.value) is ImageError
+    assert str(error.value).endswith("The file may be whole: see to the disk or the machine.")
 
 
 def test_an_image_that_may_not_be_read_is_named(monkeypatch) -> None:

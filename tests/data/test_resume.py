@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.data import Digits
-from kdvit.data.sampling import ResumableLoader
+from kdvit.data.sampling import ResumableLoader, ShareError
 from tests.tiny import trainer
 
 
@@ -36,9 +36,20 @@ def test_the_state_after_a_whole_epoch_means_the_beginning_of_the_next(next_epoc
 
 def test_a_resumed_loader_has_the_length_of_a_whole_epoch() -> None:
     loader = digits().train_dataloader()
-    loader.load_state_dict({"epoch": 0, "batches": 4})
+    loader.load_state_dict({"epoch": 0, "batches": 4, "ranks": 1})
     assert len(list(loader)) == 2
     assert len(loader) == len(list(loader)) == 6
+
+
+def test_an_epoch_is_gone_on_with_by_as_many_ranks_as_have_begun_it() -> None:
+    loader = digits().train_dataloader()
+    loader.load_state_dict({"epoch": 1, "batches": 4, "ranks": 2})
+    loader.sampler.set_epoch(1)
+    with pytest.raises(
+        ShareError, match=r"amid epoch 1 by 2 process\(es\), and 1 would .* Go on with 2 .*`--ckpt_path best`"
+    ):
+        next(iter(loader))
+    assert len(epoch_of(loader, 2)) == 6
 
 
 def test_persistent_workers_serve_the_epoch_that_was_set_last() -> None:

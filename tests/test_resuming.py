@@ -1,0 +1,129 @@
+"""Files of a run that a kill or a bad disk has damaged: the same command goes on, or says in one line what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import zipfile
+from pathlib import Path
+from unittest.mock import Mock
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kdvit.checkpoints import newest_checkpoint
+from tests.runs import SHORT, column, fit
+
+LONGER = [*SHORT, "--trainer.max_epochs", "3"]
+CHECKPOINTS = Path("run/checkpoints")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        fit("plain", "", *more)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def damage(file: Path, part: str, seed: int) -> None:
+    """Changes up to eight bytes, drawn at random, of a part of a checkpoint."""
+    with zipfile.ZipFile(file) as archive:
+        info = next(each for each in archive.infolist() if each.filename.endswith(part))
+    content, draw = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    names = struct.unpack_from("<2H", content, info.header_offset + 26)
+    for place in info.header_offset + 30 + sum(names) + draw.integers(info.file_size, size=8):
+        content[place] = int(draw.integers(256))
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_with_other_numbers_inside_is_passed_over_and_refused_where_it_is_named(caplog, capsys) -> None:
+    fit("plain", "", *SHORT)
+    last = CHECKPOINTS / "last.ckpt"
+    damage(last, "/data/2", 0)
+    torch.load(last, weights_only=True)  # torch itself sees nothing
+    told = "last.ckpt is no whole checkpoint (its part archive/data/2 is damaged)."
+    assert told in refused(capsys, *LONGER, "--ckpt_path", "last")
+    fit("plain", "", *LONGER)
+    assert f"{told} It is passed over." in caplog.text
+    assert "Going on from run/checkpoints/best.ckpt, step" in caplog.text
+    assert newest_checkpoint(CHECKPOINTS) == last
+
+
+def test_no_damage_ends_the_search_for_a_whole_checkpoint() -> None:
+    fit("plain", "", *SHORT)
+    last = CHECKPOINTS / "last.ckpt"
+    content = last.read_bytes()
+    for seed in range(200):
+        damage(last, "data.pkl", seed)
+        assert newest_checkpoint(CHECKPOINTS) == CHECKPOINTS / "best.ckpt"
+        last.write_bytes(content)
+    assert newest_checkpoint(CHECKPOINTS) == last
+
+
+@pytest.mark.parametrize("content", ["", "model: {", "[1]", "\x00\x00"], ids=["empty", "torn", "list", "zeros"])
+def test_a_damaged_config_of_a_run_is_one_message_with_the_way_out(content: str, capsys) -> None:
+    fit("plain", "", *SHORT)
+    config = Path("run/config.yaml")
+    config.write_text(content)
+    message = refused(capsys, *LONGER)
+    assert message.startswith(
+        "kdvit: error: 'run/config.yaml' is damaged, so nobody can say whether the run in this folder"
+    )
+    assert message.endswith("remove the file and give the same command again: it is written anew.")
+    config.unlink()
+    fit("plain", "", *LONGER)
+    assert yaml.safe_load(config.read_text())["trainer"]["max_epochs"] == 3
+
+
+def test_a_config_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
+    fit("plain", "", *SHORT)
+    before = Path("run/config.yaml").read_text()
+    assert before.startswith("# kdvit==")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert "cannot write 'run/config.yaml': No space left on device." in refused(capsys, *LONGER)
+    assert Path("run/config.yaml").read_text() == before
+    assert not list(Path("run").glob("*.tmp"))
+
+
+def test_a_config_is_in_the_run_wherever_the_logs_are() -> None:
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: run, name: logs}}"
+    fit("plain", "", *SHORT, "--trainer.logger", logger)
+    assert Path("run/config.yaml").is_file()
+    assert not list(Path("run/logs").rglob("config.yaml"))
+
+
+def test_a_torn_table_loses_the_torn_rows_alone() -> None:
+    scores = ("step", "train/loss", "val/acc1")
+    fit("plain", "", *SHORT, "--trainer.log_every_n_steps=1")
+    table = Path("run/metrics.csv")
+    before = column("run", scores)
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text(
+        "".join([*lines[:3], lines[3][:9], *lines[4:], "2,2", lines[1], "\x00\x00\n", "x" + lines[2], "1,5"])
+    )
+    fit("plain", "", *LONGER, "--trainer.log_every_n_steps=1")
+    assert (
+        column("run", scores)[: len(before) - 2] == before[:2] + before[4:]
+    )  # the row behind is glued to the torn one
+    assert len(column("run", scores)) > len(before)
+
+
+class Foreign(pl.Callback):
+    """A callback whose state looks a little like that of Lightning's checkpoints."""
+
+    def state_dict(self) -> dict[str, str]:
+        return {"dirpath": "somewhere"}
+
+
+def test_states_of_other_callbacks_are_left_alone_in_a_run_that_was_moved() -> None:
+    given = ["--trainer.callbacks", "tests.test_resuming.Foreign"]
+    fit("plain", "", *SHORT, *given, "--trainer.default_root_dir", "before")
+    Path("before").rename("run")
+    fit("plain", "", *LONGER, *given)
+    states = torch.load(CHECKPOINTS / "last.ckpt", weights_only=True)["callbacks"]
+    assert states["Foreign"] == {"dirpath": "somewhere"}
