@@ -75,7 +75,11 @@ def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(dem
         at = {
             "step": ("kdvit.module:DistillationModule", "training_step", draw.randrange(1, 25)),
             "validation": ("kdvit.module:DistillationModule", "validation_step", draw.randrange(3, 12)),
-            "writing": ("os", "replace", draw.randrange(1, 6)),  # a checkpoint, written and not yet in its place
+            "writing": (
+                "os",
+                "replace",
+                draw.randrange(1, 9),
+            ),  # the table, config.yaml or a checkpoint, not yet in its place
         }.get(moment)
         process = _started(args, at)
         if moment == "any":

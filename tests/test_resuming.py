@@ -54,6 +54,15 @@ def test_a_checkpoint_with_other_numbers_inside_is_passed_over_and_refused_where
     assert newest_checkpoint(CHECKPOINTS) == last
 
 
+def test_checkpoints_of_which_none_is_whole_are_not_overwritten(capsys) -> None:
+    fit("plain", "", *SHORT)
+    for file in CHECKPOINTS.iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    before = [file.read_bytes() for file in CHECKPOINTS.iterdir()]
+    assert "None of the checkpoints in 'run/checkpoints' is whole, and a run from the start" in refused(capsys, *LONGER)
+    assert [file.read_bytes() for file in CHECKPOINTS.iterdir()] == before
+
+
 def test_no_damage_ends_the_search_for_a_whole_checkpoint() -> None:
     fit("plain", "", *SHORT)
     last = CHECKPOINTS / "last.ckpt"
