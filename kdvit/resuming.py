@@ -54,6 +54,8 @@ def find_checkpoint(command: str, config: Any, text: str) -> str | None:
         if not file.is_file():
             raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
         require_plain(file)
+        if command == "fit":
+            _require_training(file)
     elif command == "fit":
         newest = newest_checkpoint(folder)
         if newest is None:
@@ -88,6 +90,13 @@ def require_plain(file: Path) -> None:
         raise UserError(
             f"{str(file)!r} is no checkpoint of `kdvit fit`: it would change the config by its hyper_parameters."
         )
+
+
+def _require_training(file: Path) -> None:
+    try:
+        training_step(file)
+    except ValueError as error:
+        raise UserError(f"{error} Training goes on from a checkpoint of `kdvit fit`.") from error
 
 
 def refuse_elsewhere(key: str, name: str | None) -> None:

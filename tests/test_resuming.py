@@ -54,6 +54,15 @@ def test_a_checkpoint_with_other_numbers_inside_is_passed_over_and_refused_where
     assert newest_checkpoint(CHECKPOINTS) == last
 
 
+def test_training_does_not_go_on_from_weights_alone(capsys) -> None:
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    message = refused(capsys, *SHORT, "--ckpt_path", "weights.ckpt")
+    assert message.endswith(
+        "(it has no global_step, loops, optimizer_states). Training goes on from a checkpoint of `kdvit fit`."
+    )
+    assert not Path("run").exists()
+
+
 def test_checkpoints_of_which_none_is_whole_are_not_overwritten(capsys) -> None:
     fit("plain", "", *SHORT)
     for file in CHECKPOINTS.iterdir():
