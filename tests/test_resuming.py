@@ -131,6 +131,14 @@ def test_a_torn_table_loses_the_torn_rows_alone() -> None:
     assert len(column("run", scores)) > len(before)
 
 
+def test_a_validation_that_is_held_again_has_one_row() -> None:
+    often = ["--last_checkpoint.every_n_train_steps", "3"]  # at an epoch's end, before its validation
+    fit("plain", "", *SHORT, *often)
+    fit("plain", "", *LONGER, *often, "--ckpt_path", "last")
+    steps = [row.split(",")[0] for row in column("run", ("step", "val/acc1")) if "nan" not in row]
+    assert steps == ["(2.0", "(5.0", "(8.0"]
+
+
 class Foreign(pl.Callback):
     """A callback whose state looks a little like that of Lightning's checkpoints."""
 
