@@ -328,6 +328,7 @@ def test_no_checkpoint_runs_code(capsys, caplog) -> None:
         again = ["fit", *plain, "--trainer.default_root_dir", "run"]
         assert "None of the checkpoints in 'run/checkpoints' is whole" in refused(again, capsys)
         assert "last.ckpt is no whole checkpoint" in caplog.text
+        assert not Path("pwned").exists()
 
 
 def test_a_config_cannot_ask_for_unsafe_checkpoints(capsys) -> None:
