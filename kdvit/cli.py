@@ -45,7 +45,7 @@ from kdvit.processes import (
     require_all_tasks,
     require_whole_networks,
 )
-from kdvit.resuming import SaveConfig, find_checkpoint, refuse_elsewhere, require_plain
+from kdvit.resuming import SaveConfig, find_checkpoint, require_plain
 from kdvit.sharding import ShardedStrategy, require_shardable
 from kdvit.trust import build_no_callables, refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 
@@ -201,7 +201,6 @@ class KdvitCLI(LightningCLI):
         refuse_code(config)
         refuse_writing_elsewhere(config)
         for key in ("checkpoint", "last_checkpoint"):
-            refuse_elsewhere(f"{key}.filename", config[key].filename)
             if config[key].train_time_interval is not None and config.trainer.accumulate_grad_batches > 1:
                 raise UserError(
                     f"{key}.train_time_interval would save amid accumulated batches, whose gradients no checkpoint has. Set "

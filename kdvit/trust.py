@@ -38,13 +38,13 @@ def build_no_callables() -> None:
     register_type(Callable, _path_of_callable, _default_callable, Exception, lambda value, _: callable(value))
 
 
-def refuse_code(config: Any, key: str = "") -> None:
+def refuse_code(config: Any) -> None:
     """Raises if a parsed config holds a function, or the path of one in place of a class.
 
     Raises:
         UserError: If it does. The functions that a class has as defaults of its arguments are its own.
     """
-    for place, owner, value in _values(config, key):
+    for place, owner, value in _values(config, ""):
         if isinstance(value, Namespace) and isinstance(value.get("class_path"), str):
             if not inspect.isclass(_imported(value.class_path)):
                 raise UserError(f"{place}: {value.class_path!r} is no class: {NO_CODE}.")
@@ -66,6 +66,10 @@ def refuse_writing_elsewhere(config: Any) -> None:
     for name in WRITERS:
         for place, _, value in _values(config.trainer[name], f"trainer.{name}"):
             _refuse_elsewhere(place, value, root)
+    for key in ("checkpoint", "last_checkpoint"):
+        name = config[key].filename
+        if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+            raise UserError(f"{key}.filename: expected a name inside the run's checkpoints, got {name!r}.")
     for place, _, value in _values(config.model, "model"):
         if place.endswith(".cache_dir"):  # where timm downloads to
             _refuse_elsewhere(place, value, root)

@@ -13,13 +13,13 @@ from kdvit import __version__
 from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.structures import View
+from kdvit.structures import View, WorkerError
 
 FILE = "manifest.json"
 PACKAGES = ("torch", "torchvision", "timm", "Pillow", "numpy")
 
 
-class CacheError(ValueError):
+class CacheError(WorkerError, ValueError):
     """A cache that cannot be written, or does not belong to a run. The command line shows the message alone."""
 
 

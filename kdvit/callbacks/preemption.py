@@ -95,7 +95,7 @@ class Preemption(Checkpoint):
         """Tells, as the last line, what has ended the run and from where it goes on, and lets the loader's workers go."""
         if isinstance(exception, Stopped):
             rank_zero_info(exception.story)
-        elif self._training:
+        elif self._training and trainer.is_global_zero:
             newest = newest_checkpoint(last_checkpoint(trainer).parent)
             whence = f"goes on from {newest}" if newest else "starts anew, as there is no checkpoint yet"
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")
