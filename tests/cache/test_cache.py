@@ -345,7 +345,8 @@ def test_every_mismatch_of_the_settings_is_named(demo_teacher: str, capsys) -> N
 def test_other_weights_images_and_versions_are_named(demo_teacher: str, capsys) -> None:
     cache(demo_teacher)
     manifest = json.loads(Path("cache/manifest.json").read_text())
-    for name in ("teacher.weights", "teacher.class", "data.content", "data.images", "version.torch", "version.Pillow"):
+    versions = ("version.torch", "version.Pillow", "version.records")
+    for name in ("teacher.weights", "teacher.class", "data.content", "data.images", *versions):
         other = {**manifest, "origin": {**manifest["origin"], name: "other"}}
         Path("cache/manifest.json").write_text(json.dumps(other))
         assert f"{name} is {manifest['origin'][name]!r} and was 'other'" in refusal(
