@@ -40,10 +40,19 @@ def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
         content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"],
     )
     again = validated["ready"] > validated["processed"]  # a validation that is due, and had been held before a kill
-    lines = [line for line in file.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
-    whole = [row for row in csv.DictReader(lines) if None not in (*row, *row.values())]
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    names, *table = [_cells(line) for line in lines if line.endswith("\n") and "\0" not in line] or [[]]
+    whole = [dict(zip(names, cells, strict=True)) for cells in table if len(cells) == len(names)]
     rows = [row for row in map(_numbers, whole) if row.get("step", step) < step]
     return [row for row in rows if not (again and row["step"] == step - 1 and "val/acc1" in row)]
+
+
+def _cells(line: str) -> list[str]:
+    """Returns the cells of a line, which is read alone: a quotation mark out of place is no beginning of many lines."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return []
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:
