@@ -62,8 +62,8 @@ def find_checkpoint(command: str, config: Any, text: str) -> str | None:
         if newest is None:
             if any(folder.glob("*.ckpt")):
                 raise UserError(
-                    f"None of the checkpoints in {str(folder)!r} is whole, and a run from the start would overwrite them. Restore one, "
-                    "remove them, or choose another --trainer.default_root_dir."
+                    f"From none of the checkpoints in {str(folder)!r} can training go on (the lines above say why), and a run from the "
+                    "start would overwrite them. Restore one, remove them, or choose another --trainer.default_root_dir."
                 )
             return None
         _refuse_another_run(root, yaml.safe_load(text))

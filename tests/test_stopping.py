@@ -251,7 +251,7 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> No
     fit("plain", demo_teacher, *more)
     assert_same_end("whole", "run")
     states = torch.load("run/checkpoints/last.ckpt", weights_only=True)["callbacks"]
-    paths = [state["best_model_path"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
+    paths = [state["best_model_path"] for name, state in states.items() if name.startswith("StepCheckpoint")]
     assert {Path(path).parent for path in paths} == {Path("run/checkpoints").absolute()}
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.checkpoints import move_checkpoints, newest_checkpoint
+from kdvit.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
 from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
@@ -53,8 +53,7 @@ class Preemption(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Does what is asked for, unless gradients are waiting for more batches: a checkpoint has no gradients."""
-        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if complete:
+        if gradients_are_taken(trainer, batch_idx):
             self._obey(trainer)
         if trainer.is_last_batch or validation_is_due(trainer):
             self._hear_all()
