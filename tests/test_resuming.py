@@ -75,6 +75,7 @@ def test_checkpoints_of_which_none_is_whole_are_not_overwritten(capsys) -> None:
     assert [file.read_bytes() for file in CHECKPOINTS.iterdir()] == before
 
 
+@pytest.mark.slow
 def test_no_damage_ends_the_search_for_a_whole_checkpoint() -> None:
     fit("plain", "", *SHORT)
     last = CHECKPOINTS / "last.ckpt"

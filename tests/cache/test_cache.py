@@ -83,7 +83,9 @@ class Recorder:
 # Training
 
 
-@pytest.mark.parametrize("method", ["lift", "wide_last", "soft_kd", "feature"])
+@pytest.mark.parametrize(
+    "method", ["lift", "soft_kd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wide_last", "feature"))]
+)
 def test_a_cached_run_ends_where_the_online_run_on_rounded_outputs_ends(
     method: str, demo_teacher: str, monkeypatch
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_cached_run_ends_where_the_online_run_on_rounded_outputs_ends(
         assert torch.equal(value, online[name]), (name, (value - online[name]).abs().max())
 
 
+@pytest.mark.slow
 def test_in_float32_a_cached_run_with_ema_and_repeats_ends_where_the_online_run_ends(
     demo_teacher: str, monkeypatch
 ) -> None:
