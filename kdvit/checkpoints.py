@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.files import write_whole
@@ -26,12 +29,43 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the disk is full, or cannot be written to; the message names the file.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_whole(Path(path), content.getbuffer())
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which leaves out the batches whose gradients wait for more: a checkpoint has no gradients.
+
+    (Lightning's own saves amid accumulated batches by time, and by steps in the first ones of a run that goes on.)
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves if it is time to."""
+        if gradients_are_taken(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def gradients_are_taken(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Tells whether the optimizer has made its step with the gradients of a training batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def refuse_saving_on_errors(callbacks: Iterable[pl.Callback]) -> None:
+    """Raises if a callback saves when a run fails: the next start would take that for a checkpoint to go on from.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for callback in callbacks:
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            raise ValueError(
+                f"{type(callback).__name__} would save when the run fails, amid a step or behind one that was not finite, and the "
+                "next start would go on from there. Leave save_on_exception or the callback out: a run saves itself when it is "
+                "stopped, and in RUN/nonfinite when a number is not finite."
+            )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

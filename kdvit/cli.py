@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,7 +29,7 @@ from kdvit.callbacks import (
     Throughput,
 )
 from kdvit.check import describe
-from kdvit.checkpoints import WholeCheckpointIO
+from kdvit.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
 from kdvit.commands import COMMANDS, slurm_command
 from kdvit.config_files import find_configs, read_plain_values_alone
 from kdvit.data import ImageDataModule
@@ -45,7 +45,7 @@ from kdvit.processes import (
     require_all_tasks,
     require_whole_networks,
 )
-from kdvit.resuming import SaveConfig, find_checkpoint, refuse_elsewhere, require_plain
+from kdvit.resuming import SaveConfig, find_checkpoint, require_plain
 from kdvit.sharding import ShardedStrategy, require_shardable
 from kdvit.trust import build_no_callables, refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 
@@ -174,7 +174,7 @@ class KdvitCLI(LightningCLI):
         best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "mode": "max"}
         last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
-            parser.add_lightning_class_args(ModelCheckpoint, key)
+            parser.add_lightning_class_args(StepCheckpoint, key)
             defaults = {**defaults, "enable_version_counter": False}
             parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
             parser.link_arguments("trainer.default_root_dir", f"{key}.dirpath", compute_fn=_checkpoint_folder)
@@ -200,13 +200,6 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.subcommand]
         refuse_code(config)
         refuse_writing_elsewhere(config)
-        for key in ("checkpoint", "last_checkpoint"):
-            refuse_elsewhere(f"{key}.filename", config[key].filename)
-            if config[key].train_time_interval is not None and config.trainer.accumulate_grad_batches > 1:
-                raise UserError(
-                    f"{key}.train_time_interval would save amid accumulated batches, whose gradients no checkpoint has. Set "
-                    f"--{key}.every_n_train_steps instead."
-                )
         if config.get("weights_only") is False:
             raise UserError(
                 "weights_only: false would let a checkpoint run code. Leave it out: kdvit loads no such file."
@@ -257,6 +250,7 @@ class KdvitCLI(LightningCLI):
             if given["logger"] in (None, True):
                 kwargs["logger"] = run_loggers(root, self.checkpoint)
         trainer = super().instantiate_trainer(**kwargs)
+        refuse_saving_on_errors(trainer.callbacks)  # type: ignore[attr-defined]
         if self.subcommand == "check":
             planned = _planned_processes(given)
             loading = getattr(self.datamodule, "num_workers", 0), self.config_init["check"]["images_per_second"]

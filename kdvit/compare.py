@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdvit.benchmark import latency_ms
+from kdvit.loggers import read_table
 from kdvit.messages import UserError
 from kdvit.models import load_student
 from kdvit.models.cost import parameter_count
@@ -57,9 +57,8 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "metrics.csv").is_file() or not (folder / "student").is_dir():
         raise UserError(f"{str(folder.absolute())!r} holds no finished run: expected metrics.csv and student/ in it.")
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("val/acc1")]
-    curve = [(int(float(row["epoch"])), float(row["val/acc1"])) for row in rows]
+    rows = read_table(folder / "metrics.csv")
+    curve = [(int(row["epoch"]), row["val/acc1"]) for row in rows if {"epoch", "val/acc1"} <= set(row)]
     if not curve:
         raise UserError(f"{str(folder.absolute())!r} has no val/acc1 in its metrics.csv: it was never validated.")
     try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-
-from kdvit.checkpoints import training_step
 
 
 def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> list[Logger]:
@@ -27,18 +26,37 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
         file.replace(before)  # the logger deletes a table that it finds
     table = CSVLogger(root, name="", version="")
     if first and resumed_from is not None and before.is_file():
-        table.experiment.metrics.extend(_rows_before(before, training_step(Path(resumed_from))))
+        table.experiment.metrics.extend(_rows_before(before, resumed_from))
         table.save()
         before.unlink()
     return [TensorBoardLogger(root, name="", version=""), table]
 
 
-def _rows_before(file: Path, step: int) -> list[dict[str, float]]:
-    """Returns the rows of the steps before one, without those that a kill or a full disk has torn."""
-    lines = [line for line in file.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
-    whole = [row for row in csv.DictReader(lines) if None not in (*row, *row.values())]
-    rows = [_numbers(row) for row in whole]
-    return [row for row in rows if row.get("step", step) < step]
+def read_table(file: Path) -> list[dict[str, float]]:
+    """Returns the rows of a metrics.csv by column, without those that a kill or a full disk has torn."""
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    names, *table = [_cells(line) for line in lines if line.endswith("\n") and "\0" not in line] or [[]]
+    return [_numbers(dict(zip(names, cells, strict=True))) for cells in table if len(cells) == len(names)]
+
+
+def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
+    """Returns the rows of what a checkpoint has behind it."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    step, validated = (
+        content["global_step"],
+        content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"],
+    )
+    again = validated["ready"] > validated["processed"]  # a validation that is due, and had been held before a kill
+    rows = [row for row in read_table(file) if row.get("step", step) < step]
+    return [row for row in rows if not (again and row["step"] == step - 1 and "val/acc1" in row)]
+
+
+def _cells(line: str) -> list[str]:
+    """Returns the cells of a line, which is read alone: a quotation mark out of place is no beginning of many lines."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return []
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:

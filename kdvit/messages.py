@@ -36,7 +36,6 @@ NOT_SAID = (
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
-IN_A_WORKER = "in DataLoader worker process"  # in what torch puts before the message of an error there
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
@@ -65,10 +64,7 @@ def explain(error: Exception) -> str | None:
         return f"{error} Then give the same command again: a run goes on from its last checkpoint."
     if not isinstance(error, EXPLAINED):
         return None
-    said = str(error)
-    if IN_A_WORKER in said:
-        said = said.rpartition(f"{type(error).__name__}: ")[2].strip()
-    text = _named(_condensed(said))
+    text = _named(_condensed(str(error)))
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 

@@ -53,10 +53,18 @@ def find_checkpoint(command: str, config: Any, text: str) -> str | None:
         file = folder / f"{config.ckpt_path}.ckpt" if named else Path(config.ckpt_path)
         if not file.is_file():
             raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
-        require_plain(file)
+        if named:  # a file was read when the config was parsed
+            require_plain(file)
+        if command == "fit":
+            _require_training(file)
     elif command == "fit":
         newest = newest_checkpoint(folder)
         if newest is None:
+            if any(folder.glob("*.ckpt")):
+                raise UserError(
+                    f"From none of the checkpoints in {str(folder)!r} can training go on (the lines above say why), and a run from the "
+                    "start would overwrite them. Restore one, remove them, or choose another --trainer.default_root_dir."
+                )
             return None
         _refuse_another_run(root, yaml.safe_load(text))
         file = newest
@@ -85,10 +93,11 @@ def require_plain(file: Path) -> None:
         )
 
 
-def refuse_elsewhere(key: str, name: str | None) -> None:
-    """Raises UserError if a file name leads out of its folder."""
-    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise UserError(f"{key}: expected a name inside the run's checkpoints, got {name!r}.")
+def _require_training(file: Path) -> None:
+    try:
+        training_step(file)
+    except ValueError as error:
+        raise UserError(f"{error} Training goes on from a checkpoint of `kdvit fit`.") from error
 
 
 def _refuse_another_run(root: Path, ours: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,8 +22,10 @@ NO_CODE = (
 )
 WRITERS = ("callbacks", "logger", "profiler", "strategy", "plugins")  # of the trainer
 FOLDER = re.compile(r"(dir|directory|folder|path)s?(\[\d+\])*$")
+LINK = re.compile(r"(uri|location)$")  # a folder or a server
+SERVER = ("http://", "https://")
 ADDRESS = re.compile(r"^[A-Za-z][\w+.-]*:/")
-EXPANDED = re.compile(r"^~|\$[\w{]")
+EXPANDED = re.compile(r"^~|\$[A-Za-z_{]")
 
 
 def build_no_callables() -> None:
@@ -38,13 +41,13 @@ def build_no_callables() -> None:
     register_type(Callable, _path_of_callable, _default_callable, Exception, lambda value, _: callable(value))
 
 
-def refuse_code(config: Any, key: str = "") -> None:
+def refuse_code(config: Any) -> None:
     """Raises if a parsed config holds a function, or the path of one in place of a class.
 
     Raises:
         UserError: If it does. The functions that a class has as defaults of its arguments are its own.
     """
-    for place, owner, value in _values(config, key):
+    for place, owner, value in _values(config, ""):
         if isinstance(value, Namespace) and isinstance(value.get("class_path"), str):
             if not inspect.isclass(_imported(value.class_path)):
                 raise UserError(f"{place}: {value.class_path!r} is no class: {NO_CODE}.")
@@ -55,7 +58,8 @@ def refuse_code(config: Any, key: str = "") -> None:
 def refuse_writing_elsewhere(config: Any) -> None:
     """Raises if a parsed config would have files written outside its ``trainer.default_root_dir``.
 
-    Checked is all text that callbacks, loggers and the like are given, and not its use, which only they know.
+    Checked is all text that callbacks, loggers and the like are given, and not its use, which only they know, nor what they
+    write of their own accord. A data module's folders are the data's, wherever they are.
 
     Raises:
         UserError: If a value leads elsewhere.
@@ -66,6 +70,10 @@ def refuse_writing_elsewhere(config: Any) -> None:
     for name in WRITERS:
         for place, _, value in _values(config.trainer[name], f"trainer.{name}"):
             _refuse_elsewhere(place, value, root)
+    for key in ("checkpoint", "last_checkpoint"):
+        name = config[key].filename
+        if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+            raise UserError(f"{key}.filename: expected a name inside the run's checkpoints, got {name!r}.")
     for place, _, value in _values(config.model, "model"):
         if place.endswith(".cache_dir"):  # where timm downloads to
             _refuse_elsewhere(place, value, root)
@@ -78,7 +86,9 @@ def refuse_folder_of_config(config: Any, args: list[str]) -> None:
         UserError: If it does.
     """
     out = config.get("out")
-    if out is not None and out not in {arg.removeprefix("--out=") for arg in args}:
+    given = [value for option, value in pairwise(["", *args]) if option == "--out"]
+    given += [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
+    if out is not None and out not in given:
         raise UserError(
             f"out: a config chooses no folder but its run directory, got {out!r}: give --out on the command line."
         )
@@ -88,8 +98,9 @@ def _refuse_elsewhere(place: str, value: Any, root: str) -> None:
     key = place.rpartition(".")[2]
     if isinstance(value, (str, PurePath)) and key != "class_path" and _leads_out(key, str(value), root):
         raise UserError(
-            f"{place}: {str(value)!r} leads out of the run directory {root!r}, where all that a run writes goes. Leave it out, "
-            "give a path in that directory (as seen from here), or choose another --trainer.default_root_dir."
+            f"{place}: {str(value)!r} leads out of the run directory {root!r}, where all that a run writes goes (given, or a "
+            f"default). Set it to a path in that directory, as seen from here, such as {str(Path(root) / key)!r}, leave it out, or choose "
+            "another --trainer.default_root_dir."
         )
 
 
@@ -97,11 +108,12 @@ def _leads_out(key: str, text: str, root: str) -> bool:
     if ".." in PurePath(text).parts or EXPANDED.search(text):
         return True
     is_folder = bool(FOLDER.search(key)) and key != "sub_dir"  # which Lightning appends to the logger's folder
-    if ADDRESS.search(text) and not is_folder:
-        return not text.startswith(("http://", "https://"))  # of a server, which is no file
-    if is_folder and _is_address(text):
+    if text.startswith(SERVER) and not is_folder:
+        return False  # it is no file
+    if ADDRESS.search(text) or (is_folder and _is_address(text)):
         return True
-    return (is_folder or PurePath(text).is_absolute()) and not Path(text).resolve().is_relative_to(Path(root).resolve())
+    is_path = is_folder or bool(LINK.search(key)) or PurePath(text).is_absolute()
+    return is_path and not Path(text).resolve().is_relative_to(Path(root).resolve())
 
 
 def _is_address(text: str) -> bool:
@@ -150,7 +162,8 @@ def _path_of_callable(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {"class_path": _path_of_callable(value.func)}
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    paths = [f"{named.__module__}.{name}" for name in (named.__name__, named.__qualname__)]  # torch.tanh is but the one
+    return next((path for path in paths if _imported(path) is named), paths[1])
 
 
 def _is_handed_over(value: Any) -> bool:

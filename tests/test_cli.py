@@ -127,6 +127,8 @@ def test_no_file_of_a_run_holds_a_weight_of_the_teacher(decay: str, demo_teacher
 
 def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> None:
     fit("plain", demo_teacher, *SHORT)
+    with Path("run/metrics.csv").open("a") as stream:
+        stream.write('2,"\n\0\0\n2,2')  # a last kill has torn it
     main(["compare", "run", "run", "--out", "side_by_side"])
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("run ")]

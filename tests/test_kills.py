@@ -21,7 +21,7 @@ from tests.runs import QUIET, assert_same_end, demo_fit, fit
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["kdvit.cli", __name__])
 EVERYTHING = [
-    *[*QUIET, "--trainer.max_epochs=12", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
+    *[*QUIET, "--trainer.max_epochs=40", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
     *["--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.repeats=3"],
     *["--model.student.init_args.drop_path_rate=0.2", "--data.init_args.num_workers=1"],
     *["--last_checkpoint.every_n_train_steps=6", "--model.optimizer.lr_base_batch=64"],
@@ -75,7 +75,7 @@ def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(dem
         at = {
             "step": ("kdvit.module:DistillationModule", "training_step", draw.randrange(1, 25)),
             "validation": ("kdvit.module:DistillationModule", "validation_step", draw.randrange(3, 12)),
-            "writing": ("os", "replace", draw.randrange(1, 6)),  # a checkpoint, written and not yet in its place
+            "writing": ("os", "replace", draw.randrange(1, 8)),  # the table, config.yaml, or a checkpoint
         }.get(moment)
         process = _started(args, at)
         if moment == "any":
@@ -84,7 +84,7 @@ def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(dem
         assert _ended(process) == -signal.SIGKILL, moment
         steps.append(torch.load(last, weights_only=True)["global_step"] if last.exists() else 0)
     assert steps == sorted(steps)
-    assert 100 < steps[-1] < 240
+    assert 100 < steps[-1] < 800
     assert _ended(_started(args)) == 0
     assert_same_end("whole", "run")
     assert not list(Path("run").rglob("*.tmp"))

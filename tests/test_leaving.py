@@ -67,6 +67,7 @@ def test_onnx_runs_elsewhere_with_any_batch(checkpoint: str, capsys) -> None:
         np.testing.assert_allclose(logits, network(torch.from_numpy(image)).logits.detach(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export_runs_without_kdvit(checkpoint: str, capsys) -> None:
     main(["export", "--ckpt", checkpoint, "--out", "out", "--format", "torch-export"])
     assert "differ from PyTorch's by at most" in capsys.readouterr().out
@@ -92,6 +93,7 @@ def test_what_cannot_be_exported_is_one_message(capsys) -> None:
     assert "no exported folder or checkpoint" in message
 
 
+@pytest.mark.slow
 def test_costs_are_shown_side_by_side(checkpoint: str, capsys) -> None:
     main(["export", "--ckpt", checkpoint, "--out", "out"])
     capsys.readouterr()

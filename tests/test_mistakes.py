@@ -57,10 +57,6 @@ WRONG = {
     "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
     "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
     "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
-    "checkpoint amid a step": (
-        {"last_checkpoint/train_time_interval": "0:10:00", "trainer/accumulate_grad_batches": 2},
-        "last_checkpoint.train_time_interval would save amid accumulated batches, whose gradients no checkpoint has.",
-    ),
     "optimizer argument": ({"model/optimizer/args": {"foo": 1}}, "optimizer.args: adamw does not take {'foo': 1}"),
     "huge network": (
         {"model/student/init_args/model_args/embed_dim": 2**20},

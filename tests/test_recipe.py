@@ -138,6 +138,7 @@ def _assert_groups(module: Any) -> None:
         assert decay[id(parameter)] == (0.0 if exempt else 0.05), name
 
 
+@pytest.mark.slow
 def test_repeated_augmentation_at_the_size_of_imagenet() -> None:
     samplers = [ViewSampler(1_281_167, training=True, repeats=3, num_replicas=4, rank=rank) for rank in range(4)]
     per_rank = 1_281_167 // 256 * 256 // 4

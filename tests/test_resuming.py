@@ -54,6 +54,28 @@ def test_a_checkpoint_with_other_numbers_inside_is_passed_over_and_refused_where
     assert newest_checkpoint(CHECKPOINTS) == last
 
 
+def test_training_does_not_go_on_from_weights_alone(capsys) -> None:
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    message = refused(capsys, *SHORT, "--ckpt_path", "weights.ckpt")
+    assert message.endswith(
+        "(it has no global_step, loops, optimizer_states). Training goes on from a checkpoint of `kdvit fit`."
+    )
+    assert not Path("run").exists()
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_overwritten(capsys) -> None:
+    fit("plain", "", *SHORT)
+    for file in CHECKPOINTS.iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    before = [file.read_bytes() for file in CHECKPOINTS.iterdir()]
+    assert (
+        "From none of the checkpoints in 'run/checkpoints' can training go on (the lines above say why), and a run"
+        in refused(capsys, *LONGER)
+    )
+    assert [file.read_bytes() for file in CHECKPOINTS.iterdir()] == before
+
+
+@pytest.mark.slow
 def test_no_damage_ends_the_search_for_a_whole_checkpoint() -> None:
     fit("plain", "", *SHORT)
     last = CHECKPOINTS / "last.ckpt"
@@ -111,6 +133,59 @@ def test_a_torn_table_loses_the_torn_rows_alone() -> None:
         column("run", scores)[: len(before) - 2] == before[:2] + before[4:]
     )  # the row behind is glued to the torn one
     assert len(column("run", scores)) > len(before)
+
+
+@pytest.mark.parametrize("torn", ["\0" * 140_000, '"', '2,"', '"2"3'], ids=["a page of zeros", "quote", "open", "amid"])
+def test_a_damaged_line_of_a_table_loses_no_others(torn: str) -> None:
+    fit("plain", "", *SHORT, "--trainer.log_every_n_steps=1")
+    table, scores = Path("run/metrics.csv"), ("step", "train/loss", "val/acc1")
+    before = column("run", scores)
+    first, *lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([first, lines[0], torn + "\n", *lines[1:]]))
+    fit("plain", "", *LONGER, "--trainer.log_every_n_steps=1")
+    assert column("run", scores)[: len(before)] == before
+
+
+def test_a_validation_that_is_held_again_has_one_row() -> None:
+    often = ["--last_checkpoint.every_n_train_steps", "3"]  # at an epoch's end, before its validation
+    fit("plain", "", *SHORT, *often)
+    fit("plain", "", *LONGER, *often, "--ckpt_path", "last")
+    steps = [row.split(",")[0] for row in column("run", ("step", "val/acc1")) if "nan" not in row]
+    assert steps == ["(2.0", "(5.0", "(8.0"]
+
+
+SAVING = "{class_path: lightning.pytorch.callbacks.OnExceptionCheckpoint, init_args: {dirpath: run/checkpoints}}"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("--last_checkpoint.save_on_exception=true", "StepCheckpoint"),
+        (f"--trainer.callbacks+={SAVING}", "OnExceptionCheckpoint"),
+    ],
+    ids=["option", "callback"],
+)
+def test_nothing_saves_amid_an_error(given: str, name: str, capsys) -> None:
+    assert f"{name} would save when the run fails, amid a step" in refused(capsys, *SHORT, given)
+    assert not Path("run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "when", ["--last_checkpoint.every_n_train_steps=2", "--last_checkpoint.train_time_interval=0:0:0"]
+)
+def test_no_checkpoint_is_saved_amid_accumulated_batches(when: str, monkeypatch) -> None:
+    saved = []
+
+    def note(self: pl.Trainer, path: str, *args: object, **kwargs: object) -> None:
+        saved.append(self.fit_loop.batch_idx)
+        save(self, path, *args, **kwargs)
+
+    save = pl.Trainer.save_checkpoint
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", note)
+    fit("plain", "", *SHORT, when, "--trainer.accumulate_grad_batches=3", "--trainer.limit_train_batches=9")
+    fit("plain", "", *LONGER, when, "--trainer.accumulate_grad_batches=3", "--trainer.limit_train_batches=9")
+    assert {batch % 3 for batch in saved} == {2}
+    assert len(saved) >= 6
 
 
 class Foreign(pl.Callback):

@@ -179,7 +179,7 @@ def test_what_is_wrong_shows_before_the_job_is_submitted(options: str, message: 
     monkeypatch.setenv("PATH", "nowhere")
     if "default_root_dir" in options:
         fit("plain", "", *SHORT, "--seed_everything", "1")
-    torch.save({}, "last.ckpt")
+    torch.save({"global_step": 1, "loops": {}, "optimizer_states": []}, "last.ckpt")
     with pytest.raises(SystemExit) as end:
         main([*DEMO, *options.split()])
     assert end.value.code == 2

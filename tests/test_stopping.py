@@ -79,12 +79,12 @@ def whole(demo_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("hook", "count", "step"),
     [
-        ("on_sanity_check_end", 1, 1),
+        pytest.param("on_sanity_check_end", 1, 1, marks=pytest.mark.slow),
         ("on_train_batch_start", 33, 33),
         ("on_train_batch_start", 20, 20),
         ("on_validation_batch_start", 3, 20),
-        ("on_validation_batch_start", 8, 20),
-        ("on_validation_batch_start", 16, 40),
+        pytest.param("on_validation_batch_start", 8, 20, marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_start", 16, 40, marks=pytest.mark.slow),
     ],
     ids=["before the first", "amid an epoch", "last of an epoch", "amid a validation", "its last", "the very last"],
 )
@@ -251,7 +251,7 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> No
     fit("plain", demo_teacher, *more)
     assert_same_end("whole", "run")
     states = torch.load("run/checkpoints/last.ckpt", weights_only=True)["callbacks"]
-    paths = [state["best_model_path"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
+    paths = [state["best_model_path"] for name, state in states.items() if name.startswith("StepCheckpoint")]
     assert {Path(path).parent for path in paths} == {Path("run/checkpoints").absolute()}
 
 

@@ -13,13 +13,15 @@ from kdvit import __version__
 from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.structures import View
+from kdvit.structures import View, WorkerError
 
 FILE = "manifest.json"
+FORMAT = 2
+"""Layout of the records; since 2 they hold the number of the image that was shown."""
 PACKAGES = ("torch", "torchvision", "timm", "Pillow", "numpy")
 
 
-class CacheError(ValueError):
+class CacheError(WorkerError, ValueError):
     """A cache that cannot be written, or does not belong to a run. The command line shows the message alone."""
 
 
@@ -108,6 +110,7 @@ def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, A
         **{f"data.{name}": value for name, value in data.items()},
         **{f"version.{name}": version(name) for name in PACKAGES},
         "version.kdvit": __version__,
+        "version.records": FORMAT,
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain

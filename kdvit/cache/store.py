@@ -166,8 +166,7 @@ class CacheReader:
         """
         places = [divmod(self.manifest.row(view), ROWS) for view in views]
         records = [(self._shard(shard), row) for shard, row in places]
-        stored = [int(shard["image"][row]) for shard, row in records]
-        for view, ours, theirs in zip(views, images.tolist(), stored, strict=True):
+        for view, ours, theirs in zip(views, images.tolist(), _gather(records, "image").tolist(), strict=True):
             if ours != theirs:
                 raise CacheError(
                     f"For training image {view.image} the student is shown image {ours}, and the teacher was shown image {theirs} "

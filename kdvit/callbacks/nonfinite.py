@@ -73,7 +73,7 @@ class NonFiniteGuard(pl.Callback):
         self._seen: list[SeenBatch] = []
         self._unread: Step | None = None
         self._failure: tuple[int, str] | None = None
-        self._unwritten: OSError | None = None
+        self._unwritten: list[str] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Keeps the batch until its numbers are known to be finite."""
@@ -113,6 +113,11 @@ class NonFiniteGuard(pl.Callback):
         if self.skip_steps and every > 0 and trainer.global_step % every == 0:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Reads the verdict on the step before: the weights of a run that stops are not scored."""
+        self._read(trainer, pl_module)
+        self._stop(trainer)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reads the verdict on the epoch's last step."""
         self._read(trainer, pl_module)
@@ -151,16 +156,15 @@ class NonFiniteGuard(pl.Callback):
         rank, folder = trainer.global_rank, _folder(trainer)
         gradients = bad_gradients(pl_module)
         ours = [cause for seen in step.seen for cause in bad_terms(trainer, pl_module, seen)]
-        causes = [ours]
-        if trainer.world_size > 1:
-            causes = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(causes, [f"{cause} (rank {rank})" for cause in ours])
-        said = [cause for theirs in causes for cause in theirs]
+        several = trainer.world_size > 1
+        said = _of_all(trainer, [f"{cause} (rank {rank})" if several else cause for cause in ours])
+        unwritten = []
         if ours or not said:
             try:
                 save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, step.number, step.seen, gradients)
             except OSError as error:
-                self._unwritten = error
+                unwritten = [str(error)]
+        self._unwritten = _of_all(trainer, unwritten)
         if not said:
             batches = "; ".join(place(trainer, seen) for seen in step.seen)
             said = [f"{described(gradients, pl_module)} is not finite ({batches})"]
@@ -180,7 +184,7 @@ class NonFiniteGuard(pl.Callback):
         try:
             trainer.save_checkpoint(checkpoint)
         except OSError as error:
-            self._unwritten = error
+            self._unwritten.append(str(error))
         raise NonFiniteError(
             f"{message} The step was not taken; the batch and the weights before it {self._kept(checkpoint.parent)}. A run "
             "repeats itself to the last bit, so the same command meets this again. Lower the learning rate, clip the gradients "
@@ -189,7 +193,16 @@ class NonFiniteGuard(pl.Callback):
         )
 
     def _kept(self, folder: Path) -> str:
-        return f"are in {folder}" if self._unwritten is None else f"could not all be written ({self._unwritten})"
+        return f"could not all be written ({self._unwritten[0]})" if self._unwritten else f"are in {folder}"
+
+
+def _of_all(trainer: pl.Trainer, ours: list[str]) -> list[str]:
+    """Returns what each rank says, one after another."""
+    if trainer.world_size == 1:
+        return ours
+    every: list[list[str]] = [[] for _ in range(trainer.world_size)]
+    dist.all_gather_object(every, ours)
+    return [each for theirs in every for each in theirs]
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.checkpoints import move_checkpoints, newest_checkpoint
+from kdvit.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
 from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
@@ -53,8 +53,7 @@ class Preemption(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Does what is asked for, unless gradients are waiting for more batches: a checkpoint has no gradients."""
-        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if complete:
+        if gradients_are_taken(trainer, batch_idx):
             self._obey(trainer)
         if trainer.is_last_batch or validation_is_due(trainer):
             self._hear_all()
@@ -95,7 +94,7 @@ class Preemption(Checkpoint):
         """Tells, as the last line, what has ended the run and from where it goes on, and lets the loader's workers go."""
         if isinstance(exception, Stopped):
             rank_zero_info(exception.story)
-        elif self._training:
+        elif self._training and trainer.is_global_zero:
             newest = newest_checkpoint(last_checkpoint(trainer).parent)
             whence = f"goes on from {newest}" if newest else "starts anew, as there is no checkpoint yet"
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")

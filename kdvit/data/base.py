@@ -17,7 +17,7 @@ from kdvit.cache import CacheError, CacheReader, open_cache
 from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from kdvit.data.seeding import mixed_seed, seeded
-from kdvit.data.workers import start_worker
+from kdvit.data.workers import FORK, start_worker
 from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]
@@ -217,6 +217,7 @@ class ImageDataModule(pl.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
             "worker_init_fn": start_worker,
+            "multiprocessing_context": FORK if self.num_workers > 0 else None,
         }
 
 

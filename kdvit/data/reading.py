@@ -9,6 +9,8 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from kdvit.structures import WorkerError
+
 OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
 
@@ -19,12 +21,8 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Those that are read, whatever a file is called: others, such as EPS, let Pillow start programs."""
 
 
-class ImageError(RuntimeError):
+class ImageError(WorkerError, RuntimeError):
     """An image that cannot be read. The command line shows the message alone."""
-
-    def __str__(self) -> str:
-        """Returns the message, without the worker's traceback that torch puts before it."""
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class DamagedImage(ImageError):

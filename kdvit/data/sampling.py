@@ -82,29 +82,30 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of batches that it has handed out in an epoch, and of ranks that share it.
+    """A loader whose state is the number of batches that it has handed out in an epoch, and the images of one on all ranks.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
     sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
     (torchdata's StatefulDataLoader would restore the order, and no random draw).
 
     Raises:
-        ShareError: When an epoch is gone on with that another number of ranks has begun: they would share it otherwise.
+        ShareError: When an epoch is gone on with in batches that hold, over all ranks, another number of images than those
+            that began it: images would come twice, or never.
 
     Its iterator reads the epoch when the first batch is asked for: Lightning makes it before it sets the epoch.
     """
 
     _handed_out = 0
     _resume = (-1, 0)
-    _begun_by = 0
+    _begun_in = 0
 
     def __iter__(self) -> Any:
         epoch, batches = self._resume
-        if batches and epoch == self._epoch and self._begun_by != self._ranks:
+        if batches and epoch == self._epoch and self._begun_in != self._images:
             raise ShareError(
-                f"The checkpoint was saved amid epoch {epoch} by {self._begun_by} process(es), and {self._ranks} would share the rest "
-                f"otherwise: images would come twice, or never. Go on with {self._begun_by} (trainer.devices x "
-                "trainer.num_nodes), or from the end of an epoch (`--ckpt_path best`)."
+                f"The checkpoint was saved amid epoch {epoch}, which began in batches of {self._begun_in} images over all processes, and "
+                f"in batches of {self._images} images would come twice, or never. Go on with {self._begun_in} (batch_size x "
+                "trainer.devices x trainer.num_nodes), or from a checkpoint that was saved at the end of an epoch."
             )
         self._resume = (-1, 0)
         self._handed_out = batches if epoch == self._epoch and batches < len(self) else 0
@@ -115,19 +116,20 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch, the number of batches handed out in it, a resume that is yet to come included, and that of ranks."""
+        """Returns the epoch, the number of batches handed out in it, a resume that is yet to come included, and the images of one."""
         epoch, batches = self._resume
         handed_out = batches if epoch == self._epoch else self._handed_out
-        return {"epoch": self._epoch, "batches": handed_out, "ranks": self._ranks}
+        return {"epoch": self._epoch, "batches": handed_out, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""
-        self._resume, self._begun_by = (state_dict["epoch"], state_dict["batches"]), state_dict["ranks"]
+        self._resume, self._begun_in = (state_dict["epoch"], state_dict["batches"]), state_dict["images"]
 
     @property
     def _epoch(self) -> int:
         return self.sampler.epoch if isinstance(self.sampler, ViewSampler) else 0
 
     @property
-    def _ranks(self) -> int:
-        return self.sampler.num_replicas if isinstance(self.sampler, ViewSampler) else 1
+    def _images(self) -> int:
+        ranks = self.sampler.num_replicas if isinstance(self.sampler, ViewSampler) else 1
+        return ranks * (self.batch_size or 1)

@@ -12,6 +12,8 @@ import time
 import torch.distributed as dist
 
 SETTLING = 0.02  # seconds
+FORK = "fork" if sys.platform == "linux" else None
+"""How workers are started, None for the platform's way. Those of a fork server outlive a parent that is killed."""
 
 
 def start_worker(worker: int) -> None:

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
@@ -147,6 +148,26 @@ def test_no_checkpoint_lies_behind_a_step_that_stops_the_run(reading: str) -> No
     with pytest.raises(NonFiniteError, match="At step 1 of epoch 0"):
         trainer(".", callbacks=[StopsAt(2), NonFiniteGuard()]).fit(_module(Breaks([1])), datamodule=TinyData())
     assert not Path("last.ckpt").exists()
+
+
+def test_the_weights_of_a_run_that_stops_are_no_best(reading: str) -> None:
+    best = ModelCheckpoint("checkpoints", monitor="val/acc1", filename="best")
+    run = trainer(".", callbacks=[NonFiniteGuard(), best], val_check_interval=2, enable_checkpointing=True)
+    with pytest.raises(NonFiniteError, match="At step 1 of epoch 0"):
+        run.fit(_module(Breaks([1])), datamodule=TinyData())
+    states = torch.load("nonfinite/step_1.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for state in states.values() if "best_model_path" in state)
+    assert state["best_model_path"] == ""
+    assert not Path("checkpoints").exists()
+
+
+def test_a_disk_that_has_room_again_is_no_longer_full(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=[OSError(errno.ENOSPC, "No space left on device"), None, None]))
+    caplog.set_level("INFO")
+    trainer(".", callbacks=[NonFiniteGuard(2)]).fit(_module(Breaks([1, 2])), datamodule=TinyData())
+    assert "(1 of at most 2), and its numbers could not all be written" in caplog.text
+    assert "(2 of at most 2), and its numbers are in nonfinite." in caplog.text
+    assert [file.name for file in Path("nonfinite").iterdir()] == ["step_2_rank_0.pt"]
 
 
 @pytest.mark.parametrize("skip_steps", [0, 1])

@@ -72,6 +72,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked() -> None:
     for side in (10_000, 40_000):  # Pillow warns of the one, and refuses the other
         Path(f"{side}.png").write_bytes(png_header(side, side))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.data import Digits
-from kdvit.data.sampling import ResumableLoader, ShareError
+from kdvit.data.cached import collate
+from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from tests.tiny import trainer
 
 
@@ -36,20 +37,44 @@ def test_the_state_after_a_whole_epoch_means_the_beginning_of_the_next(next_epoc
 
 def test_a_resumed_loader_has_the_length_of_a_whole_epoch() -> None:
     loader = digits().train_dataloader()
-    loader.load_state_dict({"epoch": 0, "batches": 4, "ranks": 1})
+    loader.load_state_dict({"epoch": 0, "batches": 4, "images": 200})
     assert len(list(loader)) == 2
     assert len(loader) == len(list(loader)) == 6
 
 
-def test_an_epoch_is_gone_on_with_by_as_many_ranks_as_have_begun_it() -> None:
-    loader = digits().train_dataloader()
-    loader.load_state_dict({"epoch": 1, "batches": 4, "ranks": 2})
-    loader.sampler.set_epoch(1)
-    with pytest.raises(
-        ShareError, match=r"amid epoch 1 by 2 process\(es\), and 1 would .* Go on with 2 .*`--ckpt_path best`"
-    ):
+def of_ranks(ranks: int, batch_size: int) -> list[ResumableLoader]:
+    """Returns the loaders of as many processes, in epoch 1."""
+    images, options = (
+        digits().dataset("train"),
+        {"training": True, "repeats": 3, "num_replicas": ranks, "step": batch_size},
+    )
+    samplers = [ViewSampler(len(images), rank=rank, **options) for rank in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(1)
+    return [ResumableLoader(images, batch_size, sampler=sampler, collate_fn=collate) for sampler in samplers]
+
+
+def test_an_epoch_is_gone_on_with_in_batches_of_as_many_images_as_it_began() -> None:
+    began, resumed, whole = of_ranks(2, 64)[0], of_ranks(4, 32), of_ranks(1, 128)[0]
+    batches = iter(began)
+    for _ in range(3):
+        next(batches)
+    for loader in resumed:
+        loader.load_state_dict(began.state_dict())
+    steps = zip(*resumed, strict=True)
+    seen = [torch.stack([batch.image for batch in step], dim=1).flatten(0, 1) for step in steps]
+    torch.testing.assert_close(seen, [batch.image for batch in whole][3:], rtol=0, atol=0)
+    assert len(seen) == len(whole) - 3 > 0
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 64), (2, 32), (4, 64)])
+def test_batches_of_other_sizes_amid_an_epoch_are_refused(ranks: int, batch_size: int) -> None:
+    loader = of_ranks(ranks, batch_size)[0]
+    loader.load_state_dict({"epoch": 1, "batches": 4, "images": 128})
+    said = f"amid epoch 1, which began in batches of 128 images over all processes, and in batches of {ranks * batch_size} "
+    with pytest.raises(ShareError, match=f"{said}.* Go on with 128 .*saved at the end of an epoch"):
         next(iter(loader))
-    assert len(epoch_of(loader, 2)) == 6
+    assert len(epoch_of(loader, 2)) == len(loader)
 
 
 def test_persistent_workers_serve_the_epoch_that_was_set_last() -> None:
