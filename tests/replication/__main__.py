@@ -22,7 +22,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("configs/replication/results"), help="of the JSON files")
     parser.add_argument("--report", type=Path, default=Path("configs/replication/README.md"), help="file to fill in")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the arms")
-    parser.add_argument("--over", nargs="+", default=[], help="configs laid over all others: other data, other sizes")
+    parser.add_argument("--over", nargs="+", default=[], help="configs laid over all others: other data, other lengths")
     args = parser.parse_args(given)
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")

@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
     "lift_wider": Arm("Lift to 120 (1.25 times the teacher)", "lift", _width(120)),
     "wide_last_none": Arm("WideLast", "wide_last", ALONE, geometry=True),
     "soft_kd": Arm("soft KD", "soft_kd"),
-    "naive": Arm("naive feature KD (pooled channels)", "feature", (), "feature", "naive", geometry=True),
+    "naive": Arm("naive feature KD (pooled channels, MSE)", "feature", (), "feature", "naive", geometry=True),
     "projector": Arm(
         "feature KD, train-only projector",
         "feature",

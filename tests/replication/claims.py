@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import t as students_t
+
+from tests.replication.arms import SEEDS
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 LITTLE = 0.5  # points of accuracy: what counts as little
@@ -38,6 +41,12 @@ def bootstrap(values: Sequence[float]) -> Estimate:
     draws = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.percentile(array[draws].mean(axis=1), (2.5, 97.5))
     return Estimate(float(array.mean()), float(low), float(high), tuple(map(float, array)))
+
+
+def students_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean by Student's t, which for few seeds is wider than the bootstrap's."""
+    half = students_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def above(low: float, high: float, bound: float = 0.0) -> str:
@@ -90,7 +99,7 @@ class Paired(NamedTuple):
         return at_most(estimate.low, estimate.high, LITTLE) if self.little else above(estimate.low, estimate.high)
 
 
-CLAIMS = (
+CLAIMS = (  # written down before any result
     Paired("Naive feature KD gains little", "naive", "plain", little=True),
     Paired("A train-only projector does not repair it", "projector", "plain", little=True),
     Paired("Lift + MSE gains more than naive feature KD", "lift_mse", "naive"),
@@ -102,6 +111,22 @@ CLAIMS = (
     Paired("Lift's gain is not only parameters", "lift_none", "uniform_lift"),
     Paired("WideLast's gain is not only parameters", "wide_last_none", "uniform_wide_last"),
     Paired("Wider than the teacher does not help", "lift_wider", "lift_none", little=True),
+)
+
+
+BESIDE = (  # added when the results were known, so without a verdict
+    ("The train-only projector against naive", "projector", "naive"),
+    ("Lift + SpectralKD against naive", "lift_spectral", "naive"),
+    ("What distillation adds to Lift", "lift_mse", "lift_none"),
+    ("What distillation adds to WideLast", "wide_last_mse", "wide_last_none"),
+    ("WideLast + MSE against its size without a teacher", "wide_last_mse", "uniform_wide_last"),
+    ("Naive against WideLast's size without a teacher", "naive", "uniform_wide_last"),
+)
+NEARER = (  # likewise, of distances to the teacher's geometry
+    ("How much nearer to the teacher Lift is by itself", "plain", "lift_none"),
+    ("... and by distillation", "lift_none", "lift_mse"),
+    ("How much nearer WideLast is by itself", "plain", "wide_last_none"),
+    ("... and by distillation", "wide_last_none", "wide_last_mse"),
 )
 
 
@@ -140,9 +165,26 @@ def accuracy_findings(results: Results) -> list[Finding]:
             findings.append(Finding(claim.text, rule, "not enough seeds", UNDECIDED))
         else:
             more = sum(value > 0 for value in estimate.values)
-            told = f"{shown(estimate)} points; above 0 in {more} of {len(estimate.values)} seeds"
-            findings.append(Finding(claim.text, rule, told, claim.verdict(estimate)))
+            low, high = students_interval(estimate.values)
+            told = f"{shown(estimate)} points, by Student's t [{low:+.2f}, {high:+.2f}]; above 0 in {more} of {len(estimate.values)} seeds"
+            findings.append(Finding(claim.text, rule, told, _of_all_seeds(estimate, claim.verdict(estimate))))
     return findings
+
+
+def beside(results: Results, teacher: Result) -> list[tuple[str, str, str]]:
+    """Returns what to read beside the claims: what is compared, the arms, the difference."""
+    measures = [(BESIDE, accuracy, "points"), (NEARER, distance(teacher), "of distance")]
+    found = [
+        (text, f"`{arm}` - `{other}`", unit, paired(results, arm, other, measure))
+        for rows, measure, unit in measures
+        for text, arm, other in rows
+    ]
+    return [(text, arms, f"{shown(each)} {unit}") for text, arms, unit, each in found if each is not None]
+
+
+def _of_all_seeds(estimate: Estimate, verdict: str) -> str:
+    """Returns the verdict, or undecided as long as seeds are missing."""
+    return verdict if len(estimate.values) >= len(SEEDS) else UNDECIDED
 
 
 def shown(estimate: Estimate) -> str:
@@ -206,7 +248,8 @@ def geometry_findings(results: Results, teacher: Result, student_width: int) -> 
         if estimate is None:
             findings.append(Finding(claim, rule, "not enough seeds", UNDECIDED))
         else:
-            findings.append(Finding(claim, rule, shown(estimate), above(estimate.low, estimate.high)))
+            verdict = _of_all_seeds(estimate, above(estimate.low, estimate.high))
+            findings.append(Finding(claim, rule, shown(estimate), verdict))
     return findings
 
 

@@ -27,6 +27,6 @@ def draw_arms(results: Results, file: Path) -> None:
     axes.set_yticks(range(len(drawn)), [arm.title for arm, _ in drawn], fontsize=8)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)
-    axes.set_xlabel("gain on the plain student, points of test accuracy (blue squares: no teacher)", fontsize=9)
+    axes.set_xlabel("gain on the plain student (points); blue squares: no teacher", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=160)

@@ -15,16 +15,16 @@ from tests.replication.claims import (
     Results,
     accuracy,
     accuracy_findings,
-    bootstrap,
+    beside,
     distance,
     geometry_findings,
+    own_layer,
     paired,
     shown,
 )
 from tests.replication.figure import draw_arms
 from tests.replication.stages import RECIPE, WEIGHTS
 
-STUDENT_WIDTH = 24
 FIGURE = "arms.png"
 
 
@@ -62,9 +62,11 @@ def blocks(folder: Path) -> dict[str, str]:
     """Returns the text of each marked part."""
     results = read_results(folder)
     teacher = json.loads((folder / f"{TEACHER}.json").read_text())
-    findings = [*geometry_findings(results, teacher, STUDENT_WIDTH), *accuracy_findings(results)]
+    student_width = own_layer(next(iter(results["plain"].values())))["width"]
+    findings = [*geometry_findings(results, teacher, student_width), *accuracy_findings(results)]
     return {
         "claims": table(("claim", "rule", "found", "verdict"), [(*f[:3], f"**{f.verdict}**") for f in findings]),
+        "beside": table(("read beside them", "difference", "found"), beside(results, teacher)),
         "arms": arms_table(results, teacher),
         "geometry": geometry_table(results, teacher),
         "choices": choices(folder),
@@ -134,7 +136,7 @@ def _geometry_row(name: str, layers: list[dict[str, Any]], distances: list[float
 
     return (
         name,
-        "last block" if layers[0]["layer"] == "-1" else layers[0]["layer"],
+        "last block" if layers[0]["layer"].isdigit() else layers[0]["layer"],
         str(layers[0]["width"]),
         f"{mean('svd_rank', 'p99'):.1f}",
         f"{mean('pca_dimension', 'p99'):.1f}",
@@ -181,12 +183,12 @@ def cost(folder: Path, results: Results) -> str:
         f"{cpu}, {n} cores, torch {a}, timm {b}, lightning {c}" for cpu, n, a, b, c in sorted(machines)
     )
     return (
-        f"{len(timed)} trainings and caches, {hours / 2:.1f} hours of two cores, which other work shared in part; they "
+        f"{len(timed)} trainings and caches, {hours / 2:.1f} hours of two cores; they "
         f"computed for {computed:.1f} core hours, {computed / 2:.1f} hours of two. "
         f"Seeds {', '.join(map(str, seeds))}; choices by seed {SELECTION_SEED}. {hardware}."
     )
 
 
 def _spread(values: Sequence[float]) -> str:
-    estimate = bootstrap(values)
-    return f"{estimate.mean:.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{estimate.mean:.2f}"
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean

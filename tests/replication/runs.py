@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
@@ -20,9 +21,10 @@ import numpy as np
 import yaml
 
 from kdvit import load_student
-from kdvit.cli import KdvitCLI
+from kdvit.cli import KdvitCLI, PlannedFit
 from kdvit.config_files import find_config, find_configs
 from kdvit.files import write_whole
+from kdvit.loggers import read_table
 from kdvit.models.cost import parameter_count
 from tests.bench.machine import machine
 from tests.replication.geometry import measured_layers
@@ -44,7 +46,7 @@ class Place(NamedTuple):
     Attributes:
         runs: Folder of the run directories and caches.
         results: Folder of the JSON files.
-        over: Configs that are laid over each of configs/replication: other data, other sizes.
+        over: Configs that are laid over each of configs/replication: other data, other lengths.
     """
 
     runs: Path
@@ -74,11 +76,12 @@ class Place(NamedTuple):
         """Returns the options that name the teacher."""
         return ("--model.teacher.init_args.arch", f"local-dir:{self.runs / 'teacher' / 'student'}")
 
-    def epochs(self, config: str) -> int:
-        """Returns the length of a config's run."""
-        files = [Path(find_config(f"configs/replication/{config}.yaml")), *map(Path, self.over)]
-        trainers = [yaml.safe_load(file.read_text()).get("trainer", {}) for file in files]
-        return int({key: value for trainer in trainers for key, value in trainer.items()}["max_epochs"])
+    def planned(self, config: str) -> Any:
+        """Returns a config as a fit would take it."""
+        root = ("--trainer.default_root_dir", str(self.runs / "planned"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+            return PlannedFit(find_configs(["fit", *self.configs(config), *root])).config["fit"]
 
 
 class Run(NamedTuple):
@@ -103,6 +106,18 @@ class Run(NamedTuple):
     geometry: bool = False
 
 
+def options(place: Place, run: Run) -> list[str]:
+    """Returns a run's options as they are anywhere: with RUNS for the folder of runs."""
+    return [each.replace(str(place.runs), "RUNS") for each in run.changes]
+
+
+def settings(place: Place, run: Run) -> str:
+    """Returns a digest of all that a run's numbers follow from, but for machine, libraries and where files lie."""
+    files = [find_config(each) for each in place.configs(run.config)[1::2]]
+    facts = [[yaml.safe_load(Path(file).read_text()) for file in files], options(place, run), run.seed]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def train(place: Place, run: Run) -> None:
     """Trains, scores the weights of the last step, and writes the result; goes on where it was stopped."""
     root = place.runs / run.name
@@ -123,7 +138,8 @@ def train(place: Place, run: Run) -> None:
         **run.about,
         "seed": run.seed,
         "config": f"configs/replication/{run.config}.yaml",
-        "changes": list(run.changes),
+        "changes": options(place, run),
+        "settings": settings(place, run),
         "parameters": parameter_count(student),
         "scores": scores,
         "images_per_second": images_per_second(root),
@@ -141,7 +157,14 @@ def train(place: Place, run: Run) -> None:
 def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...]) -> None:
     """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
     start = time.perf_counter()
-    shape = ("--out", folder, "--views", str(place.epochs(config)), "--data.init_args.seed", str(seed))
+    shape = (
+        "--out",
+        folder,
+        "--views",
+        str(place.planned(config).trainer.max_epochs),
+        "--data.init_args.seed",
+        str(seed),
+    )
     kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
     place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "machine": machine()})
@@ -157,9 +180,8 @@ def cpu_seconds(root: Path) -> float:
 
 def images_per_second(root: Path) -> float:
     """Returns the median rate of a run's training steps."""
-    with (root / "metrics.csv").open(newline="") as stream:
-        rates = [row.get("train/images_per_second") for row in csv.DictReader(stream)]
-    return float(np.median([float(rate) for rate in rates if rate] or [math.nan]))
+    name = "train/images_per_second"
+    return float(np.median([row[name] for row in read_table(root / "metrics.csv") if name in row] or [math.nan]))
 
 
 def kdvit(*args: str) -> Any:

@@ -21,7 +21,7 @@ from tests.replication.arms import (
     weight_changes,
 )
 from tests.replication.geometry import draw
-from tests.replication.runs import Job, Place, Run, in_processes, store, train
+from tests.replication.runs import Job, Place, Run, in_processes, settings, store, train
 
 PROCESSES = 2
 DRAWN = ("plain", "lift_mse", "wide_last_mse")
@@ -30,9 +30,16 @@ RECIPE, WEIGHTS = "chosen_recipe", "chosen_weights"
 
 
 def choose_recipe(place: Place) -> None:
-    """Trains the teacher; meanwhile chooses learning rate and weight decay for the plain student, on held out images."""
-    if place.read(RECIPE) is not None:
-        return
+    """Trains the teacher; meanwhile chooses learning rate and weight decay for the plain student, on held out images.
+
+    Raises:
+        RuntimeError: If the data hold none out, so that would be chosen on what is tested on.
+    """
+    if not place.planned(ARMS["plain"].config).data.init_args.get("holdout"):
+        raise RuntimeError(
+            "These data hold no training images out, and choices would be made on the test images. Take a data module with an "
+            "argument `holdout`, as FashionMNIST has for files of its format (data.init_args.root), and set it."
+        )
     candidates = {
         f"selection/plain_lr_{rate:g}_decay_{decay:g}": {"learning_rate": rate, "weight_decay": decay}
         for rate in LEARNING_RATES
@@ -48,8 +55,6 @@ def choose_recipe(place: Place) -> None:
 
 def choose_weights(place: Place) -> None:
     """Chooses the weight of the feature term for each method, on held out training images, from one grid for all."""
-    if place.read(WEIGHTS) is not None:
-        return
     recipe = chosen_recipe(place)
     names = {arm: [f"selection/{arm}_weight_{weight:g}" for weight in FEATURE_WEIGHTS] for arm in TUNED}
     runs = [
@@ -77,10 +82,15 @@ def train_arms(place: Place, seeds: Sequence[int] = SEEDS) -> None:
 
 
 def draw_analysis(place: Place, folder: Path) -> None:
-    """Draws the analysis of the teacher and of students of the first seed, as far as they are trained."""
-    seed = SEEDS[0]
-    runs = {TEACHER: TEACHER, **{name: f"{name}_seed_{seed}" for name in DRAWN}}
-    networks = {name: str(place.runs / run / "student") for name, run in runs.items() if place.read(run)}
+    """Draws the analysis of the teacher and of students of the first seed, as far as they are in the folder of runs."""
+    runs = {TEACHER: TEACHER, **{name: f"{name}_seed_{SEEDS[0]}" for name in DRAWN}}
+    exported = {name: place.runs / run / "student" for name, run in runs.items()}
+    networks = {name: str(student) for name, student in exported.items() if student.is_dir()}
+    if not {TEACHER, "plain"} <= set(networks):
+        print(
+            f"No ranks.png and sep.png are drawn: {place.runs} has no teacher or no plain student of seed {SEEDS[0]}."
+        )
+        return
     config = str(place.runs / runs["plain"] / "config.yaml")
     _perform(place, [Job("figures", draw, (networks, config, folder))])
 
@@ -119,7 +129,18 @@ def _teacher(scored: bool) -> Run:
 
 
 def _training(place: Place, runs: Sequence[Run]) -> list[Job]:
-    """Returns the runs that have no result yet, as jobs."""
+    """Returns the runs that have no result yet, as jobs.
+
+    Raises:
+        RuntimeError: If a result is of other settings than those of now.
+    """
+    for run in runs:
+        found = place.read(run.name)
+        if found is not None and found["settings"] != settings(place, run):
+            raise RuntimeError(
+                f"{place.result(run.name)} is a result of other settings than the configs and choices of now. Remove it, and the "
+                "run is made again; or give other folders (--results, --runs)."
+            )
     return [Job(run.name, train, (place, run)) for run in runs if place.read(run.name) is None]
 
 
@@ -131,6 +152,11 @@ def _train_from_cache(place: Place, seed: int, runs: Sequence[Run]) -> None:
     """Trains what is missing: what needs no teacher while the cache is written, then the others, and removes the cache."""
     alone = [run for run in runs if CACHE not in run.changes]
     learning = _training(place, [run for run in runs if CACHE in run.changes])
+    if learning and not (place.runs / TEACHER / "student").is_dir():
+        raise RuntimeError(
+            f"{learning[0].name} learns from the teacher, whose weights are not in {place.runs / TEACHER}. Bring them back, or give an "
+            "empty folder of --results: those at hand are of that teacher."
+        )
     folder, both = _cache(place, seed), ARMS["lift_soft_mse"]
     storing = [Job(f"cache_seed_{seed}", store, (place, folder, both.config, seed, both.changes))] if learning else []
     _perform(place, [*storing, *_training(place, alone)])

@@ -57,15 +57,31 @@ def test_differences_are_between_runs_of_one_seed() -> None:
 
 
 def test_a_claim_that_does_not_reappear_is_said_not_to_hold() -> None:
-    results = {"plain": scored(0.80, 0.81, 0.82), "naive": scored(0.83, 0.84, 0.85), "lift_mse": scored(0.7, 0.7, 0.7)}
+    plain, naive = (0.80, 0.81, 0.82, 0.81, 0.80), (0.83, 0.84, 0.85, 0.84, 0.83)
+    results = {"plain": scored(*plain), "naive": scored(*naive), "lift_mse": scored(*[0.7] * 5)}
     verdicts = {finding.claim: finding.verdict for finding in claims.accuracy_findings(results)}
     assert verdicts["Naive feature KD gains little"] == FAILS
     assert verdicts["Lift + MSE gains more than naive feature KD"] == FAILS
     assert verdicts["WideLast gains without a teacher"] == UNDECIDED
+    few = {"plain": scored(*plain[:4]), "naive": scored(*naive[:4])}
+    assert claims.accuracy_findings(few)[0].verdict == UNDECIDED
+
+
+def test_students_interval_is_that_of_a_table() -> None:
+    low, high = claims.students_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776 * np.sqrt(2.5 / 5)  # the 97.5 % quantile of four degrees of freedom
+    assert (low, high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+
+
+def test_what_is_read_beside_the_claims_has_no_verdict() -> None:
+    results = {"projector": scored(*[0.8] * 5), "naive": scored(*[0.79] * 5)}
+    rows = claims.beside(results, {"geometry": [layer(16, 48)]})
+    assert rows == [("The train-only projector against naive", "`projector` - `naive`", "+1.00 [+1.00, +1.00] points")]
 
 
 def test_every_claim_is_about_arms_that_are_trained() -> None:
     assert {name for claim in claims.CLAIMS for name in (claim.arm, claim.other)} <= set(ARMS)
+    assert {name for _, *arms in (*claims.BESIDE, *claims.NEARER) for name in arms} <= set(ARMS)
     assert all(ARMS[name].geometry for name in ("plain", *claims.MOVED.values()))
 
 
@@ -83,8 +99,8 @@ def layer(svd: float, pca: float, off: float = 0.0) -> dict:
 
 def test_geometry_is_judged_by_the_students_width_the_diagonal_and_the_way_to_the_teacher() -> None:
     teacher = {"geometry": [layer(16, 48)]}
-    plain = {seed: {"geometry": [layer(8, 12)]} for seed in range(3)}
-    results = {"plain": plain, "lift_mse": {seed: {"geometry": [layer(16, 24)]} for seed in range(3)}}
+    plain = {seed: {"geometry": [layer(8, 12)]} for seed in range(5)}
+    results = {"plain": plain, "lift_mse": {seed: {"geometry": [layer(16, 24)]} for seed in range(5)}}
     verdicts = [finding.verdict for finding in claims.geometry_findings(results, teacher, 24)]
     assert verdicts == [HOLDS, HOLDS, HOLDS, HOLDS, HOLDS, HOLDS, UNDECIDED]
     assert claims.distance(teacher)(plain[0]) == pytest.approx(1.5 * np.log(2))
