@@ -31,6 +31,8 @@ def test_there_are_the_configs_of_the_published_runs() -> None:
     assert set(IMAGENET) == remedies | {"logit", "feature", "supervised"}
     for folder in ("demo", "fashion_mnist"):
         assert {file.stem for file in (CONFIGS / folder).glob("*.yaml")} == {"teacher", *METHODS}
+    replication = {file.stem for file in (CONFIGS / "replication").glob("*.yaml")}
+    assert replication == {"teacher", "uniform_wide", *METHODS}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))

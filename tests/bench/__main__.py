@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import lightning
-import timm
 import torch
 
 from tests.bench import analyses, cached, data, online, scale, step, teacher
+from tests.bench.machine import machine
 from tests.bench.rounds import Row
 
 MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
@@ -58,24 +54,6 @@ def _line(row: Row) -> str:
         f"| {row.what} | {row.kdvit:.3g} {row.unit} | {row.other:.3g} {row.unit} | {row.result:.3f} "
         f"| {low:.2f}, {high:.2f} | {row.goal} |"
     )
-
-
-def machine() -> dict[str, Any]:
-    """Describes where the numbers come from."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "lightning": lightning.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Trains, chooses and reports; what is done is skipped: ``python -m tests.replication [STAGE ...] [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from tests.replication.arms import SEEDS
+from tests.replication.report import write_report
+from tests.replication.runs import Place
+from tests.replication.stages import choose_recipe, choose_weights, draw_analysis, train_arms
+
+STAGES = ("recipe", "weights", "arms", "figures", "report")
+
+
+def main(given: list[str] | None = None) -> None:
+    """Runs stages in their order."""
+    parser = argparse.ArgumentParser(prog="python -m tests.replication", description=__doc__)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; by default all")
+    parser.add_argument("--runs", type=Path, default=Path("runs/replication"), help="folder of runs and caches")
+    parser.add_argument("--results", type=Path, default=Path("configs/replication/results"), help="of the JSON files")
+    parser.add_argument("--report", type=Path, default=Path("configs/replication/README.md"), help="file to fill in")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the arms")
+    parser.add_argument("--over", nargs="+", default=[], help="configs laid over all others: other data, other lengths")
+    args = parser.parse_args(given)
+    if unknown := set(args.stages) - set(STAGES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+    os.environ["OMP_NUM_THREADS"] = "1"  # two runs at once, a core each
+    place = Place(args.runs.absolute(), args.results.absolute(), tuple(args.over))
+    stages = args.stages or STAGES
+    if "recipe" in stages:
+        choose_recipe(place)
+    if "weights" in stages:
+        choose_weights(place)
+    if "arms" in stages:
+        train_arms(place, args.seeds)
+    if "figures" in stages:
+        draw_analysis(place, args.report.absolute().parent)
+    if "report" in stages:
+        write_report(place.results, args.report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The report: every number comes out of the JSON files into the marked parts of README.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.replication.arms import ARMS, SELECTION_SEED, TEACHER, TUNED
+from tests.replication.claims import (
+    Results,
+    accuracy,
+    accuracy_findings,
+    beside,
+    distance,
+    geometry_findings,
+    own_layer,
+    paired,
+    shown,
+)
+from tests.replication.figure import draw_arms
+from tests.replication.stages import RECIPE, WEIGHTS
+
+FIGURE = "arms.png"
+
+
+def write_report(results: Path, report: Path) -> None:
+    """Fills in the marked parts of the report, and draws its figure beside it.
+
+    Raises:
+        RuntimeError: If there are no results yet.
+    """
+    found = read_results(results)
+    if not found.get("plain"):
+        raise RuntimeError(f"There is no result of the plain student in {results}: run the stage `arms` first.")
+    text = report.read_text()
+    for name, block in blocks(results).items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda part, block=block: f"{part[1]}{block}\n{part[2]}", text, flags=re.DOTALL)
+        if not count:
+            raise RuntimeError(f"{report} has no part <!-- {name} --> ... <!-- end --> to fill in.")
+    draw_arms(found, report.parent / FIGURE)
+    report.write_text(text)
+    print(f"{report} tells the results of {results}.")
+
+
+def read_results(folder: Path) -> Results:
+    """Returns the results of all arms, by arm and seed."""
+    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*_seed_*.json"))]
+    results: Results = {name: {} for name in ARMS}
+    for content in contents:
+        if content.get("arm") in results:
+            results[content["arm"]][content["seed"]] = content
+    return results
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    """Returns the text of each marked part."""
+    results = read_results(folder)
+    teacher = json.loads((folder / f"{TEACHER}.json").read_text())
+    student_width = own_layer(next(iter(results["plain"].values())))["width"]
+    findings = [*geometry_findings(results, teacher, student_width), *accuracy_findings(results)]
+    return {
+        "claims": table(("claim", "rule", "found", "verdict"), [(*f[:3], f"**{f.verdict}**") for f in findings]),
+        "beside": table(("read beside them", "difference", "found"), beside(results, teacher)),
+        "arms": arms_table(results, teacher),
+        "geometry": geometry_table(results, teacher),
+        "choices": choices(folder),
+        "cost": cost(folder, results),
+    }
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int | None = None) -> str:
+    """Returns a Markdown table; the columns from number `right` on are aligned to the right."""
+    rule = ["---" if right is None or i < right else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def arms_table(results: Results, teacher: dict[str, Any]) -> str:
+    """Returns accuracy and gain of every arm."""
+    header = (
+        "arm",
+        "",
+        "parameters",
+        "feature weight",
+        "seeds",
+        "test top-1 (%)",
+        "gain on plain, paired",
+        "held out (%)",
+    )
+    rows = [("`teacher`", "on all images", f"{teacher['parameters']:,}", "", "1", f"{accuracy(teacher):.2f}", "", "")]
+    for name, arm in ARMS.items():
+        runs = list(results[name].values())
+        if not runs:
+            continue
+        gain = None if name == "plain" else paired(results, name, "plain")
+        validation = [100 * run["scores"]["val/acc1"] for run in runs]
+        weight = runs[0]["weight"]
+        rows.append(
+            (
+                f"`{name}`",
+                arm.title,
+                f"{runs[0]['parameters']:,}",
+                "" if weight is None else f"{weight:g}",
+                str(len(runs)),
+                _spread([accuracy(run) for run in runs]),
+                "" if gain is None else shown(gain),
+                _spread(validation),
+            )
+        )
+    return table(header, rows, 2)
+
+
+def geometry_table(results: Results, teacher: dict[str, Any]) -> str:
+    """Returns ranks, shared axes and SEP of the networks that were analysed, means over seeds."""
+    header = ("network", "map", "width", "SVD rank", "PCA dimension", "distance", "SEP 90 %", "permuted", "noise")
+    rows = [_geometry_row("`teacher`", [teacher["geometry"][0]], [])]
+    for name, arm in ARMS.items():
+        runs = list(results[name].values()) if arm.geometry else []
+        for i in range(len(runs[0]["geometry"]) if runs else 0):
+            distances = [distance(teacher)(run) for run in runs] if i == 0 else []
+            rows.append(_geometry_row(f"`{name}`", [run["geometry"][i] for run in runs], distances))
+    return table(header, rows, 2)
+
+
+def _geometry_row(name: str, layers: list[dict[str, Any]], distances: list[float]) -> tuple[str, ...]:
+    def mean(*path: str) -> float:
+        values: list[Any] = layers
+        for key in path:
+            values = [value[key] for value in values]
+        return float(np.mean(values))
+
+    return (
+        name,
+        "last block" if layers[0]["layer"].isdigit() else layers[0]["layer"],
+        str(layers[0]["width"]),
+        f"{mean('svd_rank', 'p99'):.1f}",
+        f"{mean('pca_dimension', 'p99'):.1f}",
+        f"{np.mean(distances):.2f}" if distances else "",
+        *(f"{mean('sep', '0.9', of):.2f}" for of in ("tokens", "permuted_mean", "gaussian")),
+    )
+
+
+def choices(folder: Path) -> str:
+    """Returns what was chosen on the held out images, with all candidates."""
+    recipe, weights = (json.loads((folder / f"{name}.json").read_text()) for name in (RECIPE, WEIGHTS))
+    rates = [
+        f"{each['learning_rate']:g} and {each['weight_decay']:g}: {100 * each['validation_acc1']:.2f}"
+        for each in recipe["candidates"]
+    ]
+    chosen = recipe["chosen"]
+    lines = [
+        f"Learning rate and weight decay of the plain student, seed {SELECTION_SEED}, accuracy on held out images (%): "
+        f"{'; '.join(rates)}. Chosen, for all arms: **{chosen['learning_rate']:g} and {chosen['weight_decay']:g}**.",
+        "",
+    ]
+    grid = [f"{each['weight']:g}" for each in next(iter(weights.values()))["candidates"]]
+    rows = [
+        (
+            f"`{arm}`",
+            *(f"{100 * each['validation_acc1']:.2f}" for each in weights[arm]["candidates"]),
+            f"**{weights[arm]['chosen']['weight']:g}**",
+        )
+        for arm in TUNED
+        if arm in weights
+    ]
+    return "\n".join([*lines, table(("feature weight", *grid, "chosen"), rows, 1)])
+
+
+def cost(folder: Path, results: Results) -> str:
+    """Returns what it took, and where."""
+    everything = [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
+    timed = [each for each in everything if "seconds" in each]
+    hours = sum(each["seconds"] for each in timed) / 3600
+    computed = sum(each["cpu_seconds"] for each in timed) / 3600
+    machines = {(m["cpu"], m["cores"], m["torch"], m["timm"], m["lightning"]) for m in (t["machine"] for t in timed)}
+    seeds = sorted({seed for runs in results.values() for seed in runs})
+    hardware = "; ".join(
+        f"{cpu}, {n} cores, torch {a}, timm {b}, lightning {c}" for cpu, n, a, b, c in sorted(machines)
+    )
+    return (
+        f"{len(timed)} trainings and caches, {hours / 2:.1f} hours of two cores; they "
+        f"computed for {computed:.1f} core hours, {computed / 2:.1f} hours of two. "
+        f"Seeds {', '.join(map(str, seeds))}; choices by seed {SELECTION_SEED}. {hardware}."
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
