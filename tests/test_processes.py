@@ -345,7 +345,10 @@ def test_a_run_goes_on_with_other_processes_from_an_epochs_end_and_not_amid_one(
     trained = Path("run/checkpoints/last.ckpt").read_bytes()
     with pytest.raises(SystemExit):
         main(["fit", *one, "--ckpt_path", "last"])
-    assert "amid epoch 1, which began in batches of 8 images over all processes, and in batches of 4" in capsys.readouterr().err
+    assert (
+        "amid epoch 1, which began in batches of 8 images over all processes, and in batches of 4"
+        in capsys.readouterr().err
+    )
     assert Path("run/checkpoints/last.ckpt").read_bytes() == trained
     steps = training_step(Path("run/checkpoints/best.ckpt"))
     main(["fit", *one, "--ckpt_path", "best"])
