@@ -54,6 +54,8 @@ def small(name: str) -> dict[str, Any]:
     data, student = config["data"], config["model"]["student"]["init_args"]
     images = {"ImageFolder": {"root": "imagenet", "img_size": 16}, "FashionMNIST": {"root": "fashion"}, "Digits": {}}
     data["init_args"] |= images[data["class_path"]] | {"batch_size": 4, "num_workers": 0}
+    if "holdout" in data["init_args"]:
+        data["init_args"] |= {"train_size": 30, "holdout": 10}
     if data["class_path"] == "ImageFolder":
         sizes = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
         student |= {"img_size": 16, "num_classes": 2, "model_args": {**student.get("model_args", {}), **sizes}}
