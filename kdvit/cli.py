@@ -276,7 +276,8 @@ class PlannedFit(KdvitCLI):
         self.subcommand = None
 
 
-def _parse_fit(args: list[str]) -> Any:
+def parse_fit(args: list[str]) -> Any:
+    """Returns the config of a `kdvit fit` with these arguments, checked as far as that goes without building anything."""
     return PlannedFit(find_configs(["fit", *args])).config["fit"]
 
 
@@ -323,7 +324,7 @@ def main(args: list[str] | None = None) -> None:
         if given and given[0] in COMMANDS:
             COMMANDS[given[0]](given[1:])
         elif given[:1] == ["slurm"]:
-            slurm_command(given[1:], _parse_fit)
+            slurm_command(given[1:], parse_fit)
         else:
             KdvitCLI(find_configs(given))
     except Exception as error:

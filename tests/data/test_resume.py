@@ -44,10 +44,8 @@ def test_a_resumed_loader_has_the_length_of_a_whole_epoch() -> None:
 
 def of_ranks(ranks: int, batch_size: int) -> list[ResumableLoader]:
     """Returns the loaders of as many processes, in epoch 1."""
-    images, options = (
-        digits().dataset("train"),
-        {"training": True, "repeats": 3, "num_replicas": ranks, "step": batch_size},
-    )
+    images = digits().dataset("train")
+    options = {"training": True, "repeats": 3, "num_replicas": ranks, "step": batch_size}
     samplers = [ViewSampler(len(images), rank=rank, **options) for rank in range(ranks)]
     for sampler in samplers:
         sampler.set_epoch(1)

@@ -112,8 +112,6 @@ CLAIMS = (  # written down before any result
     Paired("WideLast's gain is not only parameters", "wide_last_none", "uniform_wide_last"),
     Paired("Wider than the teacher does not help", "lift_wider", "lift_none", little=True),
 )
-
-
 BESIDE = (  # added when the results were known, so without a verdict
     ("The train-only projector against naive", "projector", "naive"),
     ("Lift + SpectralKD against naive", "lift_spectral", "naive"),
@@ -161,13 +159,7 @@ def accuracy_findings(results: Results) -> list[Finding]:
     for claim in CLAIMS:
         estimate = paired(results, claim.arm, claim.other)
         rule = f"`{claim.arm}` - `{claim.other}`: {claim.rule}"
-        if estimate is None:
-            findings.append(Finding(claim.text, rule, "not enough seeds", UNDECIDED))
-        else:
-            more = sum(value > 0 for value in estimate.values)
-            low, high = students_interval(estimate.values)
-            told = f"{shown(estimate)} points, by Student's t [{low:+.2f}, {high:+.2f}]; above 0 in {more} of {len(estimate.values)} seeds"
-            findings.append(Finding(claim.text, rule, told, _of_all_seeds(estimate, claim.verdict(estimate))))
+        findings.append(_judged(claim.text, rule, estimate, claim.verdict, _told))
     return findings
 
 
@@ -182,9 +174,24 @@ def beside(results: Results, teacher: Result) -> list[tuple[str, str, str]]:
     return [(text, arms, f"{shown(each)} {unit}") for text, arms, unit, each in found if each is not None]
 
 
-def _of_all_seeds(estimate: Estimate, verdict: str) -> str:
-    """Returns the verdict, or undecided as long as seeds are missing."""
-    return verdict if len(estimate.values) >= len(SEEDS) else UNDECIDED
+def _judged(
+    claim: str,
+    rule: str,
+    estimate: Estimate | None,
+    verdict: Callable[[Estimate], str],
+    told: Callable[[Estimate], str],
+) -> Finding:
+    """Returns what was found on a difference; it is undecided as long as seeds are missing."""
+    if estimate is None:
+        return Finding(claim, rule, "not enough seeds", UNDECIDED)
+    complete = len(estimate.values) >= len(SEEDS)
+    return Finding(claim, rule, told(estimate), verdict(estimate) if complete else UNDECIDED)
+
+
+def _told(estimate: Estimate) -> str:
+    more = sum(value > 0 for value in estimate.values)
+    low, high = students_interval(estimate.values)
+    return f"{shown(estimate)} points, by Student's t [{low:+.2f}, {high:+.2f}]; above 0 in {more} of {len(estimate.values)} seeds"
 
 
 def shown(estimate: Estimate) -> str:
@@ -245,11 +252,7 @@ def geometry_findings(results: Results, teacher: Result, student_width: int) -> 
     for title, arm in MOVED.items():
         estimate = paired(results, "plain", arm, distance(teacher))
         claim, rule = f"{title} moves the student's geometry to the teacher's", f"`plain` - `{arm}`: distance above 0"
-        if estimate is None:
-            findings.append(Finding(claim, rule, "not enough seeds", UNDECIDED))
-        else:
-            verdict = _of_all_seeds(estimate, above(estimate.low, estimate.high))
-            findings.append(Finding(claim, rule, shown(estimate), verdict))
+        findings.append(_judged(claim, rule, estimate, lambda found: above(found.low, found.high), shown))
     return findings
 
 

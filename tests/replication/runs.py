@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from kdvit import load_student
-from kdvit.cli import KdvitCLI, PlannedFit
+from kdvit.cli import KdvitCLI, parse_fit
 from kdvit.config_files import find_config, find_configs
 from kdvit.files import write_whole
 from kdvit.loggers import read_table
@@ -67,10 +67,13 @@ class Place(NamedTuple):
         self.result(name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.result(name), (json.dumps(content, indent=1) + "\n").encode())
 
+    def files(self, config: str) -> list[str]:
+        """Returns a config of configs/replication and what is laid over it."""
+        return [f"configs/replication/{config}.yaml", *self.over]
+
     def configs(self, config: str) -> list[str]:
-        """Returns the options that name a config of configs/replication and what is laid over it."""
-        files = [f"configs/replication/{config}.yaml", *self.over]
-        return [word for file in files for word in ("--config", file)]
+        """Returns the options that name them."""
+        return [word for file in self.files(config) for word in ("--config", file)]
 
     def teacher(self) -> tuple[str, ...]:
         """Returns the options that name the teacher."""
@@ -81,7 +84,7 @@ class Place(NamedTuple):
         root = ("--trainer.default_root_dir", str(self.runs / "planned"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-            return PlannedFit(find_configs(["fit", *self.configs(config), *root])).config["fit"]
+            return parse_fit([*self.configs(config), *root])
 
 
 class Run(NamedTuple):
@@ -113,8 +116,8 @@ def options(place: Place, run: Run) -> list[str]:
 
 def settings(place: Place, run: Run) -> str:
     """Returns a digest of all that a run's numbers follow from, but for machine, libraries and where files lie."""
-    files = [find_config(each) for each in place.configs(run.config)[1::2]]
-    facts = [[yaml.safe_load(Path(file).read_text()) for file in files], options(place, run), run.seed]
+    configs = [yaml.safe_load(Path(find_config(file)).read_text()) for file in place.files(run.config)]
+    facts = [configs, options(place, run), run.seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,14 +160,8 @@ def train(place: Place, run: Run) -> None:
 def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...]) -> None:
     """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
     start = time.perf_counter()
-    shape = (
-        "--out",
-        folder,
-        "--views",
-        str(place.planned(config).trainer.max_epochs),
-        "--data.init_args.seed",
-        str(seed),
-    )
+    epochs = place.planned(config).trainer.max_epochs
+    shape = ("--out", folder, "--views", str(epochs), "--data.init_args.seed", str(seed))
     kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
     place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "machine": machine()})

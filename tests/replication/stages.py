@@ -134,14 +134,17 @@ def _training(place: Place, runs: Sequence[Run]) -> list[Job]:
     Raises:
         RuntimeError: If a result is of other settings than those of now.
     """
+    jobs = []
     for run in runs:
         found = place.read(run.name)
-        if found is not None and found["settings"] != settings(place, run):
+        if found is None:
+            jobs.append(Job(run.name, train, (place, run)))
+        elif found["settings"] != settings(place, run):
             raise RuntimeError(
                 f"{place.result(run.name)} is a result of other settings than the configs and choices of now. Remove it, and the "
                 "run is made again; or give other folders (--results, --runs)."
             )
-    return [Job(run.name, train, (place, run)) for run in runs if place.read(run.name) is None]
+    return jobs
 
 
 def _perform(place: Place, jobs: Sequence[Job]) -> None:
