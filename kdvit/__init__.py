@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
 __all__ = ["Batch", "DistillationModule", "Distiller", "ViTOutput", "load_student"]
 
 if TYPE_CHECKING:
+    __version__: str
     from kdvit.distillers import Distiller
     from kdvit.models import load_student
-    from kdvit.module import DistillationModule
     from kdvit.structures import Batch, ViTOutput
+    from kdvit.training.module import DistillationModule
 
 _HOMES = {
     "Batch": "kdvit.structures",
-    "DistillationModule": "kdvit.module",
+    "DistillationModule": "kdvit.training",
     "Distiller": "kdvit.distillers",
     "ViTOutput": "kdvit.structures",
     "load_student": "kdvit.models",
@@ -23,6 +23,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kdvit")
     if name not in _HOMES:
         raise AttributeError(f"module 'kdvit' has no attribute {name!r}")
     from importlib import import_module

@@ -2,7 +2,7 @@
 
 import sys
 
-from kdvit.signals import REQUESTS, REQUEUE
+from kdvit.runtime.signals import REQUESTS, REQUEUE
 
 if sys.argv[1:2] in (["fit"], ["cache"]):
     REQUESTS.remember(*REQUEUE)  # before the imports, which take seconds

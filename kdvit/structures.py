@@ -25,14 +25,6 @@ def subclasses(cls: type[T]) -> dict[str, type[T]]:
     return found
 
 
-class WorkerError(Exception):
-    """An error that a loader's worker may raise; its text leaves out the worker's traceback, which torch puts before it."""
-
-    def __str__(self) -> str:
-        """Returns the message alone."""
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
-
-
 class View(NamedTuple):
     """One augmented view of one image.
 

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdvit import load_student
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
-from kdvit.loggers import run_loggers
+from kdvit.cli.config_files import packaged_configs
+from kdvit.runtime.loggers import run_loggers
 from tests.data.test_data_modules import fashion_root, image_folder
 from tests.runs import QUIET, SHORT, column, fit
 
@@ -269,7 +269,7 @@ def test_a_check_leaves_nothing_behind(capsys) -> None:
 
 def test_a_check_tells_how_many_workers_a_rate_needs(monkeypatch, capsys) -> None:
     clock = iter([0.0, 0.16])
-    monkeypatch.setattr("kdvit.check.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("kdvit.cli.commands.check.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     workers = ["--data.init_args.num_workers", "12", "--images_per_second", "2500"]
     main(["check", "--config", "demo/plain.yaml", *workers])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("loading"))

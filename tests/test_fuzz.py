@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kdvit.cli import KdvitCLI, main
-from kdvit.config_files import packaged_configs
+from kdvit.cli import main
+from kdvit.cli.config_files import packaged_configs
+from kdvit.cli.fit import KdvitCLI
 from tests.data.test_data_modules import fashion_root, image_folder
 
 CONFIGS = packaged_configs()

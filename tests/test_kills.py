@@ -73,8 +73,8 @@ def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(dem
     steps = []
     for moment in moments:
         at = {
-            "step": ("kdvit.module:DistillationModule", "training_step", draw.randrange(1, 25)),
-            "validation": ("kdvit.module:DistillationModule", "validation_step", draw.randrange(3, 12)),
+            "step": ("kdvit.training.module:DistillationModule", "training_step", draw.randrange(1, 25)),
+            "validation": ("kdvit.training.module:DistillationModule", "validation_step", draw.randrange(3, 12)),
             "writing": ("os", "replace", draw.randrange(1, 8)),  # the table, config.yaml, or a checkpoint
         }.get(moment)
         process = _started(args, at)

@@ -17,7 +17,7 @@ from kdvit.callbacks import StudentEMA
 from kdvit.cli import main
 from kdvit.models import Network
 from kdvit.models.export import export_onnx, export_program
-from kdvit.module import DistillationModule
+from kdvit.training.module import DistillationModule
 from tests.tiny import FORMAT, TinyData, student, trainer
 
 

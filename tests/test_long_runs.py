@@ -26,8 +26,8 @@ from kdvit.data import Digits, image_folder
 from kdvit.data.image_folder import ImageList
 from kdvit.data.workers import start_worker
 from kdvit.distillers import LiftDistiller, LogitDistiller
-from kdvit.loggers import run_loggers
 from kdvit.models import LiftViT, TimmStudent
+from kdvit.runtime.loggers import run_loggers
 from tests.runs import QUIET, fit
 from tests.several import PATHS
 from tests.tiny import trainer

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
+from kdvit.cli.config_files import packaged_configs
 from tests.data.test_data_modules import image_folder
 from tests.runs import SHORT
 

@@ -12,8 +12,8 @@ from kdvit import DistillationModule, load_student
 from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
 from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import TimmStudent
-from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from kdvit.structures import Batch, ImageFormat, ViTOutput
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
 FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from kdvit import load_student
-from kdvit.checkpoints import training_step
 from kdvit.cli import main
 from kdvit.data.sampling import ShareError
+from kdvit.runtime.checkpoints import training_step
 from tests.runs import QUIET, column
 from tests.several import PATHS, together
 from tests.tiny import STUDENT, SizedData

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
+from kdvit.cli.config_files import packaged_configs
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
+from kdvit.cli.config_files import packaged_configs
 from kdvit.data.sampling import ViewSampler
-from kdvit.optim import parameter_groups
+from kdvit.training.optim import parameter_groups
 
 RUNS = {
     "supervised": ("TimmStudent", {}, 1.0),
@@ -53,8 +53,8 @@ def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
     def keep(trainer: Any, model: Any, datamodule: Any, images_per_second: float | None = None) -> None:
         built.module, built.data, built.callbacks = model, datamodule, trainer.callbacks
 
-    monkeypatch.setattr("kdvit.cli.Trainer.check", keep)
-    monkeypatch.setattr("kdvit.cli.describe", lambda *_: "")
+    monkeypatch.setattr("kdvit.cli.trainer.Trainer.check", keep)
+    monkeypatch.setattr("kdvit.cli.fit.describe", lambda *_: "")
     given = ["--data.init_args.root", str(imagenet), "--data.init_args.num_workers", "0"]
     built.yaml = yaml.safe_load((packaged_configs() / f"{name}.yaml").read_text())
     if "teacher" in built.yaml["model"]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from kdvit.checkpoints import newest_checkpoint
+from kdvit.runtime.checkpoints import newest_checkpoint
 from tests.runs import SHORT, column, fit
 
 LONGER = [*SHORT, "--trainer.max_epochs", "3"]

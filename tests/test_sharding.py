@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from kdvit import DistillationModule, load_student
 from kdvit.callbacks import StudentEMA
 from kdvit.cli import main
-from kdvit.messages import UserError
+from kdvit.errors import UserError
 from kdvit.models import LiftViT, TimmStudent
-from kdvit.optim import ScheduleOptions
+from kdvit.training.optim import ScheduleOptions
 from tests.runs import QUIET
 from tests.several import together
 from tests.test_stopping import signal_at

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
+from kdvit.cli.config_files import packaged_configs
 from tests.runs import SHORT, fit
 
 DEMO = ["slurm", "--config", "demo/plain.yaml"]

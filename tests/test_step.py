@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdvit import DistillationModule
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
-from kdvit.optim import OptimizerOptions, ScheduleOptions
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer
 
 EPOCHS, LR, BATCH = 2, 1e-3, 16

@@ -17,10 +17,10 @@ from kdvit import load_student
 from kdvit.cache.manifest import Manifest
 from kdvit.cache.store import encode
 from kdvit.callbacks import Preemption
-from kdvit.checkpoints import newest_checkpoint
 from kdvit.cli import main
-from kdvit.loggers import run_loggers
-from kdvit.signals import REQUESTS
+from kdvit.runtime.checkpoints import newest_checkpoint
+from kdvit.runtime.loggers import run_loggers
+from kdvit.runtime.signals import REQUESTS
 from tests.runs import QUIET, SHORT, assert_same_end, column, fit
 
 EVERYTHING = [
@@ -260,7 +260,7 @@ def test_a_table_is_not_lost_by_a_kill_while_a_run_is_resumed(demo_teacher: str,
     scores = ("step", "train/loss", "val/acc1")
     before = column("run", scores)
     with monkeypatch.context() as patch:
-        patch.setattr("kdvit.loggers._rows_before", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("kdvit.runtime.loggers._rows_before", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_loggers("run", "run/checkpoints/last.ckpt")
     assert not Path("run/metrics.csv").exists()

@@ -18,7 +18,7 @@ import yaml
 
 from kdvit import load_student
 from kdvit.cli import main
-from kdvit.config_files import packaged_configs
+from kdvit.cli.config_files import packaged_configs
 from tests.runs import QUIET, SHORT, fit
 
 DEMO = packaged_configs() / "demo"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import kdvit
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, bandwidths, p99
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         "<h2>Networks</h2>",
         _networks(report),
         f"<p>Options: seed {report.options.seed}, {report.options.permutations} permutations, dataset PCA "
-        f"{'centred' if report.options.centred else 'not centred'}. kdvit {kdvit.__version__}.</p>",
+        f"{'centred' if report.options.centred else 'not centred'}. kdvit {version('kdvit')}.</p>",
         "<p>Method: arXiv:2511.15572. Every number is in <code>report.json</code>, the curves are in <code>curves.npz</code>.</p>",
         "</body></html>",
     ]

@@ -6,6 +6,7 @@ import csv
 import json
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,6 @@ import numpy as np
 import timm
 import torch
 
-import kdvit
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths, p99
 from kdvit.analysis.mismatch import Advice
 from kdvit.analysis.page import page
@@ -117,7 +117,7 @@ class Report(NamedTuple):
         """Returns every number in plain types."""
         options = {**self.options._asdict(), "energies": list(self.options.energies)}
         return {
-            "kdvit": kdvit.__version__,
+            "kdvit": version("kdvit"),
             "torch": torch.__version__,
             "timm": timm.__version__,
             "machine": platform.machine(),

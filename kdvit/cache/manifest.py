@@ -9,16 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdvit import __version__
+from kdvit.errors import WorkerError
 from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.structures import View, WorkerError
+from kdvit.structures import View
 
 FILE = "manifest.json"
 FORMAT = 2
 """Layout of the records; since 2 they hold the number of the image that was shown."""
-PACKAGES = ("torch", "torchvision", "timm", "Pillow", "numpy")
+PACKAGES = ("kdvit", "torch", "torchvision", "timm", "Pillow", "numpy")
 
 
 class CacheError(WorkerError, ValueError):
@@ -109,7 +109,6 @@ def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, A
         "teacher.input": [own.size, own.mean, own.std],
         **{f"data.{name}": value for name, value in data.items()},
         **{f"version.{name}": version(name) for name in PACKAGES},
-        "version.kdvit": __version__,
         "version.records": FORMAT,
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from kdvit.cache.manifest import FILE, CacheError, Manifest, describe_origin, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
-from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
+from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 from kdvit.structures import Batch, View, ViTOutput
 
 Stored = Literal["auto", "logits", "features", "both"]

@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import torch
 from timm.utils import ModelEmaV3
 
-from kdvit.metrics import classification_scores
+from kdvit.errors import UserError
 from kdvit.structures import Batch
+from kdvit.training.metrics import classification_scores
+from kdvit.training.sharding import ShardedStrategy
 
 
 class StudentEMA(pl.Callback):
@@ -40,6 +42,10 @@ class StudentEMA(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Copies the student; a checkpoint's average takes its place in `load_state_dict`."""
         if self.decay is not None:
+            if isinstance(trainer.strategy, ShardedStrategy):
+                raise UserError(
+                    "trainer.strategy sharded has no averaged student: leave ema.decay out, or set --trainer.strategy ddp."
+                )
             self._average = ModelEmaV3(pl_module.student, decay=self.decay)
             self._scores = classification_scores(pl_module.num_classes)
             self._started = False

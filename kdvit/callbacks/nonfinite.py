@@ -12,13 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, described, place, save
-from kdvit.optim import gradient_norm
+from kdvit.errors import UserError
 from kdvit.structures import Batch
+from kdvit.training.optim import gradient_norm
 
 FREE_TO_READ = ("cpu",)  # on other devices a read waits for all that the device has been given to do
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A loss term or a gradient is not finite. The message says which, where, and what can be done."""
 
 

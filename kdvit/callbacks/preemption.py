@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
-from kdvit.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
+from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
+from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
 class Preemption(Checkpoint):

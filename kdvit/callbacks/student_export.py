@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.callbacks.nonfinite import NonFiniteError
 from kdvit.models import export_student
-from kdvit.signals import Stopped
+from kdvit.runtime.signals import Stopped
 
 
 class StudentExport(pl.Callback):

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.metrics import classification_scores
+from kdvit.training.metrics import classification_scores
 
 
 class TeacherScores(pl.Callback):

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kdvit.cache import CacheError, CacheReader, open_cache
 from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
-from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.data.workers import FORK, start_worker
+from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]

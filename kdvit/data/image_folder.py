@@ -17,8 +17,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
-from kdvit.data.seeding import mixed_seed, seeded
 from kdvit.data.transforms import Transform, eval_transform, train_transform
+from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
 
 LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kdvit.structures import WorkerError
+from kdvit.errors import WorkerError
 
 OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kdvit.data.seeding import mixed_seed
+from kdvit.errors import UserError
+from kdvit.seeding import mixed_seed
 from kdvit.structures import View
 
 
-class ShareError(ValueError):
+class ShareError(UserError, ValueError):
     """The images cannot be shared by the processes as they are."""
 
 

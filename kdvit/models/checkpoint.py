@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import kdvit
 from kdvit.files import write_whole
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.released import load_released, read_weights_only
@@ -31,7 +31,7 @@ def student_spec(student: Network, image_format: ImageFormat, class_names: list[
         class_names: Names of the classes, where known.
     """
     return {
-        "kdvit_version": kdvit.__version__,
+        "kdvit_version": version("kdvit"),
         "class": type(student).__name__,
         "init_args": getattr(student, "init_args", None),
         "image_format": image_format.to_json(),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kdvit.analysis import measure
 from kdvit.cli import main
-from kdvit.images import Images, choose
+from kdvit.cli.images import Images, choose
 from kdvit.models import export_student
 from kdvit.models.checkpoint import student_spec
 from tests.runs import SHORT, fit

@@ -20,8 +20,8 @@ from kdvit import DistillationModule
 from kdvit.callbacks import StudentEMA, Throughput
 from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.models import LiftViT, TimmTeacher
-from kdvit.optim import OptimizerOptions, ScheduleOptions
 from kdvit.structures import Batch
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions
 from tests.bench.fit import WARM, batches, seconds_a_step
 from tests.bench.rounds import Row, interleave, row, speed_up
 

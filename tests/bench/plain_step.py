@@ -10,8 +10,8 @@ import torch
 from kdvit import DistillationModule
 from kdvit.distillers import Distiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import LiftViT, TimmTeacher, WideLastViT, avoid_slow_attention
-from kdvit.optim import OptimizerOptions, parameter_groups
 from kdvit.structures import Batch, ImageFormat, ViTOutput
+from kdvit.training.optim import OptimizerOptions, parameter_groups
 
 STUDENT, TEACHER = "deit_tiny_patch16_224", "cait_s24_224"
 REMEDIES: dict[str, tuple[type[LiftViT] | type[WideLastViT], type[Distiller]]] = {

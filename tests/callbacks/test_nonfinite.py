@@ -20,11 +20,11 @@ from torch import Tensor
 
 from kdvit import DistillationModule, Distiller, load_student
 from kdvit.callbacks import NonFiniteError, NonFiniteGuard, StudentEMA, nonfinite
-from kdvit.checkpoints import WholeCheckpointIO
 from kdvit.data import Digits
 from kdvit.distillers import LiftDistiller, LogitDistiller
-from kdvit.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.runtime.checkpoints import WholeCheckpointIO
 from kdvit.structures import Batch
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions, parameter_groups
 from tests.runs import SHORT, fit
 from tests.several import PATHS
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer

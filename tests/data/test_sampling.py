@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 from kdvit.data.base import collate, even_batch_size
 from kdvit.data.in_memory import InMemoryImages
 from kdvit.data.sampling import ResumableLoader, View, ViewSampler
-from kdvit.data.seeding import mixed_seed, seeded
+from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import ImageFormat
 
 

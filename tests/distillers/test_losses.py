@@ -18,7 +18,7 @@ from kdvit.distillers import (
     spectral_mse,
 )
 from kdvit.distillers.feature import same_grid
-from kdvit.plugins import known_distillers
+from kdvit.distillers.plugins import known_distillers
 from kdvit.structures import OutputShapes, ViTOutput
 from kdvit.testing import check_distiller
 from tests.reference import ARRAYS, NUMBERS

@@ -12,9 +12,9 @@ from kdvit.analysis import Report, analyze
 from kdvit.analysis.geometry import LEVEL, LayerReport, bandwidths, p99
 from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
+from kdvit.cli.images import ChosenImages, Images, choose
+from kdvit.cli.lookup import read_experiment
 from kdvit.data.cached import collate
-from kdvit.images import ChosenImages, Images, choose
-from kdvit.lookup import read_experiment
 
 IMAGES = 1000
 RESAMPLES = 1000

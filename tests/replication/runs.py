@@ -21,11 +21,11 @@ import numpy as np
 import yaml
 
 from kdvit import load_student
-from kdvit.cli import KdvitCLI, parse_fit
-from kdvit.config_files import find_config, find_configs
+from kdvit.cli.config_files import find_config, find_configs
+from kdvit.cli.fit import KdvitCLI, parse_fit
 from kdvit.files import write_whole
-from kdvit.loggers import read_table
 from kdvit.models.cost import parameter_count
+from kdvit.runtime.loggers import read_table
 from tests.bench.machine import machine
 from tests.replication.geometry import measured_layers
 

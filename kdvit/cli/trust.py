@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
-from kdvit.messages import UserError
+from kdvit.errors import UserError
 
 NO_CODE = (
     "a config names classes of the type that an argument expects, and hands over no functions and no other classes"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from kdvit.config_files import find_config
-from kdvit.lookup import find_network, read_experiment
+from kdvit.cli.config_files import find_config
+from kdvit.cli.lookup import find_network, read_experiment
 from kdvit.models import Network, TimmTeacher
 from kdvit.models.cost import forward_flops, parameter_count
 

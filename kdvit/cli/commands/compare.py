@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdvit.benchmark import latency_ms
-from kdvit.loggers import read_table
-from kdvit.messages import UserError
+from kdvit.cli.commands.benchmark import latency_ms
+from kdvit.errors import UserError
 from kdvit.models import load_student
 from kdvit.models.cost import parameter_count
+from kdvit.runtime.loggers import read_table
 
 
 class Run(NamedTuple):

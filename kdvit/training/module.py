@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 
 from kdvit.distillers import Distiller
-from kdvit.metrics import classification_scores
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention
 from kdvit.models.checkpoint import student_spec
-from kdvit.optim import FUSED_DEVICES, OptimizerOptions, ScheduleOptions, gradient_norm, parameter_groups
 from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
+from kdvit.training.metrics import classification_scores
+from kdvit.training.optim import FUSED_DEVICES, OptimizerOptions, ScheduleOptions, gradient_norm, parameter_groups
 
 
 class DistillationModule(pl.LightningModule):

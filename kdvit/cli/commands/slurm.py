@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdvit.errors import UserError
 from kdvit.files import write_whole
-from kdvit.messages import UserError
-from kdvit.processes import SHELLS
+from kdvit.runtime.processes import SHELLS
 
 SCRIPT = """\
 #!/bin/bash

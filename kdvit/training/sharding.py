@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kdvit.callbacks import StudentEMA
-from kdvit.messages import UserError
-from kdvit.module import DistillationModule
+from kdvit.errors import UserError
+from kdvit.training.module import DistillationModule
 
 PRECISIONS = ("32-true", "bf16-mixed")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # each element's step is its own
@@ -139,8 +138,6 @@ def require_shardable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise UserError(f"{said} trains and evaluates students; a {type(module).__name__} runs with ddp.")
     if str(trainer.precision) not in PRECISIONS:
         raise UserError(f"{said} goes with trainer.precision {' or '.join(PRECISIONS)}, got {trainer.precision}.")
-    if any(isinstance(each, StudentEMA) and each.decay is not None for each in trainer.callbacks):  # type: ignore[attr-defined]
-        raise UserError(f"{said} has no averaged student: leave ema.decay out, or set --trainer.strategy ddp.")
     if module.compiled in ("student", "both"):
         raise UserError(f"{said} does not go with model.compile {module.compiled}: set it to none or teacher.")
     if module.optimizer_options.name not in OPTIMIZERS:

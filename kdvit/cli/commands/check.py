@@ -11,8 +11,8 @@ import numpy as np
 
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
-from kdvit.module import DistillationModule
 from kdvit.structures import ImageFormat, Layer
+from kdvit.training.module import DistillationModule
 
 Rows = list[tuple[str, str]]
 LOADED_IMAGES = 32

@@ -13,14 +13,12 @@ import lightning.pytorch as pl
 import torch.distributed
 from jsonargparse import ArgumentError
 
-from kdvit.cache import CacheError
-from kdvit.callbacks import NonFiniteError
 from kdvit.data.reading import ImageError
-from kdvit.data.sampling import ShareError
 from kdvit.distillers import Distiller
+from kdvit.errors import UserError
 from kdvit.models import Network
-from kdvit.module import DistillationModule
 from kdvit.structures import subclasses
+from kdvit.training.module import DistillationModule
 
 CLASSES: dict[str, type] = {
     "model.distillers": Distiller,
@@ -39,11 +37,7 @@ LONGEST = 600  # characters of a message
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
-class UserError(Exception):
-    """A mistake in a config or on the command line. The command line shows the message and no traceback."""
-
-
-EXPLAINED = (UserError, ArgumentError, CacheError, ShareError, NonFiniteError)
+EXPLAINED = (UserError, ArgumentError)
 
 
 def explain(error: Exception) -> str | None:

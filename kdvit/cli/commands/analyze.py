@@ -14,13 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
-from kdvit.config_files import find_config
+from kdvit.cli.config_files import find_config
+from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
+from kdvit.cli.lookup import Experiment, find_network, read_experiment
 from kdvit.data import ImageDataModule
-from kdvit.images import ChosenImages, Images, choose, find_images, images_of_config, required
-from kdvit.lookup import Experiment, find_network, read_experiment
-from kdvit.messages import UserError
+from kdvit.errors import UserError
 from kdvit.models import Network, TimmTeacher, load_student
-from kdvit.processes import require_all_processes, require_all_tasks, require_whole_networks
+from kdvit.runtime.processes import require_all_processes, require_all_tasks, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"

@@ -9,11 +9,11 @@ import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
-from kdvit.lookup import Experiment, build
-from kdvit.messages import UserError
+from kdvit.errors import UserError
 from kdvit.models import Network
 from kdvit.structures import ImageFormat, subclasses
 

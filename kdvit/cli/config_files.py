@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-import kdvit
-
 JSONARGPARSE_YAML = get_loader("yaml")
 MOST_VALUES = 100_000
 """Values of a config with its aliases written out."""
@@ -17,7 +15,7 @@ MOST_VALUES = 100_000
 
 def packaged_configs() -> Path:
     """Returns the folder of the configs: inside an installed package, beside it in a checkout."""
-    home = Path(kdvit.__file__).parent
+    home = Path(__file__).parent.parent
     inside = home / "configs"
     return inside if inside.is_dir() else home.parent / "configs"
 

@@ -10,10 +10,10 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.checkpoints import newest_checkpoint, require_whole, training_step
+from kdvit.errors import UserError
 from kdvit.files import write_whole
-from kdvit.messages import UserError
 from kdvit.models.released import read_weights_only
+from kdvit.runtime.checkpoints import newest_checkpoint, require_whole, training_step
 
 COMPARED = ("model", "data", "seed_everything")
 MAY_MOVE = (  # a run may go on elsewhere, and past an image that has come to harm

@@ -10,16 +10,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from kdvit.analyze import run_analysis
-from kdvit.benchmark import benchmark
-from kdvit.compare import compare
-from kdvit.messages import UserError
+from kdvit.cli.commands.analyze import run_analysis
+from kdvit.cli.commands.benchmark import benchmark
+from kdvit.cli.commands.compare import compare
+from kdvit.cli.commands.slurm import slurm
+from kdvit.distillers.plugins import known_distillers
+from kdvit.errors import UserError
 from kdvit.models import export_student, load_released, load_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.cost import parameter_count
 from kdvit.models.export import export_onnx, export_program
-from kdvit.plugins import known_distillers
-from kdvit.slurm import slurm
 
 
 def compare_command(args: list[str]) -> None:

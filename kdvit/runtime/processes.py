@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from kdvit.messages import UserError
+from kdvit.errors import UserError
 
 SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name for a shell, and does not see Slurm
 PARENT = "KDVIT_PARENT"

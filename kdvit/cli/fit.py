@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from kdvit import __version__
 from kdvit.analysis import GeometryMonitor
-from kdvit.cache import open_cache
-from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
 from kdvit.callbacks import (
     BadImages,
     NonFiniteGuard,
@@ -28,106 +22,24 @@ from kdvit.callbacks import (
     TeacherScores,
     Throughput,
 )
-from kdvit.check import describe
-from kdvit.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
-from kdvit.commands import COMMANDS, slurm_command
-from kdvit.config_files import find_configs, read_plain_values_alone
+from kdvit.cli.commands.check import describe
+from kdvit.cli.config_files import find_configs
+from kdvit.cli.messages import unforeseen
+from kdvit.cli.resuming import SaveConfig, find_checkpoint, require_plain
+from kdvit.cli.trainer import Trainer
+from kdvit.cli.trust import refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 from kdvit.data import ImageDataModule
-from kdvit.data.workers import let_collectives_end
-from kdvit.loggers import run_loggers
-from kdvit.messages import UserError, explain, unforeseen
-from kdvit.module import DistillationModule
-from kdvit.plugins import load_plugins
-from kdvit.processes import (
+from kdvit.errors import UserError
+from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
+from kdvit.runtime.loggers import run_loggers
+from kdvit.runtime.processes import (
     SameCheckpoint,
-    end_with_parent,
     require_all_processes,
     require_all_tasks,
     require_whole_networks,
 )
-from kdvit.resuming import SaveConfig, find_checkpoint, require_plain
-from kdvit.sharding import ShardedStrategy, require_shardable
-from kdvit.trust import build_no_callables, refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
-
-NOISE = (
-    "The `srun` command is available",  # with Slurm installed, on every run outside it
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
-    "Checkpoint directory .* exists and is not empty",  # of every run that goes on
-    "Experiment logs directory .* exists and is not empty",  # of every run, and untrue of one that goes on
-    "FSDP2-wrapped module .* returned a view tensor",  # a feature map, which no distiller edits in place
-    "LightningCLI's args parameter is intended",  # the arguments are those of the process, with config names resolved
-)
-
-
-CHECKED_IMAGES = 8
-
-
-class Trainer(pl.Trainer):
-    """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
-
-    def check(
-        self, model: DistillationModule, datamodule: pl.LightningDataModule, images_per_second: float | None = None
-    ) -> None:
-        """Build everything, show what a run will do, and take one training and one validation batch on the CPU.
-
-        Args:
-            images_per_second: Rate of a process's steps, to be told how many loader workers it needs.
-        """
-        if isinstance(datamodule, ImageDataModule):
-            datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
-        callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
-        self.callbacks = [
-            each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport, GeometryMonitor))
-        ]
-        try:
-            self.fit(model, datamodule=datamodule)
-        except Exception as error:
-            raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
-        print(
-            f"A training and a validation batch of at most {CHECKED_IMAGES} images went through. This config is ready for `kdvit fit`."
-        )
-
-    def cache(
-        self,
-        model: DistillationModule,
-        datamodule: pl.LightningDataModule,
-        out: str | None = None,
-        views: int = 1,
-        store: Stored = "auto",
-        topk: int | None = None,
-        check: str | None = None,
-        samples: int = 64,
-    ) -> None:
-        """Run the teacher once over augmented views of the training images, and store what the distillers ask of it.
-
-        Args:
-            out: Folder to write. The same command again goes on where it was stopped.
-            views: Views of an image; epoch e of a training shows view e % views.
-            store: What to store; auto is what the distillers of the config ask for.
-            topk: Store the probabilities of so many classes instead of all logits. The rest is spread evenly.
-            check: A cache to compare with what the teacher gives now, instead of writing one.
-            samples: Number of its records to compare.
-        """
-        if not isinstance(datamodule, ImageDataModule):
-            raise UserError(f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}.")
-        if (out is None) == (check is None):
-            raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
-        self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
-        data, wanted = datamodule.fingerprint(), model.teacher_request()
-        if check is None:
-            options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
-            manifest = plan(model.teacher, wanted, data, **options)
-        else:
-            manifest = open_cache(Path(check), model.teacher, (), False, data).manifest
-        assert model.teacher is not None
-        folder = Path(check or out or "")
-        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader
-        if check is None:
-            done = fill(self, CacheWriting(*run))
-        else:
-            done = compare(self, CacheComparison(*run, samples=samples))
-        if self.is_global_zero:
-            print(done)
+from kdvit.training.module import DistillationModule
+from kdvit.training.sharding import ShardedStrategy, require_shardable
 
 
 class KdvitCLI(LightningCLI):
@@ -148,7 +60,7 @@ class KdvitCLI(LightningCLI):
                 "description": "Distill vision transformers. More commands, each with --help: analyze (the encoding mismatch of "
                 "a pair, and what to do), slurm (submits a fit), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
                 "checkpoint of the authors).",
-                "version": __version__,
+                "version": version("kdvit"),
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
             subclass_mode_data=True,
@@ -164,7 +76,7 @@ class KdvitCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Writes kdvit's version on top of every saved config."""
-        return super().init_parser(dump_header=[f"kdvit=={__version__}"], **kwargs)
+        return super().init_parser(dump_header=[f"kdvit=={version('kdvit')}"], **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `ema`, `nonfinite`, `geometry` and the checkpoints, and hands the data's image format and class names to the model."""
@@ -301,37 +213,3 @@ def _planned_processes(trainer: Any) -> int | None:
     if isinstance(devices, list):
         return nodes * len(devices)
     return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None
-
-
-def main(args: list[str] | None = None) -> None:
-    """Runs the command line.
-
-    Args:
-        args: Arguments after the program's name; by default those of the process.
-
-    Raises:
-        SystemExit: With status 2 and one clear message, if the user has made a mistake. (With the environment variable
-            KDVIT_TRACEBACK set, the error itself.)
-    """
-    given = sys.argv[1:] if args is None else args
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    end_with_parent()
-    try:
-        read_plain_values_alone()
-        build_no_callables()
-        load_plugins()
-        if given and given[0] in COMMANDS:
-            COMMANDS[given[0]](given[1:])
-        elif given[:1] == ["slurm"]:
-            slurm_command(given[1:], parse_fit)
-        else:
-            KdvitCLI(find_configs(given))
-    except Exception as error:
-        explanation = explain(error)
-        if explanation is None or os.environ.get("KDVIT_TRACEBACK"):
-            raise
-        print(f"kdvit: error: {explanation}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        let_collectives_end()

@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser
 
-from kdvit.config_files import find_config, load_yaml
-from kdvit.messages import UserError
+from kdvit.cli.config_files import find_config, load_yaml
+from kdvit.cli.trust import refuse_code
+from kdvit.errors import UserError
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
-from kdvit.trust import refuse_code
 
 
 class Experiment(NamedTuple):

@@ -1,0 +1,5 @@
+"""What a user types."""
+
+from kdvit.cli.entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,87 @@
+"""Lightning's Trainer with two commands more: a check of a run, and the storing of a teacher's outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+from kdvit.analysis import GeometryMonitor
+from kdvit.cache import open_cache
+from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
+from kdvit.callbacks import BadImages, StudentExport
+from kdvit.data import ImageDataModule
+from kdvit.errors import UserError
+from kdvit.training.module import DistillationModule
+
+CHECKED_IMAGES = 8
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
+
+    def check(
+        self, model: DistillationModule, datamodule: pl.LightningDataModule, images_per_second: float | None = None
+    ) -> None:
+        """Build everything, show what a run will do, and take one training and one validation batch on the CPU.
+
+        Args:
+            images_per_second: Rate of a process's steps, to be told how many loader workers it needs.
+        """
+        if isinstance(datamodule, ImageDataModule):
+            datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
+        callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
+        self.callbacks = [
+            each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport, GeometryMonitor))
+        ]
+        try:
+            self.fit(model, datamodule=datamodule)
+        except Exception as error:
+            raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
+        print(
+            f"A training and a validation batch of at most {CHECKED_IMAGES} images went through. This config is ready for `kdvit fit`."
+        )
+
+    def cache(
+        self,
+        model: DistillationModule,
+        datamodule: pl.LightningDataModule,
+        out: str | None = None,
+        views: int = 1,
+        store: Stored = "auto",
+        topk: int | None = None,
+        check: str | None = None,
+        samples: int = 64,
+    ) -> None:
+        """Run the teacher once over augmented views of the training images, and store what the distillers ask of it.
+
+        Args:
+            out: Folder to write. The same command again goes on where it was stopped.
+            views: Views of an image; epoch e of a training shows view e % views.
+            store: What to store; auto is what the distillers of the config ask for.
+            topk: Store the probabilities of so many classes instead of all logits. The rest is spread evenly.
+            check: A cache to compare with what the teacher gives now, instead of writing one.
+            samples: Number of its records to compare.
+        """
+        if not isinstance(datamodule, ImageDataModule):
+            raise UserError(f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}.")
+        if (out is None) == (check is None):
+            raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
+        self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
+        data, wanted = datamodule.fingerprint(), model.teacher_request()
+        if check is None:
+            options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
+            manifest = plan(model.teacher, wanted, data, **options)
+        else:
+            manifest = open_cache(Path(check), model.teacher, (), False, data).manifest
+        assert model.teacher is not None
+        folder = Path(check or out or "")
+        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader
+        if check is None:
+            done = fill(self, CacheWriting(*run))
+        else:
+            done = compare(self, CacheComparison(*run, samples=samples))
+        if self.is_global_zero:
+            print(done)

@@ -1,0 +1,34 @@
+"""The errors that a user is shown in one line, without a traceback: one family, so that nothing has to list them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake in a config, on the command line or in the data. The message says what to do."""
+
+
+class WorkerError(UserError):
+    """An error that a loader's worker may raise; its text leaves out the worker's traceback, which torch puts before it."""
+
+    def __str__(self) -> str:
+        """Returns the message alone."""
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+@contextmanager
+def shown(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError), prefix: str = "") -> Iterator[None]:
+    """Turns errors of the library into a UserError of the same message.
+
+    Args:
+        kinds: Those that a user's input can lead to; errors of the arguments and of files.
+        prefix: What stands before the message, such as the name of the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{prefix}{error}") from error

@@ -1,0 +1,1 @@
+"""A run as a process: checkpoints on disk, signals, processes, logs."""

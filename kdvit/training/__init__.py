@@ -1,0 +1,6 @@
+"""A training step: a batch becomes terms, a loss and logs; optimizer, schedule, metrics, split students."""
+
+from kdvit.training.module import DistillationModule
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions
+
+__all__ = ["DistillationModule", "OptimizerOptions", "ScheduleOptions"]
