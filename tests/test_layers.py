@@ -12,7 +12,7 @@ import pytest
 import kdvit
 
 FLOORS = """
-structures errors files seeding
+structures errors files seeding tables
 models distillers runtime
 training cache analysis
 data
