@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 
 class UserError(Exception):
-    """A mistake in a config, on the command line or in the data. The message says what to do."""
+    """A mistake in a config, on the command line or in the data. The message says what to do.
+
+    Attributes:
+        then: What to do after that, at the end of a message of the command line.
+    """
+
+    then: ClassVar[str] = ""
 
 
 class WorkerError(UserError):

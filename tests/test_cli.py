@@ -258,7 +258,7 @@ def test_help_helps(command: list[str], capsys) -> None:
 
 def test_distillers_are_listed(capsys) -> None:
     main(["distillers"])
-    assert "LiftDistiller        Lift: the lifted map of a LiftViT" in capsys.readouterr().out
+    assert "LiftDistiller      Lift: the lifted map of a LiftViT" in capsys.readouterr().out
 
 
 def test_a_check_leaves_nothing_behind(capsys) -> None:

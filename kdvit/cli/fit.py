@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for what runs a Trainer, and the commands that need none."""
+"""`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`: a config becomes data, module and Trainer, and runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentError
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -27,9 +29,9 @@ from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
 from kdvit.cli.resuming import SaveConfig, find_checkpoint, require_plain
 from kdvit.cli.trainer import Trainer
-from kdvit.cli.trust import refuse_code, refuse_folder_of_config, refuse_writing_elsewhere
 from kdvit.data import ImageDataModule
-from kdvit.errors import UserError
+from kdvit.distillers.plugins import load_plugins
+from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
@@ -41,48 +43,70 @@ from kdvit.runtime.processes import (
 from kdvit.training.module import DistillationModule
 from kdvit.training.sharding import ShardedStrategy, require_shardable
 
+SWITCHED: dict[str, type[Callback]] = {
+    "bad_images": BadImages,
+    "throughput": Throughput,
+    "teacher_scores": TeacherScores,
+    "student_export": StudentExport,
+    "predictions": PredictionWriter,
+    "preemption": Preemption,
+}
+"""Callbacks of every run by their key under `callbacks`, where null switches one off."""
+ON_ONE_CPU = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "fast_dev_run": True,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""How a check runs, whatever the config says."""
+
 
 class KdvitCLI(LightningCLI):
-    """`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`."""
+    """One command of a Trainer.
 
-    def __init__(self, args: list[str]) -> None:
-        callbacks = [BadImages(), Throughput(), TeacherScores(), StudentExport(), PredictionWriter(), Preemption()]
+    Args:
+        command: Its name.
+        args: The arguments behind the name.
+    """
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value goes, a class_path is plain text
+        load_plugins()
         super().__init__(
             DistillationModule,
             pl.LightningDataModule,
             save_config_callback=SaveConfig,
             trainer_class=Trainer,
-            trainer_defaults={"default_root_dir": "runs/default", "callbacks": callbacks},
+            trainer_defaults={"default_root_dir": "runs/default"},
             seed_everything_default=0,
-            parser_kwargs={
-                "prog": "kdvit",
-                "exit_on_error": False,
-                "description": "Distill vision transformers. More commands, each with --help: analyze (the encoding mismatch of "
-                "a pair, and what to do), slurm (submits a fit), distillers (lists the objectives), compare (finished runs), benchmark (what networks cost), export (a student), import (a "
-                "checkpoint of the authors).",
-                "version": version("kdvit"),
-                **{name: {"exit_on_error": False} for name in self.subcommands()},
-            },
+            parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: {"exit_on_error": False}},
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=args,
+            args=[command, *args],
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, `check` and `cache`."""
-        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("check", "cache")}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Names this command alone: to build the parser of one takes a second."""
+        return {self.command: LightningCLI.subcommands().get(self.command, {"model", "datamodule"})}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Writes kdvit's version on top of every saved config."""
         return super().init_parser(dump_header=[f"kdvit=={version('kdvit')}"], **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `ema`, `nonfinite`, `geometry` and the checkpoints, and hands the data's image format and class names to the model."""
+        """Adds callbacks and checkpoints, and gives the data's image format and class names to the model."""
         parser.add_lightning_class_args(StudentEMA, "ema")
         parser.add_lightning_class_args(NonFiniteGuard, "nonfinite")
         parser.add_lightning_class_args(GeometryMonitor, "geometry")
+        for key, callback in SWITCHED.items():
+            default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
+            parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)
         best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "mode": "max"}
         last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
@@ -94,90 +118,76 @@ class KdvitCLI(LightningCLI):
         parser.link_arguments("data", "model.class_names", compute_fn=_class_names, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; what no one has foreseen of a config is the config's fault, too."""
-        try:
+        """Parses, and reads the checkpoint that is given before Lightning looks into it for changes of the config."""
+        with unforeseen("read"):
             super().parse_arguments(parser, args)
-        except (ArgumentError, UserError):
-            raise
-        except Exception as error:
-            raise UserError(unforeseen("read", error)) from error
-        config = self.config.get(self.config.get("subcommand"), {})
-        refuse_folder_of_config(config, args)
-        given = config.get("ckpt_path")
-        if given and Path(given).is_file():  # of which Lightning reads changes of the config, next
+        given = self.config[self.command].get("ckpt_path") if self.command in self.config else None
+        if given and Path(given).is_file():
             require_plain(Path(given))
 
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
-        config = self.config[self.subcommand]
-        refuse_code(config)
-        refuse_writing_elsewhere(config)
+        config = self.config[self.command]
         if config.get("weights_only") is False:
-            raise UserError(
-                "weights_only: false would let a checkpoint run code. Leave it out: kdvit loads no such file."
-            )
-        if self.subcommand in ("fit", "check") and config.trainer.max_epochs in (None, -1):
+            raise UserError("weights_only: false lets a checkpoint run code. Leave it out: kdvit loads no such file.")
+        if self.command in ("fit", "check") and config.trainer.max_epochs in (None, -1):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         self.checkpoint = None
-        if self.subcommand not in ("check", "cache"):
-            text = self._parser(self.subcommand).dump(config, skip_none=False)
-            self.checkpoint = find_checkpoint(str(self.subcommand), config, text)
+        if self.command not in ("check", "cache"):
+            text = self._parser(self.command).dump(config, skip_none=False)
+            self.checkpoint = find_checkpoint(self.command, config, text)
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
-        if self.subcommand != "check":
-            require_all_tasks(_planned_processes(self.config[self.subcommand].trainer))
-        try:
+        if self.command != "check":
+            require_all_tasks(planned_processes(self.config[self.command].trainer))
+        with (
+            unforeseen("built"),
+            shown((ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)),
+        ):
             super().instantiate_classes()
-            if self.subcommand in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
+            if self.command in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
                 self.datamodule.require("train")
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(str(error)) from error
-        except Exception as error:
-            raise UserError(unforeseen("built", error)) from error
-        if self.subcommand not in ("check", "cache"):
-            self.config_init[self.subcommand]["ckpt_path"] = self.checkpoint
-            self.config_init[self.subcommand]["weights_only"] = True
+        if self.command not in ("check", "cache"):
+            self.config_init[self.command]["ckpt_path"] = self.checkpoint
+            self.config_init[self.command]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Gives a fit its loggers; a check runs on one CPU process, whatever the config says."""
-        given = self.config_init[self.subcommand]["trainer"]
-        root = given["default_root_dir"]
-        if self.subcommand == "check":
-            kwargs = {
-                "accelerator": "cpu",
-                "devices": 1,
-                "num_nodes": 1,
-                "strategy": "auto",
-                "precision": "32-true",
-                "fast_dev_run": True,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-            }
-        elif self.subcommand != "fit":
-            kwargs = {"logger": False}
-        else:
-            plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
-            kwargs = {"plugins": [*filter(None, plugins), WholeCheckpointIO()]}
-            if given["logger"] in (None, True):
-                kwargs["logger"] = run_loggers(root, self.checkpoint)
-        trainer = super().instantiate_trainer(**kwargs)
+        """Builds the Trainer of the command, and refuses what would go wrong in its processes."""
+        trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
         refuse_saving_on_errors(trainer.callbacks)  # type: ignore[attr-defined]
-        if self.subcommand == "check":
-            planned = _planned_processes(given)
-            loading = getattr(self.datamodule, "num_workers", 0), self.config_init["check"]["images_per_second"]
-            self.datamodule.num_workers = 0
-            print(
-                describe(self.model, self.datamodule, planned, given["accumulate_grad_batches"], *loading), flush=True
-            )
+        if self.command == "check":
+            return trainer
+        if isinstance(trainer.strategy, ShardedStrategy) and self.command != "cache":
+            require_shardable(trainer, self.model)
         else:
-            if isinstance(trainer.strategy, ShardedStrategy) and self.subcommand != "cache":
-                require_shardable(trainer, self.model)
-            else:
-                require_whole_networks(trainer)
-            require_all_processes(trainer)
-            trainer.callbacks.insert(0, SameCheckpoint(self.checkpoint))  # type: ignore[attr-defined]
+            require_whole_networks(trainer)
+        require_all_processes(trainer)
         return trainer
+
+    def _options(self, given: Any) -> dict[str, Any]:
+        """Returns the Trainer's options that follow from the command."""
+        own = given.trainer.callbacks or []
+        callbacks = [*(own if isinstance(own, list) else [own]), *filter(None, vars(given.callbacks).values())]
+        if self.command == "check":
+            return {**ON_ONE_CPU, "callbacks": callbacks}
+        callbacks.insert(0, SameCheckpoint(self.checkpoint))
+        if self.command != "fit":
+            return {"logger": False, "callbacks": callbacks}
+        plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
+        logger = given.trainer.logger
+        if logger in (None, True):
+            logger = run_loggers(given.trainer.default_root_dir, self.checkpoint)
+        return {"plugins": [*filter(None, plugins), WholeCheckpointIO()], "logger": logger, "callbacks": callbacks}
+
+    def before_check(self) -> None:
+        """Shows what a fit will do, as it is planned and not as it is checked."""
+        given = self.config_init["check"]
+        workers = getattr(self.datamodule, "num_workers", 0)
+        self.datamodule.num_workers = 0
+        processes = planned_processes(given.trainer)
+        batches = given.trainer.accumulate_grad_batches
+        print(describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second), flush=True)
 
 
 class PlannedFit(KdvitCLI):
@@ -188,9 +198,32 @@ class PlannedFit(KdvitCLI):
         self.subcommand = None
 
 
+class ReadFit(PlannedFit):
+    """The config of a `kdvit fit`, for commands that need parts of it and no run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Checks nothing of a run."""
+
+    def plain(self) -> dict[str, Any]:
+        """Returns what the config says beyond the defaults, as YAML has it."""
+        text = self._parser("fit").dump(self.config["fit"], skip_default=True, skip_link_targets=True)
+        plain: dict[str, Any] = yaml.safe_load(text)
+        return plain
+
+
 def parse_fit(args: list[str]) -> Any:
     """Returns the config of a `kdvit fit` with these arguments, checked as far as that goes without building anything."""
-    return PlannedFit(find_configs(["fit", *args])).config["fit"]
+    return PlannedFit("fit", find_configs(args)).config["fit"]
+
+
+def planned_processes(trainer: Any) -> int | None:
+    """Returns devices times nodes of a config; None where the machine of the run decides."""
+    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list):
+        return nodes * len(devices)
+    return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None
 
 
 def _checkpoint_folder(root: Any) -> str:
@@ -203,13 +236,3 @@ def _image_format(data: Any) -> Any:
 
 def _class_names(data: Any) -> Any:
     return getattr(data, "class_names", None)
-
-
-def _planned_processes(trainer: Any) -> int | None:
-    """Returns devices times nodes of a config; None where the machine of the run decides."""
-    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
-    if isinstance(devices, str) and "," in devices:
-        devices = [each for each in devices.split(",") if each.strip()]
-    if isinstance(devices, list):
-        return nodes * len(devices)
-    return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None

@@ -13,7 +13,7 @@ from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
-from kdvit.errors import UserError
+from kdvit.errors import UserError, shown
 from kdvit.models import Network
 from kdvit.structures import ImageFormat, subclasses
 
@@ -90,18 +90,14 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     if name in modules:
         formatted = {"img_size": image_format.size[0], "mean": list(image_format.mean), "std": list(image_format.std)}
         spec = {"class_path": name, "init_args": {}}
-        module: ImageDataModule = build("data", {"class_path": name, "init_args": formatted})
+        module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
         return _of_module(module, name, spec)
     root = Path(name)
     splits = (root / "val").is_dir()
     if not root.is_dir():
         raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
-    try:
+    with shown((OSError,)):
         samples = list_images(root / "val" if splits else root)
-    except FileNotFoundError as error:
-        raise UserError(f"{error} (Or folders of classes alone: ROOT/CLASS/image.jpg.)") from error
-    except OSError as error:
-        raise UserError(str(error)) from error
     holder = Network(1, image_format)
     targets = [target for _, target in samples]
     folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None
@@ -110,31 +106,17 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
 
 
 def images_of_config(experiment: Experiment, file: str) -> Images:
-    """Returns the validation images of a config.
-
-    Raises:
-        UserError: If it has no data.
-    """
-    data = experiment.data
-    if data is None:
-        raise UserError(f"{file!r} has no data. Add it to the config.")
-    spec = experiment.config["data"]
+    """Returns the validation images of a config."""
+    data, spec, name = experiment.data, experiment.config["data"], f"the validation images of {file}"
+    assert data is not None
     if isinstance(data, ImageDataModule):
-        return _of_module(data, f"the validation images of {file}", spec)
+        return _of_module(data, name, spec)
     data.prepare_data()
     data.setup("validate")
     loader = data.val_dataloader()
-    image_format = getattr(data, "image_format", None) or experiment.student.image_format  # type: ignore[union-attr]
+    image_format = getattr(data, "image_format", None) or experiment.student.image_format
     names = getattr(data, "class_names", None)
-    return Images(
-        loader.dataset,
-        None,
-        image_format,
-        loader.collate_fn,
-        f"the validation images of {file}",
-        spec,
-        names and len(names),
-    )
+    return Images(loader.dataset, None, image_format, loader.collate_fn, name, spec, names and len(names))
 
 
 def _of_module(module: ImageDataModule, name: str, spec: dict[str, Any]) -> Images:

@@ -2,81 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import ArgumentParser
 
-from kdvit.cli.config_files import find_config, load_yaml
-from kdvit.cli.trust import refuse_code
-from kdvit.errors import UserError
+from kdvit.cli.config_files import find_configs
+from kdvit.cli.fit import ReadFit
+from kdvit.errors import shown
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
 
 
 class Experiment(NamedTuple):
-    """What a config of `kdvit fit` builds, as far as it was asked for.
+    """Parts of a config of `kdvit fit`.
 
     Attributes:
-        config: The config.
+        config: What it says beyond the defaults.
+        root: Its run directory.
         student: Its student.
         teacher: Its teacher, if it has one.
-        data: Its data.
+        data: Its data, if they are asked for.
     """
 
     config: dict[str, Any]
-    student: Network | None
+    root: Path
+    student: Network
     teacher: Network | None
     data: pl.LightningDataModule | None
 
 
 def read_experiment(
-    name: str, parts: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]] | None = None
+    name: str,
+    changes: Sequence[str] = (),
+    *,
+    random: tuple[str, ...] = (),
+    data: bool = False,
 ) -> Experiment:
-    """Builds parts of a config.
+    """Builds parts of a config, which is read as `kdvit fit` reads it.
 
     Args:
         name: Path or short name of the config.
-        parts: Of "student", "teacher" and "data", those to build.
-        changes: Arguments to change, by part.
+        changes: More options of `kdvit fit`.
+        random: Of "student" and "teacher", those that do not load published weights.
+        data: Whether to build the data, too.
 
     Raises:
-        UserError: If there is no such config, or a part cannot be built.
+        UserError: If it is no such config, or a part cannot be built.
     """
-    file = Path(find_config(name))
-    try:
-        config = load_yaml(file.read_text())
-        model = config["model"]
-        specs = {"student": model.get("student"), "teacher": model.get("teacher"), "data": config.get("data")}
-    except OSError as error:
-        raise UserError(f"There is no config {name!r} ({error}).") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(file)!r} is no config of `kdvit fit`: {error!r}.") from error
-    built: dict[str, Any] = {}
-    for part in parts:
-        if specs[part]:
-            spec = {**specs[part], "init_args": {**specs[part].get("init_args", {}), **(changes or {}).get(part, {})}}
-            built[part] = build(part, spec)
-    return Experiment(config, *(built.get(part) for part in ("student", "teacher", "data")))
+    read = ReadFit("fit", find_configs(["--config", name, *changes]))
+    config = read.config["fit"]
+    for part in random:
+        if config.model[part] is not None and "pretrained" in config.model[part].get("init_args", {}):
+            config.model[part].init_args.pretrained = False
+    student = build("student", Network, config.model.student)
+    teacher = None if config.model.teacher is None else build("teacher", Network, config.model.teacher)
+    images = build("data", pl.LightningDataModule, config.data) if data else None
+    return Experiment(read.plain(), Path(config.trainer.default_root_dir), student, teacher, images)
 
 
-def build(part: str, spec: Mapping[str, Any]) -> Any:
+def build(part: str, kind: type, spec: Mapping[str, Any]) -> Any:
     """Builds a network or data module of its ``class_path`` and ``init_args``.
 
     Raises:
         UserError: If it cannot be built.
     """
-    kind = pl.LightningDataModule if part == "data" else Network
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, part)
-    config = parser.parse_object({part: dict(spec)})
-    refuse_code(config)
-    try:
-        return parser.instantiate_classes(config)[part]
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        raise UserError(f"{part}: {error}") from error
+    config = parser.parse_object({part: spec})
+    with shown((ValueError, TypeError, OSError, ImportError, RuntimeError), prefix=f"{part}: "):
+        return parser.instantiate(config)[part]
 
 
 def find_network(name: str, pretrained: bool, kind: type[TimmStudent] | type[TimmTeacher] = TimmStudent) -> Network:
@@ -90,7 +86,5 @@ def find_network(name: str, pretrained: bool, kind: type[TimmStudent] | type[Tim
     Raises:
         UserError: If there is nothing of that name.
     """
-    try:
+    with shown((ValueError, OSError, TypeError, RuntimeError)):
         return load_student(name) if Path(name).exists() else kind(name, pretrained=pretrained)
-    except (ValueError, OSError, TypeError, RuntimeError) as error:
-        raise UserError(str(error)) from error

@@ -6,65 +6,48 @@ import difflib
 import errno
 import inspect
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
-import lightning.pytorch as pl
-import torch.distributed
 from jsonargparse import ArgumentError
 
-from kdvit.data.reading import ImageError
-from kdvit.distillers import Distiller
 from kdvit.errors import UserError
-from kdvit.models import Network
-from kdvit.structures import subclasses
-from kdvit.training.module import DistillationModule
 
-CLASSES: dict[str, type] = {
-    "model.distillers": Distiller,
-    "model.student": Network,
-    "model.teacher": Network,
-    "data": pl.LightningDataModule,
-}
-NOT_SAID = (
-    "Does not validate against any of the Union subtypes",
-    "Subtypes:",
-    "Errors:",
-    "Expected a <class 'NoneType'>",
-)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 
 
-EXPLAINED = (UserError, ArgumentError)
-
-
 def explain(error: Exception) -> str | None:
-    """Returns the message for a user's mistake, and None for any other error.
-
-    jsonargparse's report of every type that a value was tried against is cut down to the one that matters, and a
-    misspelt name gets its nearest match.
-    """
+    """Returns the message for a user's mistake, and None for any other error."""
     if isinstance(error, OSError) and error.errno in FULL:
         return (
-            f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. Make "
-            "room and give the same command again: a run goes on from its last checkpoint."
+            f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. "
+            "Make room and give the same command again: a run goes on from its last checkpoint."
         )
-    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
+    torch = sys.modules.get("torch")
+    lost = torch is not None and isinstance(error, torch.distributed.DistError)
+    if lost or (isinstance(error, RuntimeError) and GLOO in str(error)):
         said = " ".join(str(error).split())[:300]
         return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
-    if isinstance(error, ImageError):
-        return f"{error} Then give the same command again: a run goes on from its last checkpoint."
-    if not isinstance(error, EXPLAINED):
+    if not isinstance(error, (ArgumentError, UserError)):
         return None
-    text = _named(_condensed(str(error)))
+    text = f"{answered(str(error))} {getattr(error, 'then', '')}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
-def unforeseen(what: str, error: Exception) -> str:
-    """Returns the message for a config that cannot be read or built for a reason that no check has foreseen."""
-    return f"The config cannot be {what}. {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)"
+@contextmanager
+def unforeseen(what: str) -> Iterator[None]:
+    """Turns any error that no check has foreseen into a UserError: a config that has led to it is at fault, too."""
+    try:
+        yield
+    except (ArgumentError, UserError):
+        raise
+    except Exception as error:
+        text = f"The config cannot be {what}. {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)"
+        raise UserError(text) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -73,61 +56,96 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _condensed(text: str) -> str:
+# jsonargparse's own words, which tell every type that a value was tried against
+
+LEFT_OUT = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type")
+SHORTER = (
+    (r'Parser key "([^"]+)":', r"\1:"),
+    (r"Problem with given class_path '([^']+)':", r"\1:"),
+    (r" Add the import path to import_path_allowlist.*? to allow it\.", ""),
+    (r"Expected a (?:<class '|typing\.)(\w+(?:\[.*?\])?)'?>?\. Got value: (.*)", r"expected \1, got '\2'."),
+    (r"Expected a <class '(\w+)'>(?= |$)", r"expected \1"),
+    (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
+)
+
+
+def answered(text: str) -> str:
+    """Returns jsonargparse's report of a mistake as one line that says what to do."""
     said = []
-    for line in text.splitlines():
-        line = line.strip().removeprefix("- ")
-        if line.startswith("Given value:"):
+    for line in map(str.strip, text.splitlines()):
+        line = line.removeprefix("- ")
+        if line.startswith("Given value: "):
             value = line.removeprefix("Given value: ")
             said += [f"(got {value!r})"] if re.fullmatch(r"[\w./:+-]{1,50}", value) else []
             break
-        if line.startswith("Given value type"):
-            continue
-        if line and not line.startswith(NOT_SAID):
+        if line and not line.startswith(LEFT_OUT):
             said.append(line)
-    condensed = " ".join(said)
-    condensed = re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)
-    condensed = re.sub(r" Add the import path to import_path_allowlist.*? to allow it\.", "", condensed)
-    condensed = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", condensed)
-    condensed = re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[.*?\]))\. Got value: (.*)", _expected, condensed)
-    condensed = re.sub(r"Expected a <class '(\w+)'>(?= |$)", r"expected \1", condensed)
-    return re.sub(r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1", condensed)
+    short = " ".join(said)
+    for pattern, replacement in SHORTER:
+        short = re.sub(pattern, replacement, short)
+    for pattern, answer in ANSWERS.items():
+        if match := re.search(pattern, short):
+            return answer(short, match)
+    return short
 
 
-def _expected(match: re.Match[str]) -> str:
-    kind, special, value = match.groups()
-    return f"expected {kind or special}, got {value!r}."
+def _unknown_class(text: str, match: re.Match[str]) -> str:
+    from lightning.pytorch import LightningDataModule
 
+    from kdvit.distillers import Distiller
+    from kdvit.models import Network
+    from kdvit.structures import subclasses
 
-def _named(text: str) -> str:
     key = text.partition(":")[0]
-    if match := re.search(r"Expected a dot import path string: (\S+)", text):
-        known: dict[str, type] = subclasses(CLASSES.get(key, object)) if key in CLASSES else {}
-        listed = f" Known: {', '.join(sorted(known))}." if known else ""
-        return (
-            f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
-            "path, such as my_package.MyClass."
-        )
-    if match := re.match(
-        r"([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(is not iterable|object has no attribute '\w+'"
-        r"|unhashable type: '\w+'|must be a mapping, not \w+)$)",
-        text,
-    ):
-        return f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
-    if "kdvit.Distiller is abstract" in text:
-        return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
-    if match := re.search(r"([\w.]+): Option '([^']+)' is not accepted", text):
-        known_options = _parameters(match[1])
-        return f"{text}.{nearest(match[2], known_options)} It takes: {', '.join(known_options)}."
-    if match := re.search(r"does not accept option '([^']+)'", text):
-        group, _, option = match[1].partition(".")
-        owners: dict[str, type] = {"model": DistillationModule, "trainer": pl.Trainer}
-        known_options = list(inspect.signature(owners[group]).parameters) if group in owners else []
-        return f"there is no option {match[1]!r}.{nearest(option, known_options)} `kdvit fit --help` lists all."
-    return text
+    kinds: dict[str, type] = {"model.distillers": Distiller, "model.student": Network, "model.teacher": Network}
+    kind = {**kinds, "data": LightningDataModule}.get(key)
+    known: dict[str, type] = subclasses(kind) if kind else {}
+    listed = f" Known: {', '.join(sorted(known))}." if known else ""
+    return (
+        f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
+        "path, such as my_package.MyClass."
+    )
 
 
-def _parameters(class_path: str) -> list[str]:
+def _no_class(text: str, match: re.Match[str]) -> str:
+    return (
+        f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
+    )
+
+
+def _no_class_path(text: str, match: re.Match[str]) -> str:
+    key = text.partition(":")[0]
+    return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
+
+
+def _unknown_argument(text: str, match: re.Match[str]) -> str:
+    known = _arguments(match[1])
+    return f"{text}.{nearest(match[2], known)} It takes: {', '.join(known)}."
+
+
+def _unknown_option(text: str, match: re.Match[str]) -> str:
+    owners = {"model": "kdvit.training.DistillationModule", "trainer": "lightning.pytorch.Trainer"}
+    group, _, option = match[1].partition(".")
+    known = _arguments(owners[group]) if group in owners else []
+    return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help` lists all."
+
+
+def _no_mapping(text: str, match: re.Match[str]) -> str:
+    return f"the config is no config of `kdvit fit`: expected a mapping of model, data and trainer, got {match[1]!r}."
+
+
+ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {
+    r"^Unexpected config: (.{1,60})": _no_mapping,
+    r"Expected a dot import path string: (\S+)": _unknown_class,
+    r"^([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(?:is not iterable|object has no attribute '\w+'"
+    r"|unhashable type: '\w+'|must be a mapping, not \w+)$)": _no_class,
+    r"kdvit\.Distiller is abstract": _no_class_path,
+    r"([\w.]+): Option '([^']+)' is not accepted": _unknown_argument,
+    r"does not accept option '([^']+)'": _unknown_option,
+}
+
+
+def _arguments(class_path: str) -> list[str]:
     """Returns the names of a constructor's arguments, those behind **kwargs included."""
     module, _, name = class_path.rpartition(".")
     names: dict[str, None] = {}

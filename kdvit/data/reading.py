@@ -22,7 +22,9 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 class ImageError(WorkerError, RuntimeError):
-    """An image that cannot be read. The command line shows the message alone."""
+    """An image that cannot be read."""
+
+    then = "Then give the same command again: a run goes on from its last checkpoint."
 
 
 class DamagedImage(ImageError):

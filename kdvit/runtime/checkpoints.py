@@ -107,13 +107,13 @@ def move_checkpoints(states: dict[str, Any], folder: str) -> None:
     """Rewrites, in the states of callbacks, the paths of a run's checkpoints to the folder where they are now.
 
     Args:
-        states: State by callback; those of Lightning's ModelCheckpoint are changed.
+        states: State by callback. Those of checkpoints in the run's own folder are changed; others stay elsewhere.
         folder: An absolute path.
     """
+    old = next((state["dirpath"] for key, state in states.items() if key.startswith(StepCheckpoint.__name__)), folder)
     for state in states.values():
-        if not isinstance(state, dict) or "best_model_path" not in state or state["dirpath"] == folder:
+        if old == folder or not isinstance(state, dict) or state.get("dirpath") != old:
             continue
-        old = state["dirpath"]
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = state[key].replace(old, folder, 1)
         state["best_k_models"] = {path.replace(old, folder, 1): v for path, v in state["best_k_models"].items()}

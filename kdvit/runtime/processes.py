@@ -1,11 +1,8 @@
-"""The processes of a run: as many as the run is for, and none that outlives the one that started it."""
+"""The processes of a run: as many as the run is for."""
 
 from __future__ import annotations
 
 import os
-import sys
-import threading
-import time
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -14,29 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from kdvit.errors import UserError
 
 SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name for a shell, and does not see Slurm
-PARENT = "KDVIT_PARENT"
-GRACE = 30.0  # seconds for a process to end by itself
-
-
-def end_with_parent() -> None:
-    """Lets a process that Lightning or torchrun has started end half a minute after its parent, at the latest.
-
-    Lightning ends the first process of a machine when one that it started fails, but nothing ends the others when the
-    first is killed: they would wait for it in a collective, for half an hour.
-    """
-    parent = os.getppid()
-    started_by_kdvit = os.environ.get(PARENT) == str(parent)
-    os.environ[PARENT] = str(os.getpid())
-    if "LOCAL_RANK" in os.environ and (started_by_kdvit or TorchElasticEnvironment.detect()):
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
-
-
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(GRACE)
-    print(f"kdvit: error: the process {parent} that started this one, {os.getpid()}, has ended.", file=sys.stderr)
-    os._exit(1)
 
 
 def require_whole_networks(trainer: pl.Trainer) -> None:

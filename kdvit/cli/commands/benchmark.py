@@ -68,8 +68,7 @@ def find_networks(name: str) -> list[tuple[str, Network]]:
     """
     if Path(find_config(name)).suffix not in (".yaml", ".yml"):
         return [(name, find_network(name, pretrained=False, kind=TimmTeacher))]
-    random = {"pretrained": False}
-    found = read_experiment(name, ("student", "teacher"), {"student": random, "teacher": random})
+    found = read_experiment(name, random=("student", "teacher"))
     stem, roles = Path(name).stem, {"student": found.student, "teacher": found.teacher}
     return [(f"{stem}: {role}", network) for role, network in roles.items() if network is not None]
 

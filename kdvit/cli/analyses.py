@@ -1,0 +1,217 @@
+"""From the names on the command line to the report of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
+from kdvit.analysis.report import NetworkReport
+from kdvit.analysis.run import analysis_trainer
+from kdvit.cli.commands.analyze import Processes
+from kdvit.cli.config_files import find_config
+from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
+from kdvit.cli.lookup import Experiment, find_network, read_experiment
+from kdvit.data import ImageDataModule
+from kdvit.errors import UserError, shown
+from kdvit.models import Network, TimmTeacher, load_student
+from kdvit.runtime.processes import require_all_processes, require_all_tasks, require_whole_networks
+from kdvit.structures import Layer, subclasses
+
+TEACHER, STUDENT = "teacher", "student"
+FEATURES = (".npy", ".npz")
+KEPT = ("seed_everything", "trainer", "ema", "data", "model")  # of a config; the rest belongs to its run
+Advised = tuple[Report, dict[str, Any] | None]
+"""A report, and a config that follows its advice; None where there is none to follow or nothing to train on."""
+
+
+@dataclass
+class Analysis:
+    """What the user asks for, besides the networks; see `kdvit analyze --help`."""
+
+    data: str | None
+    pretrained: bool
+    images: int
+    layers: list[Layer] | str | None
+    options: Options
+    batch_size: int
+    num_workers: int
+    memory: float
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        seed_everything(self.options.seed, verbose=False)
+
+    def of_models(self, names: list[str]) -> Report:
+        """Analyses networks one after the other, each on images in its own format; or features that others saved."""
+        networks: list[NetworkReport] = []
+        for name in names:
+            label = _short(name, [network.name for network in networks])
+            if name.endswith(FEATURES):
+                networks.append(features_of(name, label, self.options))
+            else:
+                network = find_network(name, self.pretrained, TimmTeacher)
+                images = find_images(required(self.data), network.image_format)
+                networks += self._run({label: network}, images).networks
+        return Report(networks, self.options)
+
+    def of_pair(self, teacher: str, student: str) -> Advised:
+        """Analyses a teacher and a student on the same images, and advises."""
+        if Path(teacher).is_file():
+            raise UserError(
+                f"--teacher {teacher}: a config names a teacher by timm's name or an exported folder. Make one by "
+                f"`kdvit export --ckpt {teacher} --out FOLDER`."
+            )
+        networks = {
+            TEACHER: find_network(teacher, self.pretrained, TimmTeacher),
+            STUDENT: find_network(student, self.pretrained),
+        }
+        images = find_images(required(self.data), networks[TEACHER].image_format)
+        report = _advised(self._run(networks, images), networks)
+        if images.spec is None:
+            note = f"No config is written: {images.name} has no folders train and val to train on."
+            return report._replace(notes=(note,)), None
+        named: dict[str, Any] = {"arch": f"local-dir:{teacher}" if Path(teacher).is_dir() else teacher}
+        named |= {} if self.pretrained else {"pretrained": False}
+        return report, _config_of_pair(report, networks, named, images)
+
+    def of_config(self, file: str) -> Advised:
+        """Analyses teacher and student of a config on its validation images, and advises.
+
+        The student is that of the run's best checkpoint where there is one, else untrained.
+        """
+        if self.data in subclasses(ImageDataModule):
+            raise UserError(
+                f"With --config, --data is the root of the config's own data, got {self.data!r}. Name a folder."
+            )
+        root = ["--data.init_args.root", self.data] if self.data else []
+        experiment = read_experiment(file, root, random=() if self.pretrained else (TEACHER,), data=True)
+        note = _take_best(experiment)
+        networks = {} if experiment.teacher is None else {TEACHER: experiment.teacher}
+        networks |= {STUDENT: experiment.student}
+        report = self._run(networks, images_of_config(experiment, file))._replace(notes=(note,))
+        if TEACHER not in networks:
+            return report, None
+        report = _advised(report, networks)
+        assert report.advice is not None
+        config = {key: value for key, value in experiment.config.items() if key in KEPT}
+        trainer = {**config.get("trainer", {}), "default_root_dir": "runs/advised"}
+        return report, {**config, "trainer": trainer, "model": advised_model(report.advice, config["model"])}
+
+    def _run(self, networks: Mapping[str, Network], images: Images) -> Report:
+        numbers = choose(images, self.images, self.options.seed)
+        require_all_tasks(self.processes.devices * self.processes.num_nodes)
+        trainer = analysis_trainer(**{key: each for key, each in asdict(self.processes).items() if each is not None})
+        require_whole_networks(trainer)
+        require_all_processes(trainer)
+        rank_zero_info(f"{len(numbers)} images of {images.name}; {', '.join(networks)}.")
+        with shown((ValueError, TypeError)):
+            return analyze(
+                networks,
+                ChosenImages(images, numbers, self.batch_size, self.num_workers),
+                self.layers,
+                self.options,
+                images.image_format,
+                images.name,
+                trainer,
+                self.memory,
+            )
+
+
+def _config_of_pair(
+    report: Report, networks: Mapping[str, Network], teacher: dict[str, Any], images: Images
+) -> dict[str, Any]:
+    """Returns the config of the published Lift run, with this pair and these images, changed as the advice says."""
+    assert report.advice is not None
+    assert images.spec is not None
+    student = networks[STUDENT]
+    classes = images.classes if images.classes is not None else _classes(student)
+    args = {name: value for name, value in getattr(student, "init_args", {}).items() if value is not None}
+    base = yaml.safe_load(Path(find_config("lift.yaml")).read_text())
+    same = classes == _classes(networks[TEACHER])
+    model = {
+        **base["model"],
+        "student": {"class_path": _class_path(student), "init_args": {**args, "num_classes": classes}},
+        "teacher": {"class_path": "TimmTeacher", "init_args": teacher},
+        "distillers": {"logit": base["model"]["distillers"]["logit"]} if same else {},
+        "task_weight": base["model"]["task_weight"] if same else 1.0,
+    }
+    size, mean, std = student.image_format[:3]
+    recipe = base["data"]["init_args"] if images.spec["class_path"] == "ImageFolder" else {}
+    init_args = {**recipe, "img_size": size[0], "mean": list(mean), "std": list(std), **images.spec["init_args"]}
+    return {
+        **base,
+        "trainer": {**base["trainer"], "default_root_dir": "runs/advised", "devices": "auto", "strategy": "auto"},
+        "data": {**images.spec, "init_args": init_args},
+        "model": advised_model(report.advice, model),
+    }
+
+
+def _take_best(experiment: Experiment) -> str:
+    """Loads the best checkpoint of a config's run into its student, and says in a note what the student is."""
+    best = experiment.root / "checkpoints" / "best.ckpt"
+    note = f"The student is untrained, as there is no {best}: its ranks say nothing yet, its width does."
+    if best.is_file():
+        with shown((ValueError, RuntimeError), prefix=f"{str(best)!r} is of another student than the config's: "):
+            experiment.student.load_state_dict(load_student(best).state_dict())
+        note = f"The student is that of {best}."
+    rank_zero_info(note)
+    return note
+
+
+def features_of(file: str, label: str, options: Options) -> NetworkReport:
+    """Analyses features that others saved."""
+    with shown(prefix=f"{file!r}: "):
+        found = read_features(file).items()
+        layers = [measure(tokens, options, name, index) for index, (name, tokens) in enumerate(found)]
+    return NetworkReport(label, "features in a file", 0, 0, "", None, len(layers), layers, file, 0)
+
+
+def _advised(report: Report, networks: Mapping[str, Network]) -> Report:
+    """Adds the advice on teacher and student."""
+    teacher = next(each for each in report.networks if each.name == TEACHER)
+    return report._replace(advice=advise(teacher.face, networks[STUDENT]))
+
+
+def _classes(network: Network) -> int | None:
+    """Returns the number of classes; None for a network without a head."""
+    return getattr(getattr(network, "model", None), "num_classes", 0) or None
+
+
+def _class_path(network: Network) -> str:
+    kind = type(network)
+    return kind.__name__ if kind.__module__.startswith("kdvit.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _short(name: str, taken: list[str]) -> str:
+    """Returns a name for pictures and files: of a path the part that tells most, with a number if it is taken."""
+    parts = Path(name).absolute().with_suffix("").parts if Path(name).exists() else (name.removeprefix("local-dir:"),)
+    told = [part for part in parts if part not in ("student", "checkpoints", "best", "last")][-1]
+    return told if told not in taken else f"{told}_{1 + sum(each.startswith(told) for each in taken)}"
+
+
+@rank_zero_only
+def write(report: Report, config: dict[str, Any] | None, out: str) -> None:
+    """Writes the report, prints its table, and says where everything is."""
+    files = report.save(out)
+    advised = Path(out) / "advised.yaml"
+    advised.unlink(missing_ok=True)
+    print(f"\n{report.table()}\n")
+    if any(network.passes > 1 for network in report.networks):
+        print("The images went through the networks twice: their tokens did not fit into --memory.\n")
+    if report.advice is not None:
+        print(f"{report.advice}\n")
+    for note in report.notes:
+        print(note)
+    if config is not None and report.advice is not None:
+        head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "
+        logits = "# (Logits are distilled where the numbers of classes agree: see that they are the same classes.)\n"
+        advised.write_text(f"{head}{report.advice.why}\n{logits}{yaml.safe_dump(config, sort_keys=False)}")
+        print(f"To follow it: kdvit check --config {advised}")
+    print(f"To read: {files[0]}. Numbers: {files[1]}.")

@@ -1,0 +1,124 @@
+"""A function as a command: its signature gives the arguments, its docstring the help."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+REST = "rest"
+
+
+def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
+    """Calls a function with the arguments of a command line.
+
+    A parameter without a default is a positional argument, or a required option where it is keyword-only. A list takes
+    several words (``--layers 3 0.5 lift``), a bool may stand alone. Words that the function does not know go to its
+    parameter `rest`, where it has one.
+
+    Args:
+        function: Its docstring has a description, ``Args`` and ``Example``.
+        name: Name of the command.
+        args: The words behind the name.
+
+    Raises:
+        ArgumentError: If a word is unknown, or a value has another type.
+    """
+    parameters = inspect.signature(function).parameters
+    description, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")
+    parser = ArgumentParser(
+        prog=f"kdvit {name}",
+        usage=usage(function, name),
+        description=description,
+        epilog="example: " + " ".join(more.partition("Example:\n")[2].split()),
+        exit_on_error=False,
+    )
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={REST})
+    known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key != REST}
+    first = next(iter(parameters.values()), None)
+    alone = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD and _item(known[first.name]) else None
+    own, rest = joined(args, known, alone, REST in parameters)
+    given = parser.instantiate(parser.parse_args(own))
+    return function(**given, **({REST: rest} if REST in parameters else {}))
+
+
+def usage(function: Callable[..., Any], name: str) -> str:
+    """Returns the usage line of a command: what it needs, in the order of the signature.
+
+    Example:
+        >>> def export(runs: list[str], *, out: str, weights: str = "raw") -> None: ...
+        >>> usage(export, "export")
+        'kdvit export RUNS --out OUT [options]'
+    """
+    words = ["kdvit", name]
+    for key, each in inspect.signature(function).parameters.items():
+        if each.default is each.empty and key != REST:
+            words.append(f"--{key} {key.upper()}" if each.kind is each.KEYWORD_ONLY else key.upper())
+    return " ".join([*words, "[options]"])
+
+
+def joined(
+    args: list[str], known: dict[str, Any], alone: str | None = None, has_rest: bool = False
+) -> tuple[list[str], list[str]]:
+    """Joins the words of each list into one, as jsonargparse takes them, and separates known words from others.
+
+    Args:
+        args: The words.
+        known: Types of the parameters, by name.
+        alone: The list that takes the words that stand alone.
+        has_rest: Whether unknown words are somebody else's; if not, they are left among the known ones.
+
+    Returns:
+        The known words, and the others.
+
+    Example:
+        >>> known = {"runs": list[str], "seeds": list[int], "dry_run": bool}
+        >>> joined(["a", "b", "--seeds", "1", "2", "--dry-run"], known, alone="runs")
+        (['--dry_run=true', '["a", "b"]', '--seeds=[1, 2]'], [])
+        >>> joined(["--lr", "3", "--seeds", "2"], known, has_rest=True)
+        (['--seeds=[2]'], ['--lr', '3'])
+    """
+    own: list[str] = []
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        kind = known.get(name.partition(".")[0])
+        if word in ("-h", "--help"):
+            own.append("--help")
+        elif kind is None and alone and not word.startswith("-"):
+            lists.setdefault(alone, []).append(word)
+        elif kind is None:
+            (rest if has_rest else own).append(word)
+        elif _item(kind):
+            lists.setdefault(name, []).extend([value] if equals else _values(words, known))
+        elif equals or (kind is bool and words[:1] not in (["true"], ["false"])):
+            own.append(f"--{name}={value if equals else 'true'}")
+        else:
+            own += [f"--{name}", *words[:1]]
+            words = words[1:]
+    for name, values in lists.items():
+        items = json.dumps(values if _item(known[name]) is str else [yaml.safe_load(each) for each in values])
+        own.append(items if name == alone else f"--{name}={items}")
+    return own, rest
+
+
+def _values(words: list[str], known: dict[str, Any]) -> list[str]:
+    """Takes the words of a list from the front: up to the next option, but one that is no option of the command's own."""
+    taken: list[str] = []
+    while words and (not words[0].startswith("--") or not (taken or words[0][2:].partition("=")[0] in known)):
+        taken.append(words.pop(0))
+    return taken
+
+
+def _item(kind: Any) -> Any:
+    """Returns the type of a list's items; None where the type is no list."""
+    kinds = [kind, *get_args(kind)]
+    return next((get_args(each)[0] for each in kinds if get_origin(each) is list), None)
