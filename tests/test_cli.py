@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,27 @@ def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> No
     assert Path("side_by_side/curves.png").stat().st_size > 10_000
     numbers = json.loads(Path("side_by_side/comparison.json").read_text())
     assert [len(run["curve"]) for run in numbers] == [2, 2]
+
+
+def test_what_a_run_does_not_tell_is_left_blank(demo_teacher: str, capsys) -> None:
+    fit("plain", demo_teacher, *SHORT)
+    main(["export", "--ckpt", "run/checkpoints/best.ckpt", "--out", "run/student"])  # which tells no seconds
+    Path("torn").mkdir()
+    shutil.copy("run/metrics.csv", "torn")
+    shutil.copytree("run/student", "exported/student")
+    foreign = json.loads(Path("run/student/config.json").read_text())
+    foreign["kdvit"]["class"] = "NobodysNet"
+    shutil.copytree("run", "foreign")
+    Path("foreign/student/config.json").write_text(json.dumps(foreign))
+    capsys.readouterr()
+    main(["compare", "run", "torn", "exported", "foreign", "--out", "side_by_side"])
+    shown = capsys.readouterr().out.splitlines()
+    cells = {line.split()[0]: len(line.split()) for line in shown[1:5]}
+    assert cells == {"run": 4, "torn": 2, "exported": 3, "foreign": 2}
+    assert "run: student/ does not tell the seconds of training" in shown
+    assert any(line.startswith("torn: There is no exported folder") for line in shown)
+    assert any("is a NobodysNet, which kdvit cannot build" in line for line in shown)
+    assert json.loads(Path("side_by_side/comparison.json").read_text())[2]["acc1"] is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kdvit.cli.commands.compare import compare
 from kdvit.cli.commands.distillers import distillers
 from kdvit.cli.commands.export import export
 from kdvit.cli.commands.import_released import import_released
-from kdvit.cli.commands.slurm_front import slurm
+from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import explain
 from kdvit.cli.parsing import call

@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-REST = "rest"
+PASSED = ("rest", "typed")
+"""Parameters that are no options: the words that the function does not know, and all words."""
 
 
 def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
@@ -18,7 +19,7 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
 
     A parameter without a default is a positional argument, or a required option where it is keyword-only. A list takes
     several words (``--layers 3 0.5 lift``), a bool may stand alone. Words that the function does not know go to its
-    parameter `rest`, where it has one.
+    parameter `rest`, where it has one; its parameter `typed` receives all words.
 
     Args:
         function: Its docstring has a description, ``Args`` and ``Example``.
@@ -37,13 +38,14 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         epilog="example: " + " ".join(more.partition("Example:\n")[2].split()),
         exit_on_error=False,
     )
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={REST})
-    known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key != REST}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*PASSED})
+    known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key not in PASSED}
     first = next(iter(parameters.values()), None)
     alone = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD and _item(known[first.name]) else None
-    own, rest = joined(args, known, alone, REST in parameters)
+    own, rest = joined(args, known, alone, "rest" in parameters)
     given = parser.instantiate(parser.parse_args(own))
-    return function(**given, **({REST: rest} if REST in parameters else {}))
+    passed = {"rest": rest, "typed": args}
+    return function(**given, **{key: passed[key] for key in PASSED if key in parameters})
 
 
 def usage(function: Callable[..., Any], name: str) -> str:
@@ -55,10 +57,11 @@ def usage(function: Callable[..., Any], name: str) -> str:
         'kdvit export RUNS --out OUT [options]'
     """
     words = ["kdvit", name]
-    for key, each in inspect.signature(function).parameters.items():
-        if each.default is each.empty and key != REST:
+    parameters = inspect.signature(function).parameters
+    for key, each in parameters.items():
+        if each.default is each.empty and key not in PASSED:
             words.append(f"--{key} {key.upper()}" if each.kind is each.KEYWORD_ONLY else key.upper())
-    return " ".join([*words, "[options]"])
+    return " ".join([*words, "[options]", *(["[options of kdvit fit]"] if "rest" in parameters else [])])
 
 
 def joined(

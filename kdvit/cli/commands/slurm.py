@@ -1,4 +1,4 @@
-"""A `kdvit fit` as a Slurm job: its script, and its submission."""
+"""`kdvit slurm`: a `kdvit fit` as a Slurm job, its script and its submission."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from kdvit.errors import UserError
 from kdvit.files import write_whole
-from kdvit.runtime.processes import SHELLS
 
 SCRIPT = """\
 #!/bin/bash
@@ -33,40 +32,149 @@ export PYTHONUNBUFFERED=1  # the log shows what happens when it happens
 exec srun --cpus-per-task={cpus} --kill-on-bad-exit=1 {fit}
 """
 OURS = ("--trainer.devices", "--trainer.num_nodes", "--trainer.accelerator")
-AT_LEAST = {"nodes": 1, "gpus": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 1}
 SEED = '"$SLURM_ARRAY_TASK_ID"'
 
 
-def slurm(given: Namespace, fit: list[str], command: str, parse_fit: Callable[[list[str]], Any]) -> None:
-    """Submits a fit, or prints the script.
+def slurm(
+    *,
+    nodes: PositiveInt = 1,
+    gpus: NonNegativeInt = 1,
+    tasks_per_node: PositiveInt | None = None,
+    cpus_per_task: PositiveInt | None = None,
+    mem: str | None = None,
+    time: str | None = None,
+    seeds: list[int] = [],  # noqa: B006
+    partition: str | None = None,
+    account: str | None = None,
+    qos: str | None = None,
+    job_name: str | None = None,
+    signal_seconds: PositiveInt = 120,
+    sbatch: list[str] = [],  # noqa: B006
+    setup: list[str] = [],  # noqa: B006
+    dry_run: bool = False,
+    rest: list[str],
+    typed: list[str],
+) -> None:
+    """Submit a fit as a Slurm job that saves and requeues itself before its time is over or it is preempted.
+
+    The config and all options are checked first. What is not listed here is passed on to `kdvit fit`.
 
     Args:
-        given: The options of `kdvit slurm`.
-        fit: Those of `kdvit fit`.
-        command: All that was typed.
-        parse_fit: Parses and checks the options of `kdvit fit`, and builds nothing.
+        nodes: Machines.
+        gpus: GPUs a node, one process each; 0 for processes on CPUs.
+        tasks_per_node: With --gpus 0, processes a node; by default 1.
+        cpus_per_task: Processors a process; by default one, and one for each loader worker.
+        mem: Memory a node, such as 64G; by default what the cluster gives.
+        time: Limit, such as 24:00:00 or 3-00 (days-hours); the job is requeued and goes on.
+        seeds: A run for each, in RUN/seed_N: an array of jobs.
+        partition: Slurm's.
+        account: Slurm's.
+        qos: Slurm's.
+        job_name: By default the name of the run directory.
+        signal_seconds: Before the end, when the run saves itself.
+        sbatch: Any other option of sbatch, such as --constraint=a100.
+        setup: Lines of shell before the start, such as 'module load cuda'.
+        dry_run: Print the script, and submit nothing.
+        rest: Options of `kdvit fit`.
+        typed: All options.
+
+    Example:
+        kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
+    """
+    ours = (*OURS, "--seed_everything") if seeds else OURS
+    twice = next((each for each in rest if each.partition("=")[0] in ours), "")
+    lone = next((each for each in sbatch if not re.fullmatch("-.+", each)), "")
+    early = time is not None and seconds(time) <= signal_seconds
+    rules = {
+        f"{twice} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.": twice,
+        f"A GPU has one process, got --gpus {gpus} and --tasks_per_node {tasks_per_node}. (--gpus 0 is for processes on "
+        "CPUs.)": gpus and tasks_per_node not in (None, gpus),
+        f"--time must be longer than --signal_seconds, got {time} and {signal_seconds} s: the job would be requeued as "
+        "soon as it has started.": early,
+        f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, seeds))}.": len({*seeds}) < len(seeds)
+        or min(seeds, default=0) < 0,
+        f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {lone!r}.": lone,
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise UserError(message)
+    config = parsed(rest, seeds)
+    root = Path(config.trainer.default_root_dir).absolute()
+    name, tasks = job_name or root.name, gpus or tasks_per_node or 1
+    require_no_shell(name)
+    workers = config.get("data.init_args.num_workers") or 0
+    cpus = cpus_per_task or workers + 1
+    directives = {
+        "job-name": name,
+        "nodes": nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": gpus or None,
+        "cpus-per-task": cpus,
+        "mem": mem,
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "array": ",".join(map(str, seeds)) or None,
+        "chdir": Path.cwd(),
+        "output": log_pattern(str(root).replace("%", "%%"), seeds),
+        "open-mode": "append",
+        "signal": f"SIGUSR1@{signal_seconds}",
+    }
+    given = [f"--{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
+    planned = {
+        "--trainer.accelerator": "gpu" if gpus else "cpu",
+        "--trainer.devices": tasks,
+        "--trainer.num_nodes": nodes,
+        "--trainer.strategy": "ddp" if nodes * tasks > 1 and config.trainer.strategy == "auto" else None,
+        "--trainer.default_root_dir": shlex.quote(f"{root}/seed_") + SEED if seeds else shlex.quote(str(root)),
+        "--seed_everything": SEED if seeds else None,
+    }
+    words = [shlex.quote(word) for word in (sys.executable, "-m", "kdvit", "fit", *rest)]
+    words += [str(word) for option in planned.items() if option[1] is not None for word in option]
+    script = SCRIPT.format(
+        command=" ".join(shlex.join(["kdvit", "slurm", *typed]).splitlines()),
+        directives="\n".join(f"#SBATCH {option}" for option in [*given, "--requeue", *sbatch]),
+        threads=max(1, cpus - workers),
+        setup="".join(f"{line}\n" for line in setup),
+        cpus=cpus,
+        fit="".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words).strip(),
+    )
+    if dry_run:
+        print(script, end="")
+    else:
+        submit(script, root, seeds)
+
+
+def parsed(fit: list[str], seeds: list[int]) -> Any:
+    """Returns the config of a fit, checked for each seed.
 
     Raises:
-        UserError: If an option is wrong, or Slurm refuses the job.
+        UserError: If an option is wrong, or the job would go back to one checkpoint for ever.
     """
-    check_options(given, fit)
+    from kdvit.cli.fit import parse_fit
+
     config = parse_fit(fit)
     if config.ckpt_path is not None:
         raise UserError(
-            "With --ckpt_path, the job would go back to that checkpoint each time it is requeued. Leave it out: a run goes on "
-            "from the newest in its own folder checkpoints, also from one that was copied there."
+            "With --ckpt_path, the job would go back to that checkpoint each time it is requeued. Leave it out: a run "
+            "goes on from the newest in its own folder checkpoints, also from one that was copied there."
         )
-    root = Path(config.trainer.default_root_dir).absolute()
-    runs = {seed: root / f"seed_{seed}" for seed in given.seeds}
-    for seed, run in runs.items():
-        parse_fit([*fit, "--trainer.default_root_dir", str(run), "--seed_everything", str(seed)])
-    script = render(given, fit, command, root, config)
-    if given.dry_run:
-        print(script, end="")
-        return
+    for seed in seeds:
+        run = str(Path(config.trainer.default_root_dir).absolute() / f"seed_{seed}")
+        parse_fit([*fit, "--trainer.default_root_dir", run, "--seed_everything", str(seed)])
+    return config
+
+
+def submit(script: str, root: Path, seeds: list[int]) -> None:
+    """Writes ``ROOT/fit.sbatch``, submits it, and says what one wants to know next.
+
+    Raises:
+        UserError: If a job of this run is in the queue, or Slurm refuses this one.
+    """
     file = root / "fit.sbatch"
     refuse_a_second_job(file)
-    for run in runs.values() or [root]:
+    for run in [root / f"seed_{seed}" for seed in seeds] or [root]:
         run.mkdir(parents=True, exist_ok=True)
     write_whole(file, script.encode())
     job = _answer("sbatch", "--parsable", str(file)).partition(";")[0]
@@ -74,37 +182,20 @@ def slurm(given: Namespace, fit: list[str], command: str, parse_fit: Callable[[l
     for what, how in {
         "run directory": root,
         "script": file,
-        "log": log_pattern(str(root), given.seeds, job, "*"),
-        "follow": f"tail -F {log_pattern(shlex.quote(str(root)), given.seeds, job, '*')}",
+        "log": log_pattern(str(root), seeds, job, "*"),
+        "follow": f"tail -F {log_pattern(shlex.quote(str(root)), seeds, job, '*')}",
         "stop": f"scancel {job} (the run is saved, and the job is not requeued)",
         "go on": "the same command again, once the job has ended",
     }.items():
         print(f"{what:<14} {how}")
 
 
-def check_options(given: Namespace, fit: list[str]) -> None:
-    """Raises a UserError if an option has a wrong value, or says what another one says."""
-    for name, least in AT_LEAST.items():
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be {least} or more, got {value}.")
-    ours = (*OURS, "--seed_everything") if given.seeds else OURS
-    if twice := [each for each in fit if each.partition("=")[0] in ours]:
-        raise UserError(f"{twice[0]} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.")
-    if given.gpus and given.tasks_per_node not in (None, given.gpus):
-        raise UserError(
-            f"A GPU has one process, got --gpus {given.gpus} and --tasks_per_node {given.tasks_per_node}. (--gpus 0 is for "
-            "processes on CPUs.)"
-        )
-    if given.time is not None and seconds(given.time) <= given.signal_seconds:
-        raise UserError(
-            f"--time must be longer than --signal_seconds, got {given.time} and {given.signal_seconds} s: the job would be "
-            "requeued as soon as it has started."
-        )
-    if len(given.seeds) != len(set(given.seeds)) or any(seed < 0 for seed in given.seeds):
-        raise UserError(f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, given.seeds))}.")
-    if wrong := [each for each in given.sbatch if not re.fullmatch("-.+", each)]:
-        raise UserError(f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {wrong[0]!r}.")
+def require_no_shell(name: str) -> None:
+    """Raises UserError if a job has a name by which Lightning does not see that Slurm has started it."""
+    from kdvit.runtime.processes import SHELLS
+
+    if name in SHELLS:
+        raise UserError(f"Lightning takes a job named {name!r} for a shell, not for a run: give another --job_name.")
 
 
 def seconds(time: str) -> int:
@@ -126,63 +217,6 @@ def seconds(time: str) -> int:
     parts = [int(each) for each in rest if each is not None]
     hours, minutes, left = (*parts, 0, 0)[:3] if days or len(parts) == 3 else (0, *parts, 0)[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
-
-
-def render(given: Namespace, fit: list[str], command: str, root: Path, config: Any) -> str:
-    """Returns the sbatch script.
-
-    Args:
-        given: The options of `kdvit slurm`.
-        fit: Those of `kdvit fit`.
-        command: All that was typed.
-        root: The run directory; with seeds, the folder of the run directories.
-        config: The parsed config.
-
-    Raises:
-        UserError: If the job has a name that hides it from Lightning.
-    """
-    tasks = given.gpus or given.tasks_per_node or 1
-    workers = config.get("data.init_args.num_workers") or 0
-    cpus = given.cpus_per_task or workers + 1
-    name = given.job_name or root.name
-    if name in SHELLS:
-        raise UserError(f"Lightning takes a job named {name!r} for a shell, not for a run: give another --job_name.")
-    directives = {
-        "job-name": name,
-        "nodes": given.nodes,
-        "ntasks-per-node": tasks,
-        "gpus-per-node": given.gpus or None,
-        "cpus-per-task": cpus,
-        "mem": given.mem,
-        "time": given.time,
-        "partition": given.partition,
-        "account": given.account,
-        "qos": given.qos,
-        "array": ",".join(map(str, given.seeds)) or None,
-        "chdir": Path.cwd(),
-        "output": log_pattern(str(root).replace("%", "%%"), given.seeds),
-        "open-mode": "append",
-        "signal": f"SIGUSR1@{given.signal_seconds}",
-    }
-    options = [f"--{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
-    planned = {
-        "--trainer.accelerator": "gpu" if given.gpus else "cpu",
-        "--trainer.devices": tasks,
-        "--trainer.num_nodes": given.nodes,
-        "--trainer.strategy": "ddp" if given.nodes * tasks > 1 and config.trainer.strategy == "auto" else None,
-        "--trainer.default_root_dir": shlex.quote(f"{root}/seed_") + SEED if given.seeds else shlex.quote(str(root)),
-        "--seed_everything": SEED if given.seeds else None,
-    }
-    words = [shlex.quote(word) for word in (sys.executable, "-m", "kdvit", "fit", *fit)]
-    words += [str(word) for option in planned.items() if option[1] is not None for word in option]
-    return SCRIPT.format(
-        command=" ".join(command.splitlines()),
-        directives="\n".join(f"#SBATCH {option}" for option in [*options, "--requeue", *given.sbatch]),
-        threads=max(1, cpus - workers),
-        setup="".join(f"{line}\n" for line in given.setup),
-        cpus=cpus,
-        fit="".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words).strip(),
-    )
 
 
 def log_pattern(root: str, seeds: list[int], job: str | None = None, seed: str = "%a") -> str:
