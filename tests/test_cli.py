@@ -278,6 +278,31 @@ def test_help_helps(command: list[str], capsys) -> None:
     assert "usage: kdvit" in capsys.readouterr().out
 
 
+def test_all_commands_are_listed_and_a_mistyped_one_is_named(capsys) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out
+    names = {line.split()[0] for line in shown.splitlines() if line.startswith("  ")}
+    ours = {"analyze", "benchmark", "cache", "check", "compare", "distillers", "export", "import", "slurm"}
+    assert names == ours | {"fit", "validate", "test", "predict"}
+    with pytest.raises(SystemExit):
+        main(["analize"])
+    message = capsys.readouterr().err
+    assert "there is no command 'analize'. Did you mean analyze? Commands: check, fit" in message
+
+
+def test_callbacks_that_kdvit_adds_are_shown_and_can_be_switched_off(capsys) -> None:
+    off = ["--callbacks.student_export", "null", "--callbacks.throughput", "null"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "demo/plain.yaml", *off, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)["callbacks"]
+    assert {name for name, each in shown.items() if each is None} == {"student_export", "throughput"}
+    assert shown["teacher_scores"]["class_path"].endswith("TeacherScores")
+    assert set(shown) == {"bad_images", "throughput", "teacher_scores", "student_export", "predictions", "preemption"}
+    main(["fit", "--config", "demo/plain.yaml", "--trainer.default_root_dir", "run", *SHORT, *off])
+    assert not Path("run/student").exists()
+    assert "images_per_second" not in Path("run/metrics.csv").read_text()
+
+
 def test_distillers_are_listed(capsys) -> None:
     main(["distillers"])
     assert "LiftDistiller      Lift: the lifted map of a LiftViT" in capsys.readouterr().out

@@ -54,7 +54,26 @@ def test_networks_and_objectives_work_in_anyones_loop(file: Path) -> None:
     assert not [name for name in _imports(file) if name.startswith(("lightning", "pytorch_lightning"))]
 
 
-def test_importing_kdvit_is_light() -> None:
-    loaded = "import sys, kdvit; print([name for name in ('torch', 'lightning', 'timm') if name in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+LIGHT = """
+import sys
+from kdvit.cli import main
+for args in (["--help"], ["--version"], ["analize"], ["fit", "--config", "no.yaml"], ["compare", "no"],
+             ["export", "--ckpt", "no", "--out", "x"], ["import", "no", "--out", "x"], ["benchmark", "no.yaml"],
+             ["analyze", "--config", "no.yaml"], *([name, "--help"] for name in ("analyze", "benchmark", "compare",
+             "distillers", "export", "import", "slurm"))):
+    try:
+        main(args)
+    except SystemExit as end:
+        assert end.code in (0, 2), args
+    loaded = [name for name in ("torch", "lightning", "timm", "matplotlib") if name in sys.modules]
+    assert not loaded, (args, loaded)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import sys, kdvit; assert not {'torch', 'lightning', 'timm'} & set(sys.modules)", LIGHT],
+    ids=["import", "help"],
+)
+def test_importing_kdvit_and_answering_a_mistake_is_light(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

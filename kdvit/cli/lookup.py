@@ -88,3 +88,20 @@ def find_network(name: str, pretrained: bool, kind: type[TimmStudent] | type[Tim
     """
     with shown((ValueError, OSError, TypeError, RuntimeError)):
         return load_student(name) if Path(name).exists() else kind(name, pretrained=pretrained)
+
+
+def find_networks(name: str, config: str | None = None) -> list[tuple[str, Network]]:
+    """Returns the networks behind a name by their names in a table, with random weights where it is no trained one's.
+
+    Args:
+        name: As the user types it.
+        config: The file, if it is a config, whose student and teacher are meant.
+
+    Raises:
+        UserError: If there is nothing of that name.
+    """
+    if config is None:
+        return [(name, find_network(name, pretrained=False, kind=TimmTeacher))]
+    found = read_experiment(config, random=("student", "teacher"))
+    roles = {"student": found.student, "teacher": found.teacher}
+    return [(f"{Path(name).stem}: {role}", network) for role, network in roles.items() if network is not None]

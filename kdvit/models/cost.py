@@ -1,6 +1,9 @@
-"""What a network costs: parameters and floating-point operations."""
+"""What a network costs: parameters, floating-point operations and time."""
 
 from __future__ import annotations
+
+import statistics
+import time
 
 import torch
 from torch import nn
@@ -24,3 +27,17 @@ def forward_flops(network: Network) -> int:
     with network.evaluating(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(network.blank_image())
     return int(counter.get_total_flops())
+
+
+@torch.inference_mode()
+def latency_ms(network: Network, batch_size: int = 1, repeats: int = 50) -> float:
+    """Returns the median time of a batch, in milliseconds, on the device of the network."""
+    image = network.blank_image().expand(batch_size, -1, -1, -1).contiguous()
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        network(image)
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[3:])

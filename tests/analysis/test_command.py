@@ -14,6 +14,7 @@ from PIL import Image
 
 from kdvit.analysis import measure
 from kdvit.cli import main
+from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.images import Images, choose
 from kdvit.models import export_student
 from kdvit.models.checkpoint import student_spec
@@ -213,3 +214,24 @@ def test_images_are_chosen_one_of_each_class_first() -> None:
     assert choose(images, 7, seed=0) == chosen != choose(images, 7, seed=1)
     assert choose(images, 1000, seed=0) == list(range(57))
     assert len(choose(images._replace(targets=None), 7, seed=0)) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": "Digits"},
+        {"data": "data.yaml"},
+        {"model": {"student": "student.yaml"}},
+        {"model": {"teacher": "student.yaml", "distillers": {"logit": "LogitDistiller"}}},
+    ],
+    ids=["class name", "file of data", "file of a student", "name of a distiller"],
+)
+def test_a_config_is_read_as_fit_reads_it(change: dict[str, Any]) -> None:
+    config = yaml.safe_load((packaged_configs() / "demo/plain.yaml").read_text())
+    Path("data.yaml").write_text(yaml.safe_dump(config["data"]))
+    Path("student.yaml").write_text(yaml.safe_dump(config["model"]["student"]))
+    config["model"] |= change.get("model", {})
+    Path("own.yaml").write_text(yaml.safe_dump({**config, "data": change.get("data", config["data"])}))
+    main(["check", "--config", "own.yaml"])
+    main(["analyze", "--config", "own.yaml", *QUICK])
+    assert _report()["networks"][0]["images"] == 12

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdvit.cli.commands.benchmark import latency_ms
 from kdvit.errors import UserError
 from kdvit.tables import text_table
 
@@ -71,7 +70,7 @@ def require_run(folder: Path) -> None:
 def read_run(folder: Path) -> Run:
     """Reads what a run directory tells, and times its student."""
     from kdvit.models import load_student
-    from kdvit.models.cost import parameter_count
+    from kdvit.models.cost import latency_ms, parameter_count
     from kdvit.runtime.loggers import read_table
 
     missing = []
