@@ -34,6 +34,7 @@ from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
+    planned_processes,
     require_all_processes,
     require_all_tasks,
     require_whole_networks,
@@ -126,7 +127,8 @@ class KdvitCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
         if self.subcommand != "check":
-            require_all_tasks(_planned_processes(self.config[self.subcommand].trainer))
+            trainer = self.config[self.subcommand].trainer
+            require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
         try:
             super().instantiate_classes()
             if self.subcommand in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
@@ -164,7 +166,7 @@ class KdvitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         refuse_saving_on_errors(trainer.callbacks)  # type: ignore[attr-defined]
         if self.subcommand == "check":
-            planned = _planned_processes(given)
+            planned = planned_processes(given["devices"], given["num_nodes"])
             loading = getattr(self.datamodule, "num_workers", 0), self.config_init["check"]["images_per_second"]
             self.datamodule.num_workers = 0
             print(
@@ -203,13 +205,3 @@ def _image_format(data: Any) -> Any:
 
 def _class_names(data: Any) -> Any:
     return getattr(data, "class_names", None)
-
-
-def _planned_processes(trainer: Any) -> int | None:
-    """Returns devices times nodes of a config; None where the machine of the run decides."""
-    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
-    if isinstance(devices, str) and "," in devices:
-        devices = [each for each in devices.split(",") if each.strip()]
-    if isinstance(devices, list):
-        return nodes * len(devices)
-    return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None

@@ -20,7 +20,12 @@ from kdvit.cli.lookup import Experiment, find_network, read_experiment
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError
 from kdvit.models import Network, TimmTeacher, load_student
-from kdvit.runtime.processes import require_all_processes, require_all_tasks, require_whole_networks
+from kdvit.runtime.processes import (
+    planned_processes,
+    require_all_processes,
+    require_all_tasks,
+    require_whole_networks,
+)
 from kdvit.structures import Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"
@@ -232,7 +237,7 @@ def _networks(experiment: Experiment) -> tuple[dict[str, Network], str]:
 def _run(networks: Mapping[str, Network], images: Images, choice: Choice) -> Report:
     numbers = choose(images, choice.images, choice.options.seed)
     chosen = ChosenImages(images, numbers, choice.batch_size, choice.num_workers)
-    require_all_tasks(choice.trainer["devices"] * choice.trainer["num_nodes"])
+    require_all_tasks(planned_processes(choice.trainer["devices"], choice.trainer["num_nodes"]))
     trainer = analysis_trainer(**choice.trainer)
     require_whole_networks(trainer)
     require_all_processes(trainer)
