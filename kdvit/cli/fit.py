@@ -121,8 +121,7 @@ class KdvitCLI(LightningCLI):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         self.checkpoint = None
         if self.subcommand not in ("check", "cache"):
-            text = self._parser(self.subcommand).dump(config, skip_none=False)
-            self.checkpoint = find_checkpoint(str(self.subcommand), config, text)
+            self.checkpoint = find_checkpoint(str(self.subcommand), config, self._parser(self.subcommand))
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
