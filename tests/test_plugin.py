@@ -53,3 +53,29 @@ def test_an_outside_distiller_keeps_the_contract(plugin) -> None:
     from kdvit.testing import check_distiller
 
     check_distiller(RelationalDistiller(weight=0.5))
+
+
+BROKEN = {
+    "missing": ("not_installed:Missing", "ModuleNotFoundError: No module named 'not_installed'"),
+    "no_such_name": ("json:Missing", "AttributeError: module 'json' has no attribute 'Missing'"),
+    "no_distiller": ("json:JSONDecoder", "TypeError: expected a subclass of Distiller, got <class 'json.decoder.JSON"),
+    "failing": ("failing_plugin:Any", "RuntimeError: its data are not there"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plugin_is_warned_of_in_one_line_and_every_command_works(
+    name: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    place, error = BROKEN[name]
+    package = tmp_path / "broken_package-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-package\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(f"[kdvit.distillers]\n{name} = {place}\n")
+    (tmp_path / "failing_plugin.py").write_text("raise RuntimeError('its data are\\nnot there')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main(["distillers"])
+    shown = capsys.readouterr()
+    assert "LogitDistiller" in shown.out
+    (line,) = shown.err.splitlines()
+    assert line.startswith(f"kdvit: warning: skipped the distiller {name!r} of broken-package ({place}): {error}")

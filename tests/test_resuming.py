@@ -6,7 +6,9 @@ import errno
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import lightning.pytorch as pl
@@ -69,7 +71,7 @@ def test_checkpoints_of_which_none_is_whole_are_not_overwritten(capsys) -> None:
         file.write_bytes(file.read_bytes()[:-100])
     before = [file.read_bytes() for file in CHECKPOINTS.iterdir()]
     assert (
-        "From none of the checkpoints in 'run/checkpoints' can training go on (the lines above say why), and a run"
+        "Training can go on from none of the checkpoints in 'run/checkpoints' (the lines above say why), and a run"
         in refused(capsys, *LONGER)
     )
     assert [file.read_bytes() for file in CHECKPOINTS.iterdir()] == before
@@ -100,6 +102,50 @@ def test_a_damaged_config_of_a_run_is_one_message_with_the_way_out(content: str,
     config.unlink()
     fit("plain", "", *LONGER)
     assert yaml.safe_load(config.read_text())["trainer"]["max_epochs"] == 3
+
+
+def change_config(change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes ``run/config.yaml``, as another version of kdvit might have written it."""
+    file = Path("run/config.yaml")
+    config = yaml.safe_load(file.read_text())
+    change(config)
+    file.write_text(yaml.safe_dump(config))
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_newer_options(capsys) -> None:
+    def age(config: dict[str, Any]) -> None:
+        del config["model"]["compile"], config["model"]["schedule"]["warmup_lr"]
+        del config["model"]["student"]["init_args"]["drop_path_rate"], config["data"]["init_args"]["cutmix"]
+
+    plain = ["--model.schedule.warmup_lr", "1e-6"]  # the default
+    fit("plain", "", *SHORT, *plain)
+    change_config(age)
+    for given, key in (
+        (
+            ["--model.student.init_args.drop_path_rate", "0.1"],
+            "model.student.init_args.drop_path_rate is 0.1 and was 0.0",
+        ),
+        (["--data.init_args.cutmix", "1"], "data.init_args.cutmix is 1.0 and was 0.0"),
+        (["--model.student.init_args.model_args.depth", "3"], "model.student.init_args.model_args.depth is 3 and was "),
+    ):
+        assert f"'run' holds a run with other settings: {key}" in refused(capsys, *LONGER, *plain, *given)
+    fit("plain", "", *LONGER, *plain, "--data.init_args.num_workers", "1")
+    assert len([row for row in column("run", ("step", "val/acc1")) if "nan" not in row]) == 3
+
+
+@pytest.mark.parametrize("place", ["model", "model/optimizer", "data/init_args", "model/student/init_args"])
+def test_an_option_that_is_no_more_is_named(place: str, capsys) -> None:
+    def add(config: dict[str, Any]) -> None:
+        for key in place.split("/"):
+            config = config[key]
+        config["bygone"] = 3
+
+    fit("plain", "", *SHORT)
+    change_config(add)
+    message = refused(capsys, *LONGER)
+    assert message.startswith("kdvit: error: 'run/config.yaml' has what this version of kdvit does not take: ")
+    assert "bygone'" in message
+    assert "Go on with the version that its first line names" in message
 
 
 def test_a_config_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
+from kdvit.errors import UserError
+from kdvit.runtime.processes import planned_processes, require_all_tasks
 from tests.runs import SHORT, fit
 
 DEMO = ["slurm", "--config", "demo/plain.yaml"]
@@ -212,6 +214,11 @@ def test_what_slurm_says_is_one_line(programs: dict[str, str], message: str, tmp
     ("environment", "devices", "message"),
     [
         (
+            "NTASKS=2 NTASKS_PER_NODE=2 STEP_NUM_TASKS=2 JOB_NAME=train",
+            "auto",
+            "Slurm has started 2 of the 1 processes of this run (trainer.dev",
+        ),
+        (
             "NTASKS=2 STEP_NUM_TASKS=2 JOB_NAME=python",
             1,
             "Slurm has started 2 of the 1 processes of this run (trainer.dev",
@@ -223,10 +230,10 @@ def test_what_slurm_says_is_one_line(programs: dict[str, str], message: str, tmp
             "srun has started 2 processes, but Lightning takes a job n",
         ),
     ],
-    ids=["more tasks than devices", "no srun", "a job named like a shell"],
+    ids=["more tasks than the machine has", "more tasks than devices", "no srun", "a job named like a shell"],
 )
 def test_a_run_of_other_processes_than_slurm_has_started_is_refused(
-    environment: str, devices: int, message: str, monkeypatch, capsys
+    environment: str, devices: int | str, message: str, monkeypatch, capsys
 ) -> None:
     for name, _, value in (each.partition("=") for each in environment.split()):
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -234,6 +241,17 @@ def test_a_run_of_other_processes_than_slurm_has_started_is_refused(
         fit("plain", "", *SHORT, "--trainer.devices", str(devices))
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not Path("run").exists()
+
+
+def test_devices_that_the_machine_counts_are_no_number_of_processes_to_compare_with(monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    for devices in (-1, "-1", "auto"):
+        require_all_tasks(planned_processes(devices, num_nodes=1))
+    for devices in (4, "4", "0,1,2,3", [0, 1, 2, 3]):
+        require_all_tasks(planned_processes(devices, num_nodes=1))
+        with pytest.raises(UserError, match="Slurm has started 4 of the 8 processes"):
+            require_all_tasks(planned_processes(devices, num_nodes=2))
 
 
 def test_a_single_process_in_a_shell_of_slurm_needs_no_srun(monkeypatch) -> None:

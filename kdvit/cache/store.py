@@ -77,24 +77,22 @@ def encode(images: Tensor, output: ViTOutput, manifest: Manifest) -> np.ndarray[
     Raises:
         CacheError: If a value is beyond the range of half precision.
     """
-    parts: dict[str, Tensor] = {
-        f"layer{layer}": feature for layer, feature in zip(manifest.layers, output.features, strict=True)
-    }
-    if output.logits is not None and manifest.topk is not None:
-        parts["classes"], parts["logits"] = shrink_logits(output.logits, manifest.topk)
-    elif output.logits is not None:
-        parts["logits"] = output.logits
     records = np.empty(len(images), record_type(manifest))
     records["image"] = images.cpu().numpy()
-    for name, part in parts.items():
-        values = part.cpu() if name == "classes" else part.float().cpu()
-        largest, most = float(values.abs().max()), float(np.finfo(PRECISION).max)
-        if not largest <= most:
+    values = {f"layer{layer}": feature for layer, feature in zip(manifest.layers, output.features, strict=True)}
+    if output.logits is not None and manifest.topk is not None:
+        classes, values["logits"] = shrink_logits(output.logits, manifest.topk)
+        records["classes"] = classes.cpu().numpy()
+    elif output.logits is not None:
+        values["logits"] = output.logits
+    most = float(np.finfo(PRECISION).max)
+    for name, value in values.items():
+        if not (largest := float(value.float().abs().max())) <= most:
             raise CacheError(
                 f"{name} of the teacher reaches {largest:g}, beyond the {most:g} of the stored "
                 f"{PRECISION.name}. Distil another layer, or store the rest alone (--store logits or features)."
             )
-        records[name] = values.numpy()
+        records[name] = value.float().cpu().numpy()
     return records
 
 

@@ -21,7 +21,7 @@ from kdvit.cli.lookup import Experiment, find_network, read_experiment
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
 from kdvit.models import Network, TimmTeacher, load_student
-from kdvit.runtime.processes import require_all_processes, require_all_tasks, require_whole_networks
+from kdvit.runtime.processes import planned_processes, require_all_processes, require_all_tasks, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
 TEACHER, STUDENT = "teacher", "student"
@@ -106,7 +106,7 @@ class Analysis:
 
     def _run(self, networks: Mapping[str, Network], images: Images) -> Report:
         numbers = choose(images, self.images, self.options.seed)
-        require_all_tasks(self.processes.devices * self.processes.num_nodes)
+        require_all_tasks(planned_processes(self.processes.devices, self.processes.num_nodes))
         trainer = analysis_trainer(**{key: each for key, each in asdict(self.processes).items() if each is not None})
         require_whole_networks(trainer)
         require_all_processes(trainer)

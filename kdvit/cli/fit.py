@@ -36,6 +36,7 @@ from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
+    planned_processes,
     require_all_processes,
     require_all_tasks,
     require_whole_networks,
@@ -140,7 +141,8 @@ class KdvitCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
         if self.command != "check":
-            require_all_tasks(planned_processes(self.config[self.command].trainer))
+            trainer = self.config[self.command].trainer
+            require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
         with (
             unforeseen("built"),
             shown((ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)),
@@ -185,7 +187,7 @@ class KdvitCLI(LightningCLI):
         given = self.config_init["check"]
         workers = getattr(self.datamodule, "num_workers", 0)
         self.datamodule.num_workers = 0
-        processes = planned_processes(given.trainer)
+        processes = planned_processes(given.trainer.devices, given.trainer.num_nodes)
         batches = given.trainer.accumulate_grad_batches
         print(describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second), flush=True)
 
@@ -214,16 +216,6 @@ class ReadFit(PlannedFit):
 def parse_fit(args: list[str]) -> Any:
     """Returns the config of a `kdvit fit` with these arguments, checked as far as that goes without building anything."""
     return PlannedFit("fit", find_configs(args)).config["fit"]
-
-
-def planned_processes(trainer: Any) -> int | None:
-    """Returns devices times nodes of a config; None where the machine of the run decides."""
-    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
-    if isinstance(devices, str) and "," in devices:
-        devices = [each for each in devices.split(",") if each.strip()]
-    if isinstance(devices, list):
-        return nodes * len(devices)
-    return nodes * int(devices) if str(devices).isdigit() and int(devices) > 0 else None
 
 
 def _checkpoint_folder(root: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from importlib.metadata import entry_points
 
 from kdvit.distillers import Distiller
@@ -14,15 +15,21 @@ GROUP = "kdvit.distillers"
 def load_plugins() -> None:
     """Imports every distiller that an installed package declares under the entry-point group `kdvit.distillers`.
 
-    Once imported, its short class name is known to the command line.
-
-    Raises:
-        TypeError: If an entry point is no Distiller.
+    Once imported, its short class name is known to the command line. One that cannot be imported is warned of in a line
+    and skipped: the command may have no need of it.
     """
     for entry in entry_points(group=GROUP):
-        loaded = entry.load()
-        if not (inspect.isclass(loaded) and issubclass(loaded, Distiller)):
-            raise TypeError(f"The entry point {entry.name!r} of group {GROUP!r} must be a Distiller, got {loaded!r}.")
+        try:
+            loaded = entry.load()
+            if not (inspect.isclass(loaded) and issubclass(loaded, Distiller)):
+                raise TypeError(f"expected a subclass of Distiller, got {loaded!r}")
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(
+                f"kdvit: warning: skipped the distiller {entry.name!r} of {package} ({entry.value}): {reason}",
+                file=sys.stderr,
+            )
 
 
 def known_distillers() -> dict[str, str]:

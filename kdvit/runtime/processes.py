@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -23,17 +24,32 @@ def require_whole_networks(trainer: pl.Trainer) -> None:
 
 
 def require_all_processes(trainer: pl.Trainer) -> None:
-    """Raises UserError if torchrun has started more or fewer processes than the Trainer is for.
+    """Raises UserError if torchrun or Slurm has started more or fewer processes than the Trainer is for.
 
     Each would train alone and write the same files, or all would wait for one that never comes.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
+    require_all_tasks(devices * nodes)
     if TorchElasticEnvironment.detect() and TorchElasticEnvironment().world_size() != devices * nodes:
         raise UserError(
             f"torchrun has started {TorchElasticEnvironment().world_size()} process(es) of this run, and trainer.devices x "
             f"trainer.num_nodes is {devices} x {nodes}. Start one process for each device, and set --trainer.devices to those of "
             "one machine and --trainer.num_nodes to the machines."
         )
+
+
+def planned_processes(devices: int | str | Sequence[int | str], num_nodes: int) -> int | None:
+    """Returns how many processes a Trainer's `devices` and `num_nodes` make; None where the machine of the run decides.
+
+    Example:
+        >>> [planned_processes(devices, num_nodes=2) for devices in (4, "4", "0,3", [0, 1, 3], "auto", -1, "-1")]
+        [8, 8, 4, 6, None, None, None]
+    """
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if not isinstance(devices, (int, str)):
+        return len(devices) * num_nodes
+    return int(devices) * num_nodes or None if str(devices).strip().isdecimal() else None
 
 
 def require_all_tasks(planned: int | None) -> None:

@@ -293,6 +293,15 @@ def test_top_k_keeps_the_probabilities_of_k_classes_and_spreads_the_rest() -> No
     np.testing.assert_allclose(given.numpy(), expected, rtol=2e-5)
 
 
+def test_top_k_keeps_classes_of_any_number() -> None:
+    """As of ImageNet-21k and larger: the numbers of the classes are no values of half precision."""
+    logits = torch.zeros(2, 70_000)
+    logits[0, 66_000], logits[1, 69_999] = 5, 7
+    manifest = Manifest(2, 1, 1, (), (), 70_000, 2, "32-true", {})
+    records = encode(torch.arange(2), ViTOutput(logits), manifest)
+    assert records["classes"][:, 0].tolist() == [66_000, 69_999]
+
+
 def test_top_k_logits_train(demo_teacher: str) -> None:
     cache(demo_teacher, "--topk", "3", method="soft_kd")
     fit("soft_kd", demo_teacher, *EPOCHS, *cached())
