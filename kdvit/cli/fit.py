@@ -135,8 +135,7 @@ class KdvitCLI(LightningCLI):
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
         self.checkpoint = None
         if self.command not in ("check", "cache"):
-            text = self._parser(self.command).dump(config, skip_none=False)
-            self.checkpoint = find_checkpoint(self.command, config, text)
+            self.checkpoint = find_checkpoint(self.command, config, self._parser(self.command))
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
