@@ -5,19 +5,32 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def mixed_seed(*parts: int) -> int:
     """Returns a 64-bit seed that mixes its parts well: neighbours share nothing.
 
     Example:
-        >>> mixed_seed(0, 1, 2) == mixed_seed(0, 1, 2), mixed_seed(0, 1, 2) == mixed_seed(0, 2, 1)
-        (True, False)
+        >>> mixed_seed(0, 1, 2), mixed_seed(0, 2, 1)
+        (3071860871404845570, 14406252260519237621)
     """
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    return int(mixed_words(*parts, count=2).view(np.uint64)[0])
+
+
+def mixed_words(*parts: int, count: int) -> NDArray[Any]:
+    """Returns so many random words of 32 bits that follow from the parts; the first two are `mixed_seed`."""
+    return np.random.SeedSequence(parts).generate_state(count)
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seeds torch's generators of the CPU and of a device."""
+    # torch.manual_seed keeps a stack trace of every call for GPUs that are not in use
+    (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
 from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import TimmStudent
 from kdvit.structures import Batch, ImageFormat, ViTOutput
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.training.optim import OptimizerOptions, ScheduleOptions, global_batch, parameter_groups
 from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
 FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}
@@ -42,6 +42,31 @@ def test_the_loss_is_the_weighted_sum_of_independent_terms() -> None:
     divergence = F.kl_div(ours.logits.log_softmax(1), theirs.logits.softmax(1), reduction="batchmean")
     expected = 0.1 * task + 0.9 * divergence + 0.2 * F.mse_loss(ours.features[0], theirs.features[0])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_each_objective_gets_the_layers_that_it_asked_for_from_one_pass() -> None:
+    class Asks(Distiller):
+        def __init__(self, ours: tuple, theirs: tuple) -> None:
+            super().__init__()
+            self.student_layers, self.teacher_layers = ours, theirs
+
+        def forward(self, student: ViTOutput, teacher: ViTOutput, target: torch.Tensor) -> torch.Tensor:
+            self.given = student, teacher
+            return student.logits.mean()
+
+    asked = {"two": Asks((1, "lift"), (0, -1)), "none": Asks((), ()), "one": Asks((0.5,), (2,))}
+    module = _module(distillers=asked)
+    image, passes = torch.randn(2, 3, 16, 16), []
+    for network in (module.student, module.teacher.network):
+        network.register_forward_hook(lambda network, *_: passes.append(network))
+    module.trainer = trainer(".", log_every_n_steps=10**9)
+    module.training_step(Batch(image, torch.tensor([0, 1]), torch.tensor([0, 1])), 0)
+    assert len(passes) == 2
+    assert module.teacher_request() == ((0, 3, 2), True)
+    for each in asked.values():
+        ours, theirs = module.student(image, each.student_layers), module.teacher(image, each.teacher_layers)
+        for given, expected in zip(each.given, (ours, theirs), strict=True):
+            torch.testing.assert_close(given, expected)
 
 
 @pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])
@@ -144,7 +169,7 @@ def test_the_learning_rate_follows_the_global_batch_and_timms_schedule(tmp_path)
     module = Record(student(), image_format=FORMAT, schedule=ScheduleOptions(warmup_epochs=2, warmup_lr=0.0))
     run = trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2)
     run.fit(module, datamodule=TinyData())
-    assert module.global_batch() == 32
+    assert global_batch(run) == 32
     peak = 5e-4 * 32 / 512
     half = 1e-5 + (peak - 1e-5) * 0.5  # cosine in the middle of the run
     assert rates[:3] == pytest.approx([0.0, peak / 2, half])
@@ -199,6 +224,7 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
             {"distillers": {"task": LogitDistiller()}},
             r"\['task'\] has a name that cannot be used: that is the name of the",
         ),
+        ({"distillers": {"terms": LogitDistiller()}}, r"\['terms'\] has a name that cannot be used: attribute 'terms'"),
         ({"distillers": {"a.b": LogitDistiller()}}, r"\['a.b'\] has a name that cannot be used: module name"),
         ({"task_weight": -0.1}, "task_weight must be 0 or more, got -0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),

@@ -71,18 +71,18 @@ def test_a_published_run_is_built_as_published(name: str, imagenet: Path, monkey
 
     assert type(module.student).__name__ == remedy
     assert module.num_classes == 1000
-    assert {key: (each.weight, getattr(each, "loss", None)) for key, each in module.objectives().items()} == terms
+    assert {key: (each.weight, getattr(each, "loss", None)) for key, each in module.distillers.items()} == terms
     assert module.task_weight == pytest.approx(task_weight)
     assert module.label_smoothing == 0.1
     if "logit" in terms:
-        assert module.objectives()["logit"].temperature == 1.0
+        assert module.distillers["logit"].temperature == 1.0
     if terms:
         assert type(module.teacher.network.model).__name__ == "Cait"
         assert module.teacher.network.depth == 24
         assert not module.teacher.converts_size
         assert not module.teacher.converts_values
     if "feature" in terms:
-        assert module.objectives()["feature"].projector == "pool"
+        assert module.distillers["feature"].projector == "pool"
     if remedy != "TimmStudent":
         layer = {"LiftViT": "lift", "WideLastViT": "wide_last"}[remedy]
         assert module.student.output_shapes([layer]).features == ((384, 14, 14),)

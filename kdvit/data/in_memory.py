@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from kdvit.seeding import mixed_words
 from kdvit.structures import Batch, ImageFormat, View
 
 
@@ -71,7 +72,7 @@ class InMemoryImages(Dataset[Any]):
         return Batch((pixels - self.mean) / self.std, self.targets[index], index)
 
     def _augmented(self, pixels: Tensor, views: list[View], seed: int) -> Tensor:
-        draws = np.stack([np.random.SeedSequence([seed, *view]).generate_state(3) for view in views])
+        draws = np.stack([mixed_words(seed, *view, count=3) for view in views])
         shifts = torch.from_numpy(draws[:, :2] % (2 * self.padding + 1)).long()
         flips = torch.from_numpy(draws[:, 2] < self.hflip * 2**32)
         height, width = pixels.shape[2:]

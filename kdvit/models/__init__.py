@@ -4,7 +4,7 @@ import kdvit.models.timm_registry  # noqa: F401  (its names are for timm.create_
 from kdvit.models.attention import avoid_slow_attention
 from kdvit.models.checkpoint import export_student, load_student
 from kdvit.models.lift import LiftViT
-from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network
+from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network, fit_to_data
 from kdvit.models.released import load_released
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.teacher import FrozenTeacher, TimmTeacher
@@ -21,6 +21,7 @@ __all__ = [
     "as_network",
     "avoid_slow_attention",
     "export_student",
+    "fit_to_data",
     "load_released",
     "load_student",
     "use_fast_talking_heads",

@@ -115,8 +115,9 @@ class Network(nn.Module):
             return layer % self.depth
         names = "".join(f", {name!r}" for name in self.named_layers())
         raise ValueError(
-            f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to -1), a "
-            f"fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, 'wide_last' with WideLastViT.)"
+            f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to -1), "
+            f"a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, 'wide_last' with "
+            "WideLastViT.)"
         )
 
     @torch.no_grad()
@@ -149,8 +150,8 @@ class TimmNetwork(Network):
     def __init__(self, model: nn.Module, image_format: ImageFormat | None = None) -> None:
         if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
             raise TypeError(
-                f"{type(model).__name__} has no forward_intermediates() and forward_head(), by which kdvit reads feature "
-                "maps and logits. Use another timm model, or wrap yours in a subclass of kdvit.models.Network."
+                f"{type(model).__name__} has no forward_intermediates() and forward_head(), by which kdvit reads "
+                "feature maps and logits. Use another timm model, or wrap yours in a subclass of kdvit.models.Network."
             )
         super().__init__(_depth(model), image_format or _image_format(model))
         self.model = model
@@ -227,6 +228,40 @@ def as_network(module: nn.Module) -> Network:
         TypeError: If the module is neither.
     """
     return module if isinstance(module, Network) else TimmNetwork(module)
+
+
+def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequence[str] | None = None) -> int:
+    """Sets the images that a network will see, and returns its number of classes.
+
+    Args:
+        network: The network.
+        image_format: The images of the data.
+        class_names: The classes of the data, where known.
+
+    Raises:
+        ValueError: If the network takes another size only, or its classes are not those of the data, or fewer than two.
+    """
+    model: Any = getattr(network, "model", network)
+    fixed = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+    if fixed and network.image_format.size != image_format.size:
+        raise ValueError(
+            f"The student takes images of {network.image_format.size} pixels and the data gives {image_format.size}. "
+            "Set img_size of the student, or of the data, so that they agree."
+        )
+    network.image_format = image_format
+    classes = network.output_shapes().classes
+    assert classes is not None
+    known = classes if class_names is None else len(class_names)
+    if min(classes, known) < 2:
+        raise ValueError(
+            f"There is nothing to tell apart: expected 2 classes or more, got {classes} of the student and {known} of "
+            "the data."
+        )
+    if known != classes:
+        raise ValueError(
+            f"The student has {classes} classes and the data {known}. Set num_classes of the student to {known}."
+        )
+    return classes
 
 
 def _depth(model: nn.Module) -> int:

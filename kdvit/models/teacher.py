@@ -115,6 +115,12 @@ class FrozenTeacher:
             image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=True)
         return image
 
+    def conversions(self) -> list[str]:
+        """Says in what the images are converted."""
+        size = f"The teacher's input is resized to {self.network.image_format.size}."
+        values = "The teacher's input is converted to its own mean and standard deviation."
+        return [size] * self.converts_size + [values] * self.converts_values
+
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
         """Measures the shapes of the teacher's output; see `Network.output_shapes`."""
         return self.network.output_shapes(layers, logits)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -102,8 +104,14 @@ class ScheduleOptions:
                 f"{self.warmup_epochs}, {self.warmup_lr} and {self.min_lr}."
             )
 
-    def build(self, optimizer: torch.optim.Optimizer, epochs: int) -> Scheduler:
-        """Builds the schedule for a run of so many epochs."""
+    def build(self, optimizer: torch.optim.Optimizer, epochs: int | None) -> Scheduler:
+        """Builds the schedule for a run of so many epochs.
+
+        Raises:
+            ValueError: If the number is not known.
+        """
+        if epochs is None or epochs < 1:
+            raise ValueError(f"The schedule needs the number of epochs: set trainer.max_epochs (it is {epochs}).")
         scheduler: Scheduler
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -115,6 +123,47 @@ class ScheduleOptions:
             **self.args,
         )
         return scheduler
+
+
+def optimizer_and_schedule(
+    trainer: pl.Trainer, modules: Iterable[nn.Module], optimizer: OptimizerOptions, schedule: ScheduleOptions
+) -> Any:
+    """Builds what `LightningModule.configure_optimizers` returns, over the parameters of student and distillers."""
+    images = 1 if optimizer.lr_base_batch is None else global_batch(trainer)
+    built = optimizer.build(parameter_groups(modules, optimizer.weight_decay), images, may_fuse(trainer))
+    steps = {"scheduler": schedule.build(built, trainer.max_epochs), "interval": "epoch"}
+    return {"optimizer": built, "lr_scheduler": steps}
+
+
+def global_batch(trainer: pl.Trainer) -> int:
+    """Returns the number of images behind one optimizer step, over all processes and accumulated batches.
+
+    Raises:
+        ValueError: If the training loader does not say its batch size.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None:
+        _ = trainer.estimated_stepping_batches  # builds the loader
+        loader: Any = trainer.train_dataloader
+    else:
+        loader = data.train_dataloader()  # of its own: the Trainer's, if built before a resume, would not go on
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        raise ValueError(
+            "The training loader has no batch_size by which to scale the learning rate. Set optimizer.lr_base_batch: "
+            "null and give the learning rate itself."
+        )
+    return int(size) * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def may_fuse(trainer: pl.Trainer) -> bool:
+    """Tells whether one kernel may take a whole step of the optimizer.
+
+    Not under a scaler, for it would unscale the gradients too late for their norm to be logged, nor where gradients are
+    clipped in mixed precision, which Lightning then refuses.
+    """
+    clipped = isinstance(trainer.precision_plugin, MixedPrecision) and bool(trainer.gradient_clip_val)
+    return trainer.strategy.root_device.type in FUSED_DEVICES and trainer.scaler is None and not clipped
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:

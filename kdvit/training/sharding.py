@@ -11,22 +11,22 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kdvit.errors import UserError
-from kdvit.training.module import DistillationModule
 
 PRECISIONS = ("32-true", "bf16-mixed")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # each element's step is its own
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2: each process holds a part of the student's and distillers' weights, gradients and moments, and the whole teacher.
+    """FSDP2: each process holds the whole teacher, and a part of the weights, gradients and moments that are trained.
 
-    A layer is put together where it runs, and for a validation, a test or a prediction the whole student is. Checkpoints are
-    one file, the same as other strategies write: a run may go on with another strategy of as many processes, and be tested by
-    any number.
+    A layer is put together where it runs, and the whole student for a validation, a test or a prediction. Checkpoints
+    are one file, the same as other strategies write: a run may go on with another strategy of as many processes, and be
+    tested by any number.
 
     Raises:
         UserError: Before anything is trained, if the run has what does not go with it; see `require_shardable`.
@@ -42,7 +42,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    # Evaluation: without a collective for each batch, which would hang where a rank has one batch more than another
+    # Evaluation: a collective for each batch would hang where a rank has one batch more than another
 
     def on_validation_start(self) -> None:
         """Puts the student together."""
@@ -52,21 +52,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """Splits the student again."""
         self._keep_whole(False)
 
-    def on_test_start(self) -> None:
-        """Puts the student together."""
-        self._keep_whole(True)
-
-    def on_test_end(self) -> None:
-        """Splits the student again."""
-        self._keep_whole(False)
-
-    def on_predict_start(self) -> None:
-        """Puts the student together."""
-        self._keep_whole(True)
-
-    def on_predict_end(self) -> None:
-        """Splits the student again."""
-        self._keep_whole(False)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def _keep_whole(self, whole: bool) -> None:
         student: Any = getattr(self.lightning_module, "student", None)
@@ -131,11 +118,22 @@ def _part(value: Any, like: Tensor | None) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def require_shardable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def split(module: Any, mesh: DeviceMesh) -> None:
+    """Splits student and distillers of a `DistillationModule` over the processes of a mesh, by FSDP2; once."""
+    if isinstance(module.student, FSDPModule):
+        return
+    module.load_state_dict(module.trainer.strategy.broadcast(module.state_dict()))  # parts of one student, not several
+    for block in getattr(getattr(module.student, "model", None), "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module.student, mesh=mesh, reshard_after_forward=True)
+    for distiller in module.distillers.values():
+        if next(distiller.parameters(), None) is not None:  # its metrics are taken after its forward: whole till then
+            fully_shard(distiller, mesh=mesh, reshard_after_forward=False)
+
+
+def require_shardable(trainer: pl.Trainer, module: Any) -> None:
     """Raises UserError for what would go wrong, or has not been shown to go right, with a split student."""
     said = "trainer.strategy sharded"
-    if not isinstance(module, DistillationModule):
-        raise UserError(f"{said} trains and evaluates students; a {type(module).__name__} runs with ddp.")
     if str(trainer.precision) not in PRECISIONS:
         raise UserError(f"{said} goes with trainer.precision {' or '.join(PRECISIONS)}, got {trainer.precision}.")
     if module.compiled in ("student", "both"):

@@ -91,7 +91,7 @@ def test_steps_left_out_are_as_if_they_had_not_been(reading: str, accumulated: i
     for step in good:
         optimizer.zero_grad()
         for batch in (batches[i] for i in step):
-            output = expected.student(batch.image, expected._student_layers)
+            output = expected.student(batch.image, expected.distillers.student_layers)
             terms = expected.terms(output, expected.teacher_output(batch), batch.target)
             (
                 torch.stack([expected.weights()[name] * term for name, term in terms.items()]).sum() / accumulated
@@ -214,7 +214,7 @@ def test_a_saved_batch_and_the_weights_before_it_give_the_bad_number_again() -> 
     module = _module()
     module.load_state_dict(torch.load("nonfinite/step_1.ckpt", weights_only=True)["state_dict"])
     batch = Batch(bad["image"], bad["target"], bad["index"])
-    output = module.student(batch.image, module._student_layers)
+    output = module.student(batch.image, module.distillers.student_layers)
     terms = module.terms(output, module.teacher_output(batch), batch.target)
     assert all(term.isnan() for term in terms.values())
     assert all(value != value for value in bad["terms"].values())

@@ -81,7 +81,7 @@ def _teacher_input(module: DistillationModule) -> Rows:
 
 def _distillers(module: DistillationModule) -> Rows:
     rows = []
-    for name, distiller in module.objectives().items():
+    for name, distiller in module.distillers.items():
         assert module.teacher is not None
         ours = module.student.output_shapes(distiller.student_layers).features
         theirs = module.teacher.output_shapes(distiller.teacher_layers, logits=False).features
