@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdvit.models.lift import LiftViT
 from kdvit.models.network import Network
 
 BATCHES = (1, 3)  # sizes that an exported file is checked on: its batch is dynamic
+IMAGES = 16  # on which a folded student is compared
 TOLERANCE = 1e-4  # of the logits
 
 
@@ -85,6 +87,34 @@ def export_program(student: Network, file: str | Path) -> float:
     program = torch.export.export(Classifier(student).eval(), (_images(student, 2),), dynamic_shapes=shapes)
     torch.export.save(program, str(file))
     return _largest_difference(student, torch.export.load(str(file)).module())
+
+
+def checked_fold(student: Network) -> tuple[LiftViT, float, float]:
+    """Folds a Lift student, and compares the two on random images.
+
+    Args:
+        student: A LiftViT.
+
+    Returns:
+        The folded student, the largest difference of their logits, and the largest logit.
+
+    Raises:
+        ValueError: If the student has no lift, or it cannot be folded.
+        RuntimeError: If they differ by more than 1e-4 of the largest logit.
+    """
+    if not isinstance(student, LiftViT):
+        raise ValueError(
+            f"--fold is for students with a lift, and this is a {type(student).__name__}. (The wide block of WideLast is "
+            "not linear, and a student without a remedy has nothing to fold.)"
+        )
+    folded = student.folded()
+    images = _images(student, IMAGES).to(student.blank_image())
+    with torch.no_grad(), student.evaluating():
+        ours, theirs = student(images).logits.double(), folded.eval()(images.to(folded.blank_image())).logits.double()
+    largest, scale = float((ours - theirs).abs().max()), float(ours.abs().max())
+    if not largest <= TOLERANCE * scale:
+        raise RuntimeError(f"The folded student's logits differ by {largest:.2g} of {scale:.2g}: it is not exported.")
+    return folded, largest, scale
 
 
 def _images(student: Network, batch: int) -> Tensor:

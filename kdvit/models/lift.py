@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kdvit.models.fold import fold_lift
 from kdvit.models.network import TimmNetwork
 from kdvit.models.timm_model import create_timm_model
 
@@ -18,6 +20,9 @@ class LiftViT(TimmNetwork):
     ``logits = head(mean over patch tokens of X_hat)``. In timm's terms: the final norm is replaced by Linear and
     LayerNorm, the pooling is "avg", the head has the new width. Every parameter is used. The layer "lift" is X_hat.
 
+    Once trained, it costs nothing: `folded` returns the same classifier in the student's own width; see
+    `kdvit.models.fold`, also for what that says about the method.
+
     Args:
         arch: timm's name of the narrow architecture, a VisionTransformer without distillation token.
         width: Width after the lift: the teacher's.
@@ -27,6 +32,8 @@ class LiftViT(TimmNetwork):
         img_size: Input size in pixels, where it differs from the architecture's.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the timm model.
+        folded: Train in the folded form from the start, as a control: from the same initial function, without a map to
+            distil.
 
     Raises:
         ValueError: If the architecture is not a plain VisionTransformer, or `width` is not positive.
@@ -42,6 +49,7 @@ class LiftViT(TimmNetwork):
         img_size: int | None = None,
         drop_path_rate: float = 0.0,
         model_args: dict[str, Any] | None = None,
+        folded: bool = False,
     ) -> None:
         if width < 1:
             raise ValueError(f"LiftViT: width must be positive, got {width}.")
@@ -66,11 +74,29 @@ class LiftViT(TimmNetwork):
         nn.init.zeros_(model.head.bias)
         model.num_features = model.head_hidden_size = width
         super().__init__(model)
-        self.init_args = {**args, "width": width, "model_args": model_args}
+        self.init_args: dict[str, Any] = {**args, "width": width, "model_args": model_args}
+        if folded:
+            self._fold()
+
+    def folded(self) -> LiftViT:
+        """Returns a copy with the same logits, to rounding, in the student's own width (`kdvit.models.fold`).
+
+        Raises:
+            ValueError: If there is no lift any more, or the head is no linear one.
+        """
+        folded = copy.deepcopy(self)
+        folded._fold()
+        return folded
+
+    def _fold(self) -> None:
+        fold_lift(self.model)
+        self.init_args = {**self.init_args, "folded": True}
+        if self.spec:
+            self.spec = {**self.spec, "init_args": self.init_args}
 
     def named_layers(self) -> dict[str, int]:
-        """The lifted map, behind the last block."""
-        return {"lift": self.depth}
+        """The lifted map, behind the last block, where it is not folded."""
+        return {} if self.init_args.get("folded") else {"lift": self.depth}
 
     def end_map(self, image: Tensor, end: Tensor | None) -> Tensor:
         """Returns X_hat as a map ``[B, width, H, W]``."""
