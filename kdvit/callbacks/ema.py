@@ -8,10 +8,8 @@ import lightning.pytorch as pl
 import torch
 from timm.utils import ModelEmaV3
 
-from kdvit.errors import UserError
 from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
-from kdvit.training.sharding import ShardedStrategy
 
 
 class StudentEMA(pl.Callback):
@@ -35,6 +33,11 @@ class StudentEMA(pl.Callback):
         self._started = False
 
     @property
+    def averages_student(self) -> bool:
+        """Whether there is an average, which a split student has not."""
+        return self.decay is not None
+
+    @property
     def state_key(self) -> str:
         """The name under which checkpoints carry the average."""
         return "StudentEMA"
@@ -42,33 +45,22 @@ class StudentEMA(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Copies the student; a checkpoint's average takes its place in `load_state_dict`."""
         if self.decay is not None:
-            if isinstance(trainer.strategy, ShardedStrategy):
-                raise UserError(
-                    "trainer.strategy sharded has no averaged student: leave ema.decay out, or set --trainer.strategy ddp."
-                )
             self._average = ModelEmaV3(pl_module.student, decay=self.decay)
             self._scores = classification_scores(pl_module.num_classes)
             self._started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Starts the average, if the sanity check has not."""
-        self._start(pl_module)
-        self._updated = trainer.global_step
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Starts the average, in a sanity check or without fit."""
-        self._start(pl_module)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Starts the average of a test."""
-        self._start(pl_module)
-
-    def _start(self, pl_module: Any) -> None:
         """Sets the average to the student's weights, restored by now, unless a checkpoint has brought an average."""
-        if self._average is not None and not self._started:
-            self._follow(pl_module)
-            self._average.set(pl_module.student)  # type: ignore[no-untyped-call]
-            self._started = True
+        self._updated = trainer.global_step
+        if self._average is not None:
+            # in float32 at least, as a small step of an average is none in bfloat16
+            self._average.to(pl_module.device, torch.promote_types(pl_module.dtype, torch.float32))
+            self._scores.to(pl_module.device)
+            if not self._started:
+                self._average.set(pl_module.student)  # type: ignore[no-untyped-call]
+                self._started = True
+
+    on_validation_start = on_test_start = on_train_start  # without fit, or in the sanity check
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -76,28 +68,29 @@ class StudentEMA(pl.Callback):
         """Updates the average after a step of the optimizer."""
         if self._average is not None and trainer.global_step > self._updated:
             self._updated = trainer.global_step
-            self._follow(pl_module)
             self._average.update(pl_module.student)
 
+    @torch.no_grad()
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores the average on one batch."""
-        self._score(trainer, pl_module, batch)
+        if self._average is not None:
+            with trainer.precision_plugin.forward_context():
+                logits = self._average.module(batch.image.to(next(self._average.parameters()))).logits
+            self._scores.update(logits, batch.target)
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Scores the average on one batch."""
-        self._score(trainer, pl_module, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Logs the average's scores."""
-        self._log(pl_module, "val")
+        if self._average is not None:
+            stage = "test" if trainer.testing else "val"
+            scores = {f"{stage}/{name}_ema": value for name, value in self._scores.compute().items()}
+            pl_module.log_dict(scores, sync_dist=True)
+            self._scores.reset()
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Logs the average's scores."""
-        self._log(pl_module, "test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the average for the checkpoint."""
@@ -109,22 +102,3 @@ class StudentEMA(pl.Callback):
             self._average.to(next(iter(state_dict["student"].values())).dtype)
             self._average.module.load_state_dict(state_dict["student"])
             self._started = True
-
-    def _follow(self, pl_module: Any) -> None:
-        if self._average is not None:  # in float32 at least, as a small step of an average is none in bfloat16
-            self._average.to(pl_module.device, torch.promote_types(pl_module.dtype, torch.float32))
-            self._scores.to(pl_module.device)
-
-    @torch.no_grad()
-    def _score(self, trainer: pl.Trainer, pl_module: Any, batch: Batch) -> None:
-        if self._average is not None:
-            self._follow(pl_module)
-            with trainer.precision_plugin.forward_context():
-                logits = self._average.module(batch.image.to(next(self._average.parameters()))).logits
-            self._scores.update(logits, batch.target)
-
-    def _log(self, pl_module: Any, stage: str) -> None:
-        if self._average is not None:
-            scores = self._scores.compute()
-            pl_module.log_dict({f"{stage}/{name}_ema": value for name, value in scores.items()}, sync_dist=True)
-            self._scores.reset()

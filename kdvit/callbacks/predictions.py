@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.runtime.processes import of_all_ranks
+
 
 class PredictionWriter(pl.Callback):
     """Writes path, class and probability of every image of `kdvit predict` into ``RUN/predictions.csv``.
@@ -23,7 +25,7 @@ class PredictionWriter(pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Takes a batch's predictions."""
+        """Adds a batch's predictions."""
         names = pl_module.class_names or [str(i) for i in range(pl_module.num_classes)]
         path = getattr(trainer.datamodule, "path", str)  # type: ignore[attr-defined]
         for index, predicted, probability in zip(*(value.tolist() for value in outputs), strict=True):
@@ -31,18 +33,12 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the table, gathered over ranks and in the order of the data set."""
-        parts = [self._rows]
-        if trainer.world_size > 1:
-            import torch.distributed as dist
-
-            parts = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(parts, self._rows)
+        rows = sorted(row for part in of_all_ranks(trainer, self._rows) for row in part)
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "predictions.csv"
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:  # any path
                 table = csv.writer(stream)
                 table.writerow(["path", "class", "probability"])
-                for _, path, predicted, probability in sorted(row for part in parts for row in part):
-                    table.writerow([path, predicted, f"{probability:.6f}"])
+                table.writerows([path, predicted, f"{probability:.6f}"] for _, path, predicted, probability in rows)
             rank_zero_info(f"Predictions are in {file}.")

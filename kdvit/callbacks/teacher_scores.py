@@ -2,42 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from torchmetrics import SumMetric
 
+from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
 
 
 class TeacherScores(pl.Callback):
-    """Scores the teacher once on the validation set, at the start of a run, and logs `teacher/acc1` and so on.
+    """Scores the teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
 
-    A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does not
-    repeat it; a teacher with other classes than the data is not scored.
+    A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does
+    not repeat it; a teacher with other classes than the data is not scored.
+
+    Args:
+        images: Number of validation images, evenly spaced over the data set; null for all. The accuracy on 2,000 has a
+            standard error of 1.1 points at most.
+
+    Raises:
+        ValueError: If the number is below 1.
     """
+
+    def __init__(self, images: int | None = 2000) -> None:
+        if images is not None and images < 1:
+            raise ValueError(f"teacher_scores.images must be 1 or more, or null for all, got {images}.")
+        self.images = images
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Runs the teacher over the validation set, each rank its share."""
+        """Runs the teacher over the images, each rank over its share."""
         teacher = pl_module.teacher
-        loader = trainer.val_dataloaders
-        if teacher is None or loader is None or trainer.global_step > 0:
+        if teacher is None or trainer.val_dataloaders is None or trainer.global_step > 0:
             return
         if teacher.output_shapes().classes != pl_module.num_classes:
             rank_zero_info("The teacher has other classes than the data, so its accuracy is not measured.")
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)
-        limit = trainer.num_val_batches[0]
-        for i, batch in enumerate(loader):
-            if i >= limit:
-                break
+        count = SumMetric().to(pl_module.device)
+        for batch in self._batches(trainer):
             image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
                 logits = teacher(image).logits
             scores.update(logits, target)
+            count.update(len(target))
         measured = {f"teacher/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
-        rank_zero_info(f"Teacher on the validation set: {measured['teacher/acc1']:.2%} top-1.")
+        images = int(count.compute())
+        rank_zero_info(f"Teacher on {images:,} validation images: {measured['teacher/acc1']:.2%} top-1.")
+
+    def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
+        """Returns this rank's share of the images, within the Trainer's limit; a stream is read to its end."""
+        loader: Any = trainer.val_dataloaders
+        limit, ranks = trainer.num_val_batches[0], trainer.world_size
+        if self.images is not None and loader.batch_size and not isinstance(loader.dataset, IterableDataset):
+            size = len(loader.dataset)
+            images = min(self.images, limit * loader.batch_size * ranks)
+            if images < size:
+                share = np.linspace(0, size - 1, int(images)).astype(int)[trainer.global_rank :: ranks]
+                same = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "multiprocessing_context")
+                options = {name: getattr(loader, name) for name in same}
+                loader = DataLoader(Subset(loader.dataset, share.tolist()), **options)
+        return islice(loader, None if limit == float("inf") else int(limit))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from kdvit.errors import UserError
 
+T = TypeVar("T")
 SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name for a shell, and does not see Slurm
 
 
@@ -75,6 +78,15 @@ def require_all_tasks(planned: int | None) -> None:
             f"Slurm has started {started} of the {planned} processes of this run (trainer.devices x trainer.num_nodes): start it "
             "with srun, `srun --nodes=NUM_NODES --ntasks-per-node=DEVICES ...`, or with `kdvit slurm`."
         )
+
+
+def of_all_ranks(trainer: pl.Trainer, ours: T) -> list[T]:
+    """Returns what each rank gives, in their order; all call it together."""
+    if trainer.world_size == 1:
+        return [ours]
+    every: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(every, ours)
+    return every
 
 
 class SameCheckpoint(pl.Callback):

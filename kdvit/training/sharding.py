@@ -136,6 +136,8 @@ def require_shardable(trainer: pl.Trainer, module: Any) -> None:
     said = "trainer.strategy sharded"
     if str(trainer.precision) not in PRECISIONS:
         raise UserError(f"{said} goes with trainer.precision {' or '.join(PRECISIONS)}, got {trainer.precision}.")
+    if any(getattr(each, "averages_student", False) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(f"{said} has no averaged student: leave ema.decay out, or set --trainer.strategy ddp.")
     if module.compiled in ("student", "both"):
         raise UserError(f"{said} does not go with model.compile {module.compiled}: set it to none or teacher.")
     if module.optimizer_options.name not in OPTIMIZERS:
