@@ -108,7 +108,7 @@ def test_what_is_not_there_is_named(capsys) -> None:
     for args, text in (
         (["fit", "--config", "nothing.yaml"], "nothing.yaml"),
         (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "best"], "best.ckpt': train first"),
-        (["compare", "nothing"], "nothing' holds no finished run"),
+        (["compare", "nothing"], "nothing' holds no run: expected metrics.csv or student/"),
         (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "no.ckpt"], "There is no 'no.ckpt'"),
         (["fit"], "model.student"),
         (["check", "--config", LIFT, "--model.distillers.lfit.weight", "2"], "one of them has no class_path"),

@@ -165,7 +165,7 @@ def _build(spec: dict[str, Any], path: Path) -> Network:
     classes = subclasses(Network)
     if spec["class"] not in classes or spec["init_args"] is None:
         raise ValueError(
-            f"The student in {str(path)!r} is a {spec['class']}, which kdvit cannot build from the file alone. Import its "
+            f"The student in {str(path)!r} is of the class {spec['class']!r}, which kdvit cannot build from the file alone. Import its "
             "class first, and give it an attribute `init_args` with the plain arguments of its constructor."
         )
     student: Network = classes[spec["class"]](**spec["init_args"])

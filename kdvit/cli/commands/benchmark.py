@@ -15,6 +15,7 @@ from kdvit.cli.config_files import find_config
 from kdvit.cli.lookup import find_network, read_experiment
 from kdvit.models import Network, TimmTeacher
 from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.tables import text_table
 
 
 class Cost(NamedTuple):
@@ -47,13 +48,18 @@ def benchmark(names: list[str], batch_size: int = 32, out: str | None = None) ->
         UserError: If a name is none of these.
     """
     costs = [measure(name, network, batch_size) for each in names for name, network in find_networks(each)]
-    width = max(len("network"), *(len(cost.name) for cost in costs))
-    print(f"{'network':<{width}}  parameters  GFLOP  latency (ms)  images/s at {batch_size}")
-    for cost in costs:
-        print(
-            f"{cost.name:<{width}}  {cost.parameters:>10,}  {cost.gflops:>5.3g}  {cost.latency_ms:>12.2f}  "
-            f"{cost.images_per_second:>12.0f}"
+    head = ("network", "parameters", "GFLOP", "latency (ms)", f"images/s at {batch_size}")
+    rows = [
+        (
+            each.name,
+            f"{each.parameters:,}",
+            f"{each.gflops:.3g}",
+            f"{each.latency_ms:.2f}",
+            f"{each.images_per_second:.0f}",
         )
+        for each in costs
+    ]
+    print(text_table(head, rows))
     if out:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         content = {"machine": {**machine, "torch": torch.__version__}, "batch_size": batch_size}

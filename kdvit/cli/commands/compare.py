@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table and the validation curves."""
+"""Runs side by side: a table and the validation curves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from kdvit.cli.commands.benchmark import latency_ms
 from kdvit.errors import UserError
 from kdvit.models import load_student
+from kdvit.models.checkpoint import WEIGHTS
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.loggers import read_table
+from kdvit.tables import text_table
 
 
 class Run(NamedTuple):
-    """One finished run.
+    """One run; None is what it does not say.
 
     Attributes:
         name: Name of the run directory.
@@ -23,61 +25,84 @@ class Run(NamedTuple):
         acc1: Validation accuracy after the last epoch, 0..1.
         seconds: Time of the training, validation included.
         curve: Epoch and validation accuracy, after every epoch.
+        notes: Why something is missing.
     """
 
     name: str
-    parameters: int
-    latency_ms: float
-    acc1: float
-    seconds: float
+    parameters: int | None
+    latency_ms: float | None
+    acc1: float | None
+    seconds: float | None
     curve: list[tuple[int, float]]
+    notes: list[str]
 
 
 def compare(runs: list[str], out: str = "runs/comparison") -> None:
-    """Shows finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture.
+    """Shows runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture.
+
+    What a run does not say is left blank.
 
     Args:
-        runs: Run directories of `kdvit fit`.
+        runs: Run directories of `kdvit fit`, or exported students.
         out: Where to write curves.png and comparison.json.
     """
     results = [read_run(Path(run)) for run in runs]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     print(table(results))
+    print("".join(f"\n{run.name}: {note}" for run in results for note in run.notes))
     (folder / "comparison.json").write_text(json.dumps([run._asdict() for run in results], indent=1) + "\n")
-    draw_curves(results, folder / "curves.png")
-    print(f"\nCurves: {folder / 'curves.png'}. Numbers: {folder / 'comparison.json'}.")
+    draw_curves([run for run in results if run.curve], folder / "curves.png")
+    print(f"Curves: {folder / 'curves.png'}. Numbers: {folder / 'comparison.json'}.")
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run directory and times its student.
+    """Reads a run directory, or the folder of an exported student, and times the student.
 
     Raises:
-        UserError: If the folder holds no finished run.
+        UserError: If the folder is neither.
     """
-    if not (folder / "metrics.csv").is_file() or not (folder / "student").is_dir():
-        raise UserError(f"{str(folder.absolute())!r} holds no finished run: expected metrics.csv and student/ in it.")
-    rows = read_table(folder / "metrics.csv")
+    log, exported = folder / "metrics.csv", folder if (folder / WEIGHTS).is_file() else folder / "student"
+    if not log.is_file() and not exported.is_dir():
+        raise UserError(
+            f"{str(folder.absolute())!r} holds no run: expected metrics.csv or student/ in it, or an exported student."
+        )
+    notes = []
+    rows = read_table(log) if log.is_file() else []
     curve = [(int(row["epoch"]), row["val/acc1"]) for row in rows if {"epoch", "val/acc1"} <= set(row)]
     if not curve:
-        raise UserError(f"{str(folder.absolute())!r} has no val/acc1 in its metrics.csv: it was never validated.")
+        notes.append("no curve, as its metrics.csv has no val/acc1." if rows else "no curve, as it has no metrics.csv.")
+    parameters = latency = None
+    told: dict[str, Any] = {}
     try:
-        student = load_student(folder / "student")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    seconds = student.spec["run"]["seconds"]
-    return Run(folder.name, parameter_count(student), latency_ms(student), curve[-1][1], seconds, curve)
+        student = load_student(exported)
+        parameters, latency = parameter_count(student), latency_ms(student)
+        told = student.spec.get("run", {})
+        if "seconds" not in told:
+            notes.append("no seconds, as its student was not written by the training itself.")
+    except Exception as error:  # a class of the user's may raise anything
+        notes.append(f"no parameters, latency and seconds: {' '.join(str(error).split())}")
+    acc1 = curve[-1][1] if curve else told.get("val/acc1")
+    return Run(folder.absolute().name, parameters, latency, acc1, told.get("seconds"), curve, notes)
 
 
 def table(runs: list[Run]) -> str:
     """Returns the table of a comparison."""
-    width = max(len("run"), *(len(run.name) for run in runs))
-    lines = [f"{'run':<{width}}  parameters  latency (ms)  top-1 (%)  seconds"]
-    lines += [
-        f"{run.name:<{width}}  {run.parameters:>10,}  {run.latency_ms:>12.2f}  {100 * run.acc1:>9.2f}  {run.seconds:>7.0f}"
+
+    def cell(value: float | None, shape: str) -> str:
+        return "" if value is None else format(value, shape)
+
+    rows = [
+        (
+            run.name,
+            cell(run.parameters, ","),
+            cell(run.latency_ms, ".2f"),
+            cell(run.acc1 and 100 * run.acc1, ".2f"),
+            cell(run.seconds, ".0f"),
+        )
         for run in runs
     ]
-    return "\n".join(lines)
+    return text_table(("run", "parameters", "latency (ms)", "top-1 (%)", "seconds"), rows)
 
 
 def draw_curves(runs: list[Run], file: Path) -> None:
@@ -96,9 +121,10 @@ def draw_curves(runs: list[Run], file: Path) -> None:
             [100 * accuracy for accuracy in accuracies],
             style,
             color=colours[i % len(colours)],
-            label=f"{run.name} ({100 * run.acc1:.1f} %)",
+            label=f"{run.name} ({100 * accuracies[-1]:.1f} %)",
         )
     axes.set(xlabel="epoch", ylabel="validation top-1 (%)")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    if runs:
+        axes.legend(loc="lower right", frameon=False)
     figure.savefig(file, dpi=150)
