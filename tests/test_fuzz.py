@@ -23,7 +23,7 @@ CONFIGS = packaged_configs()
 NAMES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
 QUICK, ALL = 1, -(-500 // len(NAMES))
 SECONDS = 20
-NUMBERS = [-1, 0, 1, 2, 3, 7, -(10**9), 10**5, 10**9, 10**30, -0.5, 0.5, 1e-300, 1e300, math.nan, math.inf]
+NUMBERS = [-1, 0, 1, 2, 3, 7, 1000, -0.5, 0.5, math.nan]
 TEXTS = [
     "",
     " ",
