@@ -138,27 +138,46 @@ def test_a_finished_run_is_compared_with_others(demo_teacher: str, capsys) -> No
     assert Path("side_by_side/curves.png").stat().st_size > 10_000
     numbers = json.loads(Path("side_by_side/comparison.json").read_text())
     assert [len(run["curve"]) for run in numbers] == [2, 2]
+    assert [run["notes"] for run in numbers] == [[], []]
 
 
-def test_what_a_run_does_not_tell_is_left_blank(demo_teacher: str, capsys) -> None:
+def test_what_a_run_lacks_is_blank_in_a_comparison_and_the_note_says_why(demo_teacher: str, capsys) -> None:
     fit("plain", demo_teacher, *SHORT)
-    main(["export", "--ckpt", "run/checkpoints/best.ckpt", "--out", "run/student"])  # which tells no seconds
-    Path("torn").mkdir()
-    shutil.copy("run/metrics.csv", "torn")
-    shutil.copytree("run/student", "exported/student")
-    foreign = json.loads(Path("run/student/config.json").read_text())
-    foreign["kdvit"]["class"] = "NobodysNet"
-    shutil.copytree("run", "foreign")
-    Path("foreign/student/config.json").write_text(json.dumps(foreign))
+    main(["export", "--ckpt", "run/checkpoints/last.ckpt", "--out", "exported"])
+    for name in ("again", "unbuildable", "unfinished"):
+        shutil.copytree("run", name)
+    main(["export", "--ckpt", "run/checkpoints/last.ckpt", "--out", "again/student"])
+    config = Path("unbuildable/student/config.json")
+    config.write_text(config.read_text().replace('"class": "TimmStudent"', '"class": "Elsewhere"'))
+    shutil.rmtree("unfinished/student")
+    Path("table/student").mkdir(parents=True)
+    Path("table/metrics.csv").write_text("epoch,train/loss\n0,1\n")
     capsys.readouterr()
-    main(["compare", "run", "torn", "exported", "foreign", "--out", "side_by_side"])
-    shown = capsys.readouterr().out.splitlines()
-    cells = {line.split()[0]: len(line.split()) for line in shown[1:5]}
-    assert cells == {"run": 4, "torn": 2, "exported": 3, "foreign": 2}
-    assert "run: student/ does not tell the seconds of training" in shown
-    assert any(line.startswith("torn: There is no exported folder") for line in shown)
-    assert any("is a NobodysNet, which kdvit cannot build" in line for line in shown)
-    assert json.loads(Path("side_by_side/comparison.json").read_text())[2]["acc1"] is None
+    main(["compare", "run", "again", "exported", "unbuildable", "unfinished", "table", "--out", "compared"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    cells = [[line[:11], line[11:23], line[23:37], line[37:48], line[48:]] for line in lines[:6]]
+    shown = {row[0].strip(): [bool(cell.strip()) for cell in row[1:]] for row in cells}
+    assert head.split() == ["run", "parameters", "latency", "(ms)", "top-1", "(%)", "seconds"]
+    assert shown == {
+        "run": [True] * 4,
+        "again": [True, True, True, False],
+        "exported": [True, True, True, False],
+        "unbuildable": [False, False, True, False],
+        "unfinished": [False, False, True, False],
+        "table": [False] * 4,
+    }
+    notes = lines[7:]
+    assert "again: no seconds, as its student was not written by the training itself." in notes
+    assert "exported: no curve, as it has no metrics.csv." in notes
+    assert "table: no curve, as its metrics.csv has no val/acc1." in notes
+    (note,) = (line for line in notes if line.startswith("unbuildable: "))
+    assert (
+        "no parameters, latency and seconds: The student in 'unbuildable/student' is of the class 'Elsewhere', which"
+        in note
+    )
+    assert any(
+        line.startswith("unfinished: no parameters, latency and seconds: There is no exported") for line in notes
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, ImageFormat, View
 
 Split = Literal["train", "val", "test"]
-MOST_WORKERS = 1024
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -70,8 +69,6 @@ class ImageDataModule(pl.LightningDataModule):
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
-        if num_workers > MOST_WORKERS:
-            raise ValueError(f"{type(self).__name__}: num_workers must be {MOST_WORKERS} or less, got {num_workers}.")
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
         if (mixup or cutmix) and cache is not None:

@@ -104,24 +104,20 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
     """Describes the student as timm does; a network of other make has no such description."""
     if spec["class"] not in ("TimmStudent", *REGISTERED):
         return {}
-    args, images = spec["init_args"], spec["image_format"]
-    model_args = {name: value for name, value in args.items() if name not in ("arch", "num_classes", "model_args")}
-    if spec["class"] in REGISTERED:
-        model_args |= {"arch": args["arch"], "model_args": args["model_args"]}
-    else:
-        model_args |= args["model_args"] or {}
+    args, images = dict(spec["init_args"]), dict(spec["image_format"])
+    classes, architecture = args.pop("num_classes"), REGISTERED.get(spec["class"])
+    if architecture is None:
+        architecture, more = args.pop("arch"), args.pop("model_args")
+        args |= more or {}
     return {
-        "architecture": REGISTERED.get(spec["class"], args["arch"]),
-        "num_classes": args["num_classes"],
-        "model_args": {name: value for name, value in model_args.items() if value is not None},
+        "architecture": architecture,
+        "num_classes": classes,
+        "model_args": {name: value for name, value in args.items() if value is not None},
         "pretrained_cfg": {
-            "input_size": [3, *images["size"]],
+            "input_size": [3, *images.pop("size")],
             "fixed_input_size": True,
-            "mean": images["mean"],
-            "std": images["std"],
-            "crop_pct": images["crop_pct"],
-            "interpolation": images["interpolation"],
-            "num_classes": args["num_classes"],
+            "num_classes": classes,
+            **images,
         },
     }
 
@@ -165,8 +161,9 @@ def _build(spec: dict[str, Any], path: Path) -> Network:
     classes = subclasses(Network)
     if spec["class"] not in classes or spec["init_args"] is None:
         raise ValueError(
-            f"The student in {str(path)!r} is a {spec['class']}, which kdvit cannot build from the file alone. Import its "
-            "class first, and give it an attribute `init_args` with the plain arguments of its constructor."
+            f"The student in {str(path)!r} is of the class {spec['class']!r}, which kdvit cannot build from the file "
+            "alone. Import its class first, and give it an attribute `init_args` with the plain arguments of its "
+            "constructor."
         )
     student: Network = classes[spec["class"]](**spec["init_args"])
     return student

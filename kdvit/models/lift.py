@@ -9,11 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from kdvit.models.fold import fold_lift
-from kdvit.models.network import TimmNetwork
-from kdvit.models.timm_model import create_timm_model
+from kdvit.models.network import TimmStudent
 
 
-class LiftViT(TimmNetwork):
+class LiftViT(TimmStudent):
     """A plain or DeiT vision transformer whose patch tokens are lifted to the teacher's width before the head.
 
     ``X_hat = LayerNorm(X P)`` on the un-normed tokens of the last block, P of shape ``[D_S, width]`` without bias;
@@ -27,43 +26,23 @@ class LiftViT(TimmNetwork):
         arch: timm's name of the narrow architecture, a VisionTransformer without distillation token.
         width: Width after the lift: the teacher's.
         num_classes: Number of classes.
-        pretrained: Start the blocks from timm's published weights.
-        checkpoint: Start the blocks from a local file of timm's or DeiT's format, for `arch` as it is in timm.
-        img_size: Input size in pixels, where it differs from the architecture's.
-        drop_path_rate: Stochastic depth.
-        model_args: More arguments of the timm model.
         folded: Train in the folded form from the start, as a control: from the same initial function, without a map to
             distil.
+        kwargs: Those of TimmStudent; weights that it starts from are of `arch` as it is in timm.
 
     Raises:
         ValueError: If the architecture is not a plain VisionTransformer, or `width` is not positive.
     """
 
-    def __init__(
-        self,
-        arch: str,
-        width: int,
-        num_classes: int = 1000,
-        pretrained: bool = False,
-        checkpoint: str | None = None,
-        img_size: int | None = None,
-        drop_path_rate: float = 0.0,
-        model_args: dict[str, Any] | None = None,
-        folded: bool = False,
-    ) -> None:
+    def __init__(self, arch: str, width: int, num_classes: int = 1000, folded: bool = False, **kwargs: Any) -> None:
         if width < 1:
             raise ValueError(f"LiftViT: width must be positive, got {width}.")
-        args: dict[str, Any] = {
-            "arch": arch,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "drop_path_rate": drop_path_rate,
-        }
-        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args)
+        super().__init__(arch, num_classes, **kwargs)
+        model = self.model
         if type(model) is not VisionTransformer or model.attn_pool is not None:
             raise ValueError(
-                f"LiftViT lifts timm's plain VisionTransformer; {arch} is a {type(model).__name__}. Use a plain one, such "
-                "as deit_tiny_patch16_224, or distill this one with FeatureDistiller."
+                f"LiftViT lifts timm's plain VisionTransformer; {arch} is a {type(model).__name__}. Use a plain one, "
+                "such as deit_tiny_patch16_224, or distill this one with FeatureDistiller."
             )
         model.norm = nn.Sequential(nn.Linear(model.embed_dim, width, bias=False), nn.LayerNorm(width, eps=1e-5))
         model.fc_norm = nn.Identity()
@@ -73,8 +52,7 @@ class LiftViT(TimmNetwork):
         nn.init.trunc_normal_(model.head.weight, std=0.02)
         nn.init.zeros_(model.head.bias)
         model.num_features = model.head_hidden_size = width
-        super().__init__(model)
-        self.init_args: dict[str, Any] = {**args, "width": width, "model_args": model_args}
+        self.init_args["width"] = width
         if folded:
             self._fold()
 

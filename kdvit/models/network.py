@@ -68,15 +68,7 @@ class Network(nn.Module):
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform of `image_format`: makes a tensor ``[3, H, W]`` of an RGB image."""
-        images = self.image_format
-        return create_transform(  # type: ignore[no-any-return]
-            (3, *images.size),
-            is_training=False,
-            mean=images.mean,
-            std=images.std,
-            crop_pct=images.crop_pct,
-            interpolation=images.interpolation,
-        )
+        return eval_transform(self.image_format)
 
     def blank_image(self) -> Tensor:
         """Returns one image ``[1, 3, H, W]`` of the network's own size, on its device and in its precision."""
@@ -115,8 +107,8 @@ class Network(nn.Module):
             return layer % self.depth
         names = "".join(f", {name!r}" for name in self.named_layers())
         raise ValueError(
-            f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to -1), "
-            f"a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, 'wide_last' with "
+            f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to "
+            f"-1), a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, unless it is folded, and 'wide_last' with "
             "WideLastViT.)"
         )
 
@@ -153,7 +145,8 @@ class TimmNetwork(Network):
                 f"{type(model).__name__} has no forward_intermediates() and forward_head(), by which kdvit reads "
                 "feature maps and logits. Use another timm model, or wrap yours in a subclass of kdvit.models.Network."
             )
-        super().__init__(_depth(model), image_format or _image_format(model))
+        info: Any = model.feature_info
+        super().__init__(len(info), image_format or _image_format(model))
         self.model = model
 
     def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
@@ -211,14 +204,18 @@ class TimmStudent(TimmNetwork):
         drop_path_rate: float = 0.0,
         model_args: dict[str, Any] | None = None,
     ) -> None:
-        args: dict[str, Any] = {
-            "arch": arch,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "drop_path_rate": drop_path_rate,
-        }
-        super().__init__(create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args))
-        self.init_args = {**args, "model_args": model_args}
+        sizes: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate}
+        args = {"arch": arch, **sizes, "model_args": model_args}
+        super().__init__(create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint))
+        self.init_args: dict[str, Any] = args
+
+
+def eval_transform(images: ImageFormat) -> Callable[[Image.Image], Tensor]:
+    """Returns resize of the shorter side to ``size / crop_pct``, centre crop and normalisation."""
+    size, mean, std, crop_pct, interpolation = images
+    return create_transform(  # type: ignore[no-any-return]
+        (3, *size), is_training=False, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
+    )
 
 
 def as_network(module: nn.Module) -> Network:
@@ -262,11 +259,6 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
             f"The student has {classes} classes and the data {known}. Set num_classes of the student to {known}."
         )
     return classes
-
-
-def _depth(model: nn.Module) -> int:
-    info: Any = model.feature_info
-    return len(info)
 
 
 def _image_format(model: nn.Module) -> ImageFormat:

@@ -48,27 +48,27 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read, holds something else than tensors and plain options, or is another network.
     """
-    weights = _read(Path(path), "model_ema" if ema else "model")
-    if any(key.startswith("projections.") for key in weights):
-        student, mapped, dropped = _lift(weights, path)
-    elif any(re.fullmatch(r"blocks\.\d+\.proj_in\.weight", key) for key in weights):
-        student, mapped, dropped = _wide_last(weights, path, num_heads)
-    else:
-        raise ValueError(
-            f"{str(path)!r} is neither a Lift nor a WideLast checkpoint of the authors: expected keys such as "
-            f"projections.11.weight or blocks.11.proj_in.weight, found {_some(weights)}."
-        )
-    wanted = student.model.state_dict()
-    missing, unexpected = [key for key in wanted if key not in mapped], [key for key in mapped if key not in wanted]
-    wrong = [key for key in wanted if key in mapped and wanted[key].shape != mapped[key].shape]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{str(path)!r} does not fit a {type(student).__name__} of its widths: missing {_some(missing)}; unexpected "
-            f"{_some(unexpected)}; of another shape {_some(wrong)}."
-        )
-    student.model.load_state_dict(mapped)
+    content, key = read_weights_only(Path(path)), "model_ema" if ema else "model"
+    if not isinstance(content.get(key), dict) or not content[key]:
+        raise ValueError(f"{str(path)!r} has no weights under {key!r}; it has {_some(content)}.")
+    weights = {name.removeprefix("module."): value for name, value in content[key].items()}
+    try:
+        if any(name.startswith("projections.") for name in weights):
+            student, mapped = _lift(weights)
+        elif any(re.fullmatch(r"blocks\.\d+\.proj_in\.weight", name) for name in weights):
+            student, mapped = _wide_last(weights, num_heads)
+        else:
+            raise ValueError(
+                "neither a Lift nor a WideLast checkpoint of the authors: expected keys such as projections.11.weight or "
+                f"blocks.11.proj_in.weight, found {_some(weights)}."
+            )
+        student.model.load_state_dict(mapped)
+    except KeyError as error:
+        raise ValueError(f"{str(path)!r}: it lacks {error}.") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     student.image_format = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
-    return Released(student.eval(), dropped)
+    return Released(student.eval(), sorted(name for name in weights if name.startswith(DEAD)))
 
 
 def read_weights_only(path: Path) -> dict[str, Any]:
@@ -93,67 +93,46 @@ def read_weights_only(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
-    content = read_weights_only(path)
-    weights = content.get(key)
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{str(path)!r} has no weights under {key!r}; it has {_some(content)}.")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
-def _lift(weights: dict[str, Tensor], path: str | Path) -> tuple[TimmNetwork, dict[str, Tensor], list[str]]:
-    base = {key.removeprefix("base_model."): value for key, value in weights.items() if key.startswith("base_model.")}
-    args = _plain_args(base, path)
+def _lift(weights: dict[str, Tensor]) -> tuple[TimmNetwork, dict[str, Tensor]]:
+    base = "base_model."
+    args = _narrow_args({key.removeprefix(base): value for key, value in weights.items() if key.startswith(base)})
     last = args["model_args"]["depth"] - 1
-    mapped = {key: value for key, value in base.items() if not f"base_model.{key}".startswith(DEAD)}
-    for key, value in weights.items():
-        if not key.startswith("base_model."):
-            place = key.replace(f"projections.{last}.", "norm.0.").replace(f"layer_norms.{last}.", "norm.1.")
-            mapped[place] = value
-    width = _shape(weights, f"projections.{last}.weight", path)[0]
-    student = LiftViT(**args, width=width, num_classes=_shape(weights, "head.weight", path)[0])
-    return student, mapped, sorted(key for key in weights if key.startswith(DEAD))
-
-
-def _wide_last(
-    weights: dict[str, Tensor], path: str | Path, num_heads: int | None
-) -> tuple[TimmNetwork, dict[str, Tensor], list[str]]:
-    args = _plain_args(weights, path)
-    depth = args["model_args"]["depth"]
-    wide = [i for i in range(depth) if f"blocks.{i}.proj_in.weight" in weights]
-    widths = [_shape(weights, f"blocks.{i}.proj_in.weight", path)[0] for i in wide]
-    if wide != list(range(depth - len(wide), depth)):
-        raise ValueError(f"{str(path)!r} widens blocks {wide} of {depth}; expected the last ones.")
-    if num_heads is None and any(width % HEAD_DIM for width in widths):
-        num_heads = 3
-    classes = _shape(weights, "head.weight", path)[0]
-    student = WideLastViT(**args, width=widths, num_heads=num_heads, num_classes=classes)
+    student = LiftViT(**args, width=len(weights[f"projections.{last}.weight"]), num_classes=len(weights["head.weight"]))
+    places = {f"projections.{last}.": "norm.0.", f"layer_norms.{last}.": "norm.1.", base: ""}
     mapped = {}
     for key, value in weights.items():
-        block = re.match(r"blocks\.(\d+)\.", key)
-        if block and int(block[1]) in wide:
-            inner = key.removeprefix(block[0])
-            place = inner.replace("proj_in.", "0.", 1) if inner.startswith("proj_in.") else f"2.{inner}"
-            place = inner.replace("proj_norm.", "1.", 1) if inner.startswith("proj_norm.") else place
-            key = f"{block[0]}{place}"
-        mapped[key] = value
-    return student, mapped, []
+        if not key.startswith(DEAD):
+            prefix = next((each for each in places if key.startswith(each)), "")
+            mapped[f"{places.get(prefix, '')}{key.removeprefix(prefix)}"] = value
+    return student, mapped
 
 
-def _plain_args(weights: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
+def _wide_last(weights: dict[str, Tensor], num_heads: int | None) -> tuple[TimmNetwork, dict[str, Tensor]]:
+    args = _narrow_args(weights)
+    depth = args["model_args"]["depth"]
+    wide = [i for i in range(depth) if f"blocks.{i}.proj_in.weight" in weights]
+    widths = [len(weights[f"blocks.{i}.proj_in.weight"]) for i in wide]
+    if wide != list(range(depth - len(wide), depth)):
+        raise ValueError(f"it widens blocks {wide} of {depth}; expected the last ones.")
+    if num_heads is None and any(width % HEAD_DIM for width in widths):
+        num_heads = 3
+    student = WideLastViT(**args, width=widths, num_heads=num_heads, num_classes=len(weights["head.weight"]))
+
+    def place(match: re.Match[str]) -> str:
+        inner = {"proj_in.": "0.", "proj_norm.": "1.", "": "2."}[match[3]]
+        return f"{match[1]}{inner}" if int(match[2]) in wide else match[0]
+
+    return student, {re.sub(r"^(blocks\.(\d+)\.)(proj_in\.|proj_norm\.|)", place, k): v for k, v in weights.items()}
+
+
+def _narrow_args(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the constructor's arguments of the narrow part, all of which its shapes show."""
-    width, _, patch, _ = _shape(weights, "patch_embed.proj.weight", path)
-    tokens = _shape(weights, "pos_embed", path)[1]
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    tokens = weights["pos_embed"].shape[1]
     depth = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=0)
     model_args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": max(width // HEAD_DIM, 1)}
     size = patch * round((tokens - 1) ** 0.5)
     return {"arch": "deit_tiny_patch16_224", "img_size": size, "model_args": model_args}
-
-
-def _shape(weights: dict[str, Tensor], key: str, path: str | Path) -> tuple[int, ...]:
-    if key not in weights:
-        raise ValueError(f"{str(path)!r} does not fit: missing {key!r}.")
-    return tuple(weights[key].shape)
 
 
 def _some(keys: Any) -> str:

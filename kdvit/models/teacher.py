@@ -49,18 +49,12 @@ class TimmTeacher(TimmNetwork):
                 f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of {arch} by a "
                 "random one. Leave it out; a teacher keeps its own classes."
             )
-        model = create_timm_model(
-            arch,
-            pretrained=pretrained,
-            checkpoint=checkpoint,
-            img_size=img_size,
-            model_args=model_args,
-            new_head=False,
-        )
+        args = {"arch": arch, "img_size": img_size, "model_args": model_args}
+        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, new_head=False)  # type: ignore[arg-type]
         if fast_attention:
             use_fast_talking_heads(model)
         super().__init__(model)
-        self.init_args = {"arch": arch, "img_size": img_size, "model_args": model_args}
+        self.init_args = args
 
 
 class FrozenTeacher:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import pickle
 import sys
 import warnings
@@ -11,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import load_state_dict
 from torch import nn
-
-LARGE = 4096
-"""A size above it is looked at before memory is taken for it."""
 
 
 def create_timm_model(
@@ -56,7 +51,6 @@ def create_timm_model(
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate or None}
     args = {**{name: value for name, value in given.items() if value is not None}, **(model_args or {})}
     try:
-        _require_room(arch, args)
         model: nn.Module = timm.create_model(arch, pretrained=pretrained, **args)
     except TypeError as error:
         raise ValueError(f"{arch} does not take these arguments: {args}. timm says: {error}") from error
@@ -64,30 +58,12 @@ def create_timm_model(
         raise ValueError(f"timm cannot build {arch} with {args}: {error or type(error).__name__}") from error
     except OSError as error:
         raise RuntimeError(
-            f"The published weights of {arch} cannot be fetched ({type(error).__name__}: {error}). Fetch them where there "
-            "is internet and pass the file as `checkpoint`, or set HF_HUB_CACHE to a folder that has them."
+            f"The published weights of {arch} cannot be fetched ({type(error).__name__}: {error}). Fetch them where "
+            "there is internet and pass the file as `checkpoint`, or set HF_HUB_CACHE to a folder that has them."
         ) from error
     if checkpoint:
         _load(model, arch, checkpoint, new_head)
     return model
-
-
-def _require_room(arch: str, args: dict[str, Any]) -> None:
-    """Raises RuntimeError for a network that is larger than the machine's memory, before any is taken.
-
-    Only where a number is unusually large, as it takes as long as the building.
-    """
-    numbers = [number for value in args.values() for number in (value if isinstance(value, (list, tuple)) else [value])]
-    if not any(isinstance(number, (int, float)) and number > LARGE for number in numbers):
-        return
-    if isinstance(args.get("depth"), int) and args["depth"] > LARGE:
-        raise RuntimeError(f"depth must be at most {LARGE:,}")
-    with torch.device("meta"):
-        parameters = timm.create_model(arch, **args).parameters()
-    needed = sum(each.numel() * each.element_size() for each in parameters)
-    there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there_is:
-        raise RuntimeError(f"its weights take {needed / 1e9:,.0f} GB, and this machine has {there_is / 1e9:,.0f} GB")
 
 
 def _check_arch(arch: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from kdvit.models.network import TimmNetwork
+from kdvit.models.network import TimmStudent
 from kdvit.models.timm_model import create_timm_model
 
 
-class WideLastViT(TimmNetwork):
+class WideLastViT(TimmStudent):
     """A plain or DeiT vision transformer whose last block, final norm and head have the teacher's width.
 
     The last block is preceded by Linear (without bias) and LayerNorm (eps 1e-6) to the new width; class and register
@@ -29,11 +29,7 @@ class WideLastViT(TimmNetwork):
         num_heads: Attention heads of the wide blocks, one number for all or one each. By default as many as keep the
             head dimension of `arch`.
         num_classes: Number of classes.
-        pretrained: Start the narrow blocks from timm's published weights.
-        checkpoint: Start the narrow blocks from a local file of timm's or DeiT's format.
-        img_size: Input size in pixels, where it differs from the architecture's.
-        drop_path_rate: Stochastic depth.
-        model_args: More arguments of the timm model.
+        kwargs: Those of TimmStudent; weights that it starts from are those of the narrow blocks.
 
     Raises:
         ValueError: If the architecture is not a VisionTransformer, or widths and heads do not fit together.
@@ -45,19 +41,10 @@ class WideLastViT(TimmNetwork):
         width: int | list[int],
         num_heads: int | list[int] | None = None,
         num_classes: int = 1000,
-        pretrained: bool = False,
-        checkpoint: str | None = None,
-        img_size: int | None = None,
-        drop_path_rate: float = 0.0,
-        model_args: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        args: dict[str, Any] = {
-            "arch": arch,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "drop_path_rate": drop_path_rate,
-        }
-        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args)
+        super().__init__(arch, num_classes, **kwargs)
+        model: Any = self.model
         if not isinstance(model, VisionTransformer):
             raise ValueError(
                 f"WideLastViT widens timm's VisionTransformer; {arch} is a {type(model).__name__}. Use a plain or DeiT "
@@ -69,9 +56,8 @@ class WideLastViT(TimmNetwork):
         heads = _heads(widths, num_heads, head_dim, len(blocks))
         before: int = model.embed_dim
         for i, (wide, count) in enumerate(zip(widths, heads, strict=True), start=len(blocks) - len(widths)):
-            donor: Any = create_timm_model(
-                **args, model_args={**(model_args or {}), "embed_dim": wide, "num_heads": count}
-            )
+            sizes = {**(self.init_args["model_args"] or {}), "embed_dim": wide, "num_heads": count}
+            donor: Any = create_timm_model(**{**self.init_args, "model_args": sizes})
             blocks[i] = nn.Sequential(
                 nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i]
             )
@@ -80,8 +66,7 @@ class WideLastViT(TimmNetwork):
             if getattr(donor, name, None) is not None:
                 setattr(model, name, getattr(donor, name))
         model.num_features = model.head_hidden_size = before
-        super().__init__(model)
-        self.init_args = {**args, "width": width, "num_heads": num_heads, "model_args": model_args}
+        self.init_args |= {"width": width, "num_heads": num_heads}
 
     def named_layers(self) -> dict[str, int]:
         """The wide last block."""

@@ -86,7 +86,7 @@ def test_what_is_no_student_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="neither a checkpoint of `kdvit fit` nor one of the authors' code"):
         load_student(tmp_path / "other.ckpt")
     torch.save({"kdvit": {"class": "Gone", "init_args": {}}, "state_dict": {}}, tmp_path / "gone.ckpt")
-    with pytest.raises(ValueError, match="is a Gone, which kdvit cannot build from the file alone"):
+    with pytest.raises(ValueError, match="is of the class 'Gone', which kdvit cannot build from the file alone"):
         load_student(tmp_path / "gone.ckpt")
     with pytest.raises(ValueError, match="had no EMA"):
         load_student(tmp_path / "gone.ckpt", ema=True)

@@ -12,6 +12,7 @@ import numpy as np
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.structures import ImageFormat, Layer
+from kdvit.tables import text_table
 from kdvit.training.module import DistillationModule
 
 Rows = list[tuple[str, str]]
@@ -39,12 +40,9 @@ def describe(
     Returns:
         A table of two columns, one fact a line.
     """
-    rows = [("student", _network(module.student))]
-    if module.teacher is None:
-        rows.append(("teacher", "none: a supervised run"))
-    else:
-        rows.append(("teacher", _network(module.teacher.network)))
-    rows += [
+    rows = [
+        ("student", _network(module.student)),
+        ("teacher", "none: a supervised run" if module.teacher is None else _network(module.teacher.network)),
         ("classes", str(module.num_classes)),
         ("images", _images(module.image_format)),
         *_teacher_input(module),
@@ -54,8 +52,7 @@ def describe(
         *_loading(datamodule, workers, images_per_second),
         *_counts(module),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return text_table((), rows, left=2)
 
 
 def _network(network: Network) -> str:

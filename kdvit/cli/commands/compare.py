@@ -1,4 +1,4 @@
-"""`kdvit compare`: finished runs side by side."""
+"""`kdvit compare`: runs side by side."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kdvit.errors import UserError
 from kdvit.tables import text_table
 
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442"]
-"""Of Okabe and Ito: colour-blind readers tell them apart."""
+"""Of Okabe and Ito, which colour-blind readers tell apart."""
 STYLES = ["-", "--", "-.", ":"]
 
 
 class Run(NamedTuple):
-    """One finished run; None for what its folder does not tell.
+    """One run; None is what it does not say.
 
     Attributes:
         name: Name of the run directory.
@@ -24,7 +24,7 @@ class Run(NamedTuple):
         acc1: Validation accuracy after the last epoch, 0..1.
         seconds: Time of the training, validation included.
         curve: Epoch and validation accuracy, after every epoch.
-        note: What is missing, and why.
+        notes: Why something is missing.
     """
 
     name: str
@@ -33,14 +33,16 @@ class Run(NamedTuple):
     acc1: float | None
     seconds: float | None
     curve: list[tuple[int, float]]
-    note: str = ""
+    notes: list[str]
 
 
 def compare(runs: list[str], out: str = "runs/comparison") -> None:
-    """Show finished runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture.
+    """Show runs side by side: parameters, latency, accuracy and time as a table, the curves as a picture.
+
+    What a run does not say is left blank.
 
     Args:
-        runs: Run directories of `kdvit fit`.
+        runs: Run directories of `kdvit fit`, or exported students.
         out: Folder of curves.png and comparison.json.
 
     Example:
@@ -48,58 +50,68 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
     """
     for each in runs:
         require_run(Path(each))
-    results = [read_run(Path(each)) for each in runs]
+    results = [read_run(Path(run)) for run in runs]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    head = ("run", "parameters", "latency (ms)", "top-1 (%)", "seconds")
-    print(text_table(head, [_cells(run) for run in results]))
-    for run in results:
-        if run.note:
-            print(f"{run.name}: {run.note}")
+    print(table(results))
+    print("".join(f"\n{run.name}: {note}" for run in results for note in run.notes))
     (folder / "comparison.json").write_text(json.dumps([run._asdict() for run in results], indent=1) + "\n")
-    draw_curves(results, folder / "curves.png")
-    print(f"\nCurves: {folder / 'curves.png'}. Numbers: {folder / 'comparison.json'}.")
+    draw_curves([run for run in results if run.curve], folder / "curves.png")
+    print(f"Curves: {folder / 'curves.png'}. Numbers: {folder / 'comparison.json'}.")
 
 
 def require_run(folder: Path) -> None:
-    """Raises UserError if a folder is no run at all."""
-    if not (folder / "metrics.csv").is_file() and not (folder / "student").is_dir():
-        raise UserError(f"{str(folder.absolute())!r} holds no run: expected metrics.csv or student/ in it.")
+    """Raises UserError if a folder is neither a run nor an exported student."""
+    if not any((folder / name).exists() for name in ("metrics.csv", "student", "model.safetensors")):
+        raise UserError(
+            f"{str(folder.absolute())!r} holds no run: expected metrics.csv or student/ in it, or an exported student."
+        )
 
 
 def read_run(folder: Path) -> Run:
-    """Reads what a run directory tells, and times its student."""
+    """Reads a run directory, or the folder of an exported student, and times the student."""
     from kdvit.models import load_student
+    from kdvit.models.checkpoint import WEIGHTS
     from kdvit.models.cost import latency_ms, parameter_count
     from kdvit.runtime.loggers import read_table
 
-    missing = []
-    table = folder / "metrics.csv"
-    rows = read_table(table) if table.is_file() else []
+    log, exported = folder / "metrics.csv", folder if (folder / WEIGHTS).is_file() else folder / "student"
+    notes = []
+    rows = read_table(log) if log.is_file() else []
     curve = [(int(row["epoch"]), row["val/acc1"]) for row in rows if {"epoch", "val/acc1"} <= set(row)]
     if not curve:
-        missing.append("there is no val/acc1 in metrics.csv")
-    parameters = latency = seconds = None
+        notes.append("no curve, as its metrics.csv has no val/acc1." if rows else "no curve, as it has no metrics.csv.")
+    parameters = latency = None
+    told: dict[str, Any] = {}
     try:
-        student = load_student(folder / "student")
+        student = load_student(exported)
         parameters, latency = parameter_count(student), latency_ms(student)
-        seconds = student.spec.get("run", {}).get("seconds")
-        if seconds is None:
-            missing.append("student/ does not tell the seconds of training")
-    except (ValueError, OSError, TypeError) as error:
-        missing.append(str(error))
-    acc1 = curve[-1][1] if curve else None
-    return Run(folder.name, parameters, latency, acc1, seconds, curve, "; ".join(missing))
+        told = student.spec.get("run", {})
+        if "seconds" not in told:
+            notes.append("no seconds, as its student was not written by the training itself.")
+    except Exception as error:  # a class of the user's may raise anything
+        notes.append(f"no parameters, latency and seconds: {' '.join(str(error).split())}")
+    acc1 = curve[-1][1] if curve else told.get("val/acc1")
+    return Run(folder.absolute().name, parameters, latency, acc1, told.get("seconds"), curve, notes)
 
 
-def _cells(run: Run) -> tuple[str, ...]:
-    return (
-        run.name,
-        "" if run.parameters is None else f"{run.parameters:,}",
-        "" if run.latency_ms is None else f"{run.latency_ms:.2f}",
-        "" if run.acc1 is None else f"{100 * run.acc1:.2f}",
-        "" if run.seconds is None else f"{run.seconds:.0f}",
-    )
+def table(runs: list[Run]) -> str:
+    """Returns the table of a comparison."""
+
+    def cell(value: float | None, shape: str) -> str:
+        return "" if value is None else format(value, shape)
+
+    rows = [
+        (
+            run.name,
+            cell(run.parameters, ","),
+            cell(run.latency_ms, ".2f"),
+            cell(run.acc1 and 100 * run.acc1, ".2f"),
+            cell(run.seconds, ".0f"),
+        )
+        for run in runs
+    ]
+    return text_table(("run", "parameters", "latency (ms)", "top-1 (%)", "seconds"), rows)
 
 
 def draw_curves(runs: list[Run], file: Path) -> None:
@@ -108,7 +120,7 @@ def draw_curves(runs: list[Run], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes: Any = figure.add_subplot()
-    for i, run in enumerate(run for run in runs if run.curve):
+    for i, run in enumerate(runs):
         epochs, accuracies = zip(*run.curve, strict=True)
         axes.plot(
             [epoch + 1 for epoch in epochs],
@@ -119,6 +131,6 @@ def draw_curves(runs: list[Run], file: Path) -> None:
         )
     axes.set(xlabel="epoch", ylabel="validation top-1 (%)")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    if runs:
         axes.legend(loc="lower right", frameon=False)
     figure.savefig(file, dpi=150)
