@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help install demo fashion-mnist replication lint types test test-slow bench clean
+.PHONY: help install demo fashion-mnist replication lint types docs test test-slow coverage bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,17 +41,23 @@ replication: export MALLOC_TOP_PAD_ = 268435456
 replication: install  ## The paper on Fashion-MNIST with seeds and intervals (hours; goes on where it stopped); REPLICATION="OPTIONS"
 	$(BIN)/python -m tests.replication $(REPLICATION)
 
-lint: install  ## Check style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: install  ## Check style and spelling
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
 
 types: install  ## Check types
 	$(BIN)/mypy
+
+docs: install  ## Write the pages of the API to build/docs
+	$(BIN)/python .ci/docs.py build/docs
 
 test: install  ## Run the fast tests and the examples in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 test-slow: install  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+coverage: install  ## Run the fast tests, list the lines that they miss, and write htmlcov/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --cov --cov-report term --cov-report html
 
 # glibc then keeps the memory of large tensors, for both sides of each comparison
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
@@ -62,4 +68,4 @@ bench: install  ## Measure the step and the teacher against plain PyTorch and ti
 	$(BIN)/python -m tests.bench $(BENCH) --out runs/bench.json
 
 clean:  ## Remove the environment, runs and caches
-	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .coverage* htmlcov

@@ -21,7 +21,7 @@ PATHS = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 def together(processes: int, *commands: list[str], status: int | list[int] = 0, seconds: float = 200) -> list[str]:
     """Runs commands one after the other in processes that have found each other, and returns what each prints.
 
-    The test fails if they end with another status (or other ones, in the order of the ranks), or not within so many seconds.
+    The test fails if they end with another status (or others, in the order of the ranks), or not within `seconds`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Processes that are killed, 23 times: what is on the disk is whole, and the same command ends where an uninterrupted one ends."""
+"""Kills, 23 times: what is on the disk is whole, and the same command ends where an uninterrupted one ends."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def print_memory_of_a_worker() -> None:
     """Prints what a worker has for itself at the beginning and at the end of an epoch of 1.28 million images."""
     size = 1_281_167
     images = ImageList((f"/imagenet/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", i % 1000) for i in range(size))
-    image_folder.read_image = len  # type: ignore[assignment]
+    image_folder.read_image = len
     loader = DataLoader(
         image_folder.FolderImages(images, lambda _: torch.zeros(1), None),
         batch_size=2048,

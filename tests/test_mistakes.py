@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from tests.runs import SHORT
 
 CONFIGS = packaged_configs()
 LIFT = "demo/lift.yaml"
-WRONG = {
+WRONG: dict[str, tuple[Any, str]] = {
     "class name": (
         {"model/distillers/lift/class_path": "LiftDistler"},
         "no class 'LiftDistler'. Did you mean 'LiftDistiller'? Known: ",

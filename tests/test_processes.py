@@ -220,7 +220,7 @@ LAUNCHERS = {
 DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
-def _launched(launcher: str, *args: str) -> subprocess.Popen[str]:
+def _launched(launcher: str, *args: str) -> subprocess.Popen[bytes]:
     given = ["fit", "--config", "demo/plain.yaml", *QUIET, "--trainer.default_root_dir", "run", *args]
     environment = {**os.environ, **PATHS}
     with Path("said.txt").open("w") as out:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
+import kdvit.distillers
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 
@@ -58,3 +60,14 @@ def test_its_commands_parse(command: str, capsys) -> None:
 def test_every_published_config_is_in_its_table() -> None:
     named = {Path(shlex.split(command)[3]).name for command in FITS}
     assert {file.name for file in packaged_configs().glob("*.yaml")} - named == {"logit.yaml"}
+
+
+def test_the_recipe_for_contributors_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = (Path(__file__).parent.parent / ".github" / "CONTRIBUTING.md").read_text()
+    distiller, tests = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+    Path("cosine.py").write_text(distiller)
+    monkeypatch.setattr(kdvit.distillers, "__path__", [*kdvit.distillers.__path__, "."])
+    names: dict[str, Any] = {}
+    exec(tests, names)
+    for name in re.findall(r"def (test_\w+)", tests):
+        names[name]()

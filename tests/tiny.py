@@ -14,7 +14,7 @@ from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.structures import Batch, ImageFormat, View
 
 FORMAT = ImageFormat((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-STUDENT = {
+STUDENT: dict[str, Any] = {
     "arch": "deit_tiny_patch16_224",
     "img_size": 16,
     "num_classes": 5,

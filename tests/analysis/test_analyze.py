@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def _loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
     return DataLoader(torch.utils.data.TensorDataset(images), batch_size=batch_size)
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32},
     "deit_tiny_distilled_patch16_224": {"img_size": 32, "depth": 3},
     "cait_xxs24_224": {"img_size": 32, "depth": 3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,7 +272,8 @@ def test_bootstrap_intervals_equal_a_plain_resampling() -> None:
 
 def test_the_metrics_do_not_depend_on_how_images_are_batched() -> None:
     tokens = _tokens(images=11)
-    whole, parts = [], []
+    whole: list[Any] = []
+    parts: list[Any] = []
     for batches, results in (([tokens], whole), (tokens.split(3), parts)):
         for metric in (SVDRank(), SpectralEnergyPattern(12), ParticipationRatio()):
             for batch in batches:

@@ -1,4 +1,4 @@
-"""The analyses against a plain transcription of their definitions: SVDs with vectors, full transforms, features on disk."""
+"""The analyses against their definitions written out: SVDs with vectors, full transforms, features on disk."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain_sep(file: Path) -> np.ndarray:
         power = np.abs(np.fft.fft(image.astype(np.float64), axis=1)) ** 2
         total = total + (power.cumsum(1) / power.sum(1, keepdims=True)).sum(0)
         tokens += len(image)
-    return total / tokens
+    return np.asarray(total / tokens)
 
 
 def three(features: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ def rows(rounds: int) -> list[Row]:
 
 
 def whole(precision: str, rounds: int) -> Row:
-    """Network and analyses of CaiT-S24's last layer, controls and all, against dumping every layer and reading it back."""
+    """CaiT-S24 and all analyses of its last layer, with controls, against dumping every layer and reading it back."""
     torch.manual_seed(0)
     images = torch.randn(IMAGES, 3, 224, 224)
     ours = TimmTeacher(ARCH, pretrained=False)

@@ -57,7 +57,7 @@ def _each(read: object) -> float:
     """Returns the seconds an image."""
     start = time.perf_counter()
     for i in range(PHOTOGRAPHS):
-        read(i)  # type: ignore[operator]
+        read(i)
     return (time.perf_counter() - start) / PHOTOGRAPHS
 
 

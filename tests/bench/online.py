@@ -1,8 +1,8 @@
 """The whole online step of Lift, against a plain transcription of the loop that the paper's authors train with.
 
-That loop (arXiv:2511.15572): the teacher returns the intermediates of all blocks and its logits, the student the maps of
-all its blocks; soft distillation at 0.9, MSE of the lifted map at 0.2; torch's default AdamW; a weight average by timm's
-first ModelEma after every step; the loss is read every step; all under bfloat16 autocast.
+That loop (arXiv:2511.15572): the teacher returns the intermediates of all blocks and its logits, the student the maps
+of all its blocks; soft distillation at 0.9, MSE of the lifted map at 0.2; torch's default AdamW; a weight average by
+timm's first ModelEma after every step; the loss is read every step; all under bfloat16 autocast.
 """
 
 from __future__ import annotations

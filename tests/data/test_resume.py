@@ -69,7 +69,8 @@ def test_an_epoch_is_gone_on_with_in_batches_of_as_many_images_as_it_began() -> 
 def test_batches_of_other_sizes_amid_an_epoch_are_refused(ranks: int, batch_size: int) -> None:
     loader = of_ranks(ranks, batch_size)[0]
     loader.load_state_dict({"epoch": 1, "batches": 4, "images": 128})
-    said = f"amid epoch 1, which began in batches of 128 images over all processes, and in batches of {ranks * batch_size} "
+    said = "amid epoch 1, which began in batches of 128 images over all processes, "
+    said += f"and in batches of {ranks * batch_size} "
     with pytest.raises(ShareError, match=f"{said}.* Go on with 128 .*saved at the end of an epoch"):
         next(iter(loader))
     assert len(epoch_of(loader, 2)) == len(loader)

@@ -62,7 +62,8 @@ def test_an_exported_folder_is_one_of_timms(remedy: str | None, tmp_path) -> Non
 
 def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
     export_student(student(), student_spec(student(), FORMAT), tmp_path)
-    load = f"import sys, timm; timm.create_model('local-dir:{tmp_path}', pretrained=True); assert 'kdvit' not in sys.modules"
+    load = f"import sys, timm; timm.create_model('local-dir:{tmp_path}', pretrained=True)"
+    load += "; assert 'kdvit' not in sys.modules"
     subprocess.run([sys.executable, "-c", load], check=True)
 
 

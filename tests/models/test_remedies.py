@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -64,8 +66,8 @@ def test_flops_are_those_measured_for_the_published_models() -> None:
     assert forward_flops(WideLastViT("deit_tiny_patch16_224", 384)) / 1e9 == pytest.approx(3.09, abs=0.01)
 
 
-TINY = {"img_size": 32, "num_classes": 5}
-SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+TINY: dict[str, Any] = {"img_size": 32, "num_classes": 5}
+SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
 
 @pytest.mark.parametrize(

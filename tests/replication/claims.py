@@ -191,7 +191,8 @@ def _judged(
 def _told(estimate: Estimate) -> str:
     more = sum(value > 0 for value in estimate.values)
     low, high = students_interval(estimate.values)
-    return f"{shown(estimate)} points, by Student's t [{low:+.2f}, {high:+.2f}]; above 0 in {more} of {len(estimate.values)} seeds"
+    interval = f"by Student's t [{low:+.2f}, {high:+.2f}]"
+    return f"{shown(estimate)} points, {interval}; above 0 in {more} of {len(estimate.values)} seeds"
 
 
 def shown(estimate: Estimate) -> str:

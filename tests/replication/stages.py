@@ -37,8 +37,8 @@ def choose_recipe(place: Place) -> None:
     """
     if not place.planned(ARMS["plain"].config).data.init_args.get("holdout"):
         raise RuntimeError(
-            "These data hold no training images out, and choices would be made on the test images. Take a data module with an "
-            "argument `holdout`, as FashionMNIST has for files of its format (data.init_args.root), and set it."
+            "These data hold no training images out, and choices would be made on the test images. Take a data module "
+            "with an argument `holdout`, as FashionMNIST has for files of its format (data.init_args.root), and set it."
         )
     candidates = {
         f"selection/plain_lr_{rate:g}_decay_{decay:g}": {"learning_rate": rate, "weight_decay": decay}
@@ -141,8 +141,8 @@ def _training(place: Place, runs: Sequence[Run]) -> list[Job]:
             jobs.append(Job(run.name, train, (place, run)))
         elif found["settings"] != settings(place, run):
             raise RuntimeError(
-                f"{place.result(run.name)} is a result of other settings than the configs and choices of now. Remove it, and the "
-                "run is made again; or give other folders (--results, --runs)."
+                f"{place.result(run.name)} is a result of other settings than the configs and choices. Remove it, and "
+                "the run is made again; or give other folders (--results, --runs)."
             )
     return jobs
 
@@ -152,13 +152,13 @@ def _perform(place: Place, jobs: Sequence[Job]) -> None:
 
 
 def _train_from_cache(place: Place, seed: int, runs: Sequence[Run]) -> None:
-    """Trains what is missing: what needs no teacher while the cache is written, then the others, and removes the cache."""
+    """Trains what is missing: what needs no teacher while the cache is written, then the others; removes the cache."""
     alone = [run for run in runs if CACHE not in run.changes]
     learning = _training(place, [run for run in runs if CACHE in run.changes])
     if learning and not (place.runs / TEACHER / "student").is_dir():
         raise RuntimeError(
-            f"{learning[0].name} learns from the teacher, whose weights are not in {place.runs / TEACHER}. Bring them back, or give an "
-            "empty folder of --results: those at hand are of that teacher."
+            f"{learning[0].name} learns from the teacher, whose weights are not in {place.runs / TEACHER}. Bring "
+            "them back, or give an empty folder of --results: those at hand are of that teacher."
         )
     folder, both = _cache(place, seed), ARMS["lift_soft_mse"]
     storing = [Job(f"cache_seed_{seed}", store, (place, folder, both.config, seed, both.changes))] if learning else []

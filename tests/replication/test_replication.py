@@ -66,5 +66,5 @@ def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_i
     with pytest.raises(RuntimeError, match="lift_mse_seed_0 learns from the teacher, whose weights are not in"):
         main(["arms", "--seeds", "0", *where])
     Path("over.yaml").write_text(OVER.replace("batch_size: 8", "batch_size: 4"))
-    with pytest.raises(RuntimeError, match="is a result of other settings than the configs and choices of now"):
+    with pytest.raises(RuntimeError, match="is a result of other settings than the configs and choices"):
         main(["recipe", *where])

@@ -1,8 +1,8 @@
 """A throw-away Slurm cluster of two nodes on this machine, for the tests: real daemons, in namespaces of their own.
 
-The namespaces have their own network (loopback alone), processes, host name and /etc/hosts. The kernel ends all processes in
-them with the first one, and that one ends with the process that started it, so that nothing outlives a test run that is
-killed, clusters do not see one another, and nothing of the machine is changed but the packages installed.
+The namespaces have their own network (loopback alone), processes, host name and /etc/hosts. The kernel ends all
+processes in them with the first one, and that one ends with the process that started it. So nothing outlives a test run
+that is killed, clusters do not see one another, and nothing of the machine changes but the packages installed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ PartitionName=high Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=9 PreemptMod
 """
 # $1: the folder. The shell stays as the first process: it collects processes that lose their parents.
 FIRST_PROCESS = """
-cd "$1" && hostname login && ip link set lo up && ip address add %(address)s/32 dev lo && mount --bind hosts /etc/hosts || exit 1
+cd "$1" && hostname login && ip link set lo up && ip address add %(address)s/32 dev lo \\
+    && mount --bind hosts /etc/hosts || exit 1
 mungekey --create --keyfile=munge.key
 munged --force --key-file="$1/munge.key" --socket="$1/munge.socket" --pid-file="$1/munged.pid" \\
     --log-file="$1/munged.log" --seed-file="$1/munged.seed" || exit 1
