@@ -23,8 +23,8 @@ from tests.bench.rounds import Row, cost, interleave, milliseconds, row
 class ThreeScalars(DistillationModule):
     """Logs three scalars, as the bare loop does."""
 
-    def _log_step(self, batch: Any, student: Any, teacher: Any, terms: Any, loss: torch.Tensor) -> None:
-        self.log_dict({"loss": loss.detach(), "task": terms["task"].detach(), "lift": terms["lift"].detach()})
+    def _log_step(self, target: Any, student: Any, teacher: Any, loss: torch.Tensor) -> None:
+        self.log_dict({"loss": loss.detach(), "task": self.last_terms["task"], "lift": self.last_terms["lift"]})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pass

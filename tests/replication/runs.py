@@ -183,7 +183,7 @@ def images_per_second(root: Path) -> float:
 
 def kdvit(*args: str) -> Any:
     """Runs a command of kdvit and returns its CLI, whose trainer holds the scores."""
-    return KdvitCLI(find_configs(list(args)))
+    return KdvitCLI(args[0], find_configs(list(args[1:])))
 
 
 class Job(NamedTuple):
