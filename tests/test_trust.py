@@ -202,6 +202,6 @@ def test_names_in_a_report_are_text_and_name_no_file() -> None:
     page = Path("deep/er/out/report.html").read_text()
     assert "<script" not in page.lower()
     assert "' onerror='" not in page
-    assert "../../x&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&#x27; onerror=&#x27;y" in page
+    assert "../../x&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&#39; onerror=&#39;y" in page
     written = {file.parent for file in Path().rglob("*") if file.is_file()}
     assert written == {folder, Path("deep/er/out")}

@@ -44,7 +44,7 @@ class GeometryMonitor(pl.Callback):
             )
         self.every_n_epochs, self.images, self.batch_size = every_n_epochs, images, batch_size
         self.options = Options(permutations=20)
-        self._turn = 0
+        self._epoch = -1
         self._share: Tensor | None = None
         self._order = torch.empty(0)
         self._teacher: NetworkReport | None = None
@@ -53,10 +53,11 @@ class GeometryMonitor(pl.Callback):
         """Measures and logs, where the epoch's turn has come."""
         if not self.every_n_epochs or trainer.sanity_checking:
             return
-        turn = (trainer.current_epoch + 1) // self.every_n_epochs
-        if turn == self._turn:
+        epoch = trainer.current_epoch
+        done, before = epoch + 1, epoch + 1 - (trainer.check_val_every_n_epoch or 1)  # now, at the validation before
+        if done // self.every_n_epochs == before // self.every_n_epochs or epoch == self._epoch:
             return
-        self._turn = turn
+        self._epoch = epoch  # which may have several validations
         if self._share is None:
             self._choose(trainer)
         measured = [self._measure(trainer, "student", pl_module.student, pl_module.student, pl_module.device)]
@@ -69,6 +70,14 @@ class GeometryMonitor(pl.Callback):
             values = scalars(network.face)
             pl_module.log_dict({f"{prefix}{name}": value for name, value in values.items()})
         self._draw(trainer, Report(measured, self.options))
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the epoch that was measured last."""
+        return {"epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on behind it."""
+        self._epoch = state_dict["epoch"]
 
     def _choose(self, trainer: pl.Trainer) -> None:
         """Reads this rank's share of the images."""

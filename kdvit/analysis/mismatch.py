@@ -10,7 +10,7 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
   student's tokens, so that Lift could not hold even a single image.
 - have < need otherwise: the encoding mismatch of the paper. WideLast at the teacher's width, which gained more there
   (78.23 against 77.53 % for DeiT-Tiny from CaiT-S24), if it costs at most a third more parameters and operations, as it
-  does there; else Lift at the teacher's width.
+  does there; else Lift at the teacher's width, which costs nothing once it is trained and folded (`kdvit.models.fold`).
 
 Its limits: it rests on one pair of one paper and on linear subspaces; 95 % and the third are conventions; it says nothing
 of logit distillation, which works beside any of them, nor of how much is gained.
@@ -19,38 +19,53 @@ of logit distillation, which works beside any of them, nor of how much is gained
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from kdvit.analysis.geometry import LEVEL, LayerReport, p99
+from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.models import LiftViT, Network, TimmStudent, WideLastViT
 from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.tables import text_table
 
 AFFORDABLE = 4 / 3
 Remedy = Literal["none", "Lift", "WideLast"]
 REMEDIES: dict[Remedy, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
-OF_A_REMEDY = ("width", "num_heads")
-MAP_OBJECTIVES = ("FeatureDistiller", "LiftDistiller", "WideLastDistiller")
+DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
+    "none": ("feature", FeatureDistiller),
+    "Lift": ("lift", LiftDistiller),
+    "WideLast": ("wide_last", WideLastDistiller),
+}
+"""The map objective of each remedy, and its name in a config."""
+MAP_OBJECTIVES = tuple(kind.__name__ for _, kind in DISTILLERS.values())
+OF_A_REMEDY = ("width", "num_heads", "folded")
 
 
 class Cost(NamedTuple):
     """What a student costs.
 
     Attributes:
-        student: "no remedy", "Lift" or "WideLast".
+        remedy: The remedy that it has.
         width: Width of the map that is distilled.
         parameters: Number of parameters.
         flops: Operations of one image's logits; a multiply-add counts as 2.
         num_heads: Heads of the wide block, where the head dimension does not divide the width.
+        folded: Whether it is the cost of a lift that is folded after training.
     """
 
-    student: str
+    remedy: Remedy
     width: int
     parameters: int
     flops: int
     num_heads: int | None = None
+    folded: bool = False
+
+    @property
+    def student(self) -> str:
+        """The student's name in tables."""
+        return "no remedy" if self.remedy == "none" else f"{self.remedy}, folded" if self.folded else self.remedy
 
 
 class Advice(NamedTuple):
@@ -89,7 +104,8 @@ class Advice(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain types."""
-        return {**self._asdict(), "rotation": self.rotation, "costs": [cost._asdict() for cost in self.costs]}
+        costs = [{"student": cost.student, **cost._asdict()} for cost in self.costs]
+        return {**self._asdict(), "rotation": self.rotation, "costs": costs}
 
     def facts(self) -> list[str]:
         """Returns what the verdict rests on, a sentence each."""
@@ -106,17 +122,13 @@ class Advice(NamedTuple):
             f"hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
         ]
 
-    def table(self) -> str:
-        """Returns the costs as a table."""
-        lines = [f"{'student':<10}  distilled width  parameters  GFLOP"]
-        lines += [
-            f"{cost.student:<10}  {cost.width:>15}  {cost.parameters:>10,}  {cost.flops / 1e9:>5.3g}"
-            for cost in self.costs
-        ]
-        return "\n".join(lines)
+    def cost_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Returns head and rows of the table of costs."""
+        rows = [(c.student, str(c.width), f"{c.parameters:,}", f"{c.flops / 1e9:.3g}") for c in self.costs]
+        return ("student", "distilled width", "parameters", "GFLOP"), rows
 
     def __str__(self) -> str:
-        return "\n".join([*self.facts(), f"Advice: {self.why}", "", self.table()])
+        return "\n".join([*self.facts(), f"Advice: {self.why}", "", text_table(*self.cost_table())])
 
 
 def advise(teacher: LayerReport, student: Network) -> Advice:
@@ -129,7 +141,7 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
     present, bare = _bare(student)
     have = bare.output_shapes((-1,), logits=False).features[0][0]
     need, rank = (math.ceil(p99(values)) for values in (teacher.pca_dimension(LEVEL), teacher.svd_rank(LEVEL)))
-    costs = [Cost("no remedy", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
+    costs = [Cost("none", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
     remedy, why = _verdict(have, need, rank, teacher.width, costs)
     width = have if remedy == "none" else teacher.width
     facing = student.output_shapes(tuple(student.named_layers()) or (-1,), logits=False).features[-1][0]
@@ -151,41 +163,44 @@ def _bare(student: Network) -> tuple[Remedy, Network]:
 
 
 def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) -> tuple[Remedy, str]:
-    by_name = {cost.student: cost for cost in costs}
-    if have >= target:
-        how = (
-            "distil it directly (FeatureDistiller)"
-            if have == target
-            else "distil by FeatureDistiller, projector: linear"
+    by_remedy = {cost.remedy: cost for cost in costs if not cost.folded}
+    if have == target:
+        return "none", "no remedy. The student has the teacher's width: distil it directly (FeatureDistiller)."
+    if have > target:
+        return (
+            "none",
+            "no remedy. The student is wider than the teacher: distil by FeatureDistiller, projector: linear.",
         )
-        return "none", f"no remedy. The student has the teacher's width or more: {how}."
     if have >= need:
         return "none", (
-            f"no remedy. {have} channels can hold the {need} axes that matter: distil by FeatureDistiller, projector: linear."
+            f"no remedy. {have} channels can hold the {need} axes that matter: distil by FeatureDistiller, "
+            "projector: linear."
         )
     short = f"{have} channels cannot hold {need} axes"
-    if len(costs) == 1:
+    wide, narrow = by_remedy.get("WideLast"), by_remedy["none"]
+    if len(by_remedy) == 1:
         return "none", (
             f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
             "VisionTransformer, and this student is none. Distil logits (LogitDistiller), or take a vision transformer."
         )
-    if "WideLast" in by_name and have < rank:
-        return "WideLast", (
-            f"WideLast at width {target}. {short}, nor the {rank} directions of single images: the lifted map of an image "
-            "has no more rank than the student's tokens, so that Lift would not do."
-        )
-    wide, narrow = by_name.get("WideLast"), by_name["no remedy"]
     if wide is None:
         return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."
-    ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops)
-    if ratio <= AFFORDABLE or "Lift" not in by_name:
+    if have < rank:
         return "WideLast", (
-            f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, costs "
-            f"{ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice."
+            f"WideLast at width {target}. {short}, nor the {rank} directions of single images: the lifted map of an "
+            "image has no more rank than the student's tokens, so that Lift would not do."
+        )
+    ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops)
+    if ratio <= AFFORDABLE or "Lift" not in by_remedy:
+        return "WideLast", (
+            f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, "
+            f"costs {ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice: once trained, "
+            "it folds into a student that costs what this one costs."
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; WideLast, which gained more in the paper, would cost "
-        f"{ratio:.2f} times the student's parameters or operations."
+        f"{ratio:.2f} times the student's parameters or operations. Once trained, Lift folds into a student that costs "
+        "what this one costs (kdvit export --fold)."
     )
 
 
@@ -201,6 +216,9 @@ def remedy_costs(student: Network, width: int) -> list[Cost]:
             except (ValueError, TypeError):  # heads that do not divide the width, or no VisionTransformer of timm's
                 continue
             costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
+            if isinstance(remedied, LiftViT):
+                folded = remedied.folded()
+                costs.append(Cost(name, width, parameter_count(folded), forward_flops(folded), folded=True))
             break
     return costs
 
@@ -234,20 +252,20 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         return dict(model)
     student = model["student"]
     args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
+    name, objective = DISTILLERS[advice.remedy]
+    more: dict[str, Any] = {}
     if advice.remedy == "none":
         kind = "TimmStudent" if advice.present != "none" else student["class_path"]
-        name, objective = "feature", "FeatureDistiller"
-        more: dict[str, Any] = {"projector": None if advice.have == advice.teacher_width else "linear"}
+        more = {"projector": None if advice.have == advice.teacher_width else "linear"}
     else:
-        kind, objective = REMEDIES[advice.remedy].__name__, f"{advice.remedy}Distiller"
-        name, more = {"Lift": "lift", "WideLast": "wide_last"}[advice.remedy], {}
-        heads = next(cost.num_heads for cost in advice.costs if cost.student == advice.remedy)
+        kind = REMEDIES[advice.remedy].__name__
+        heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
         args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
     options = {"weight": 0.2}
     for init_args in replaced:
         options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
     kept = {key: each for key, each in given.items() if _kind(each) not in MAP_OBJECTIVES}
-    distillers = {**kept, name: {"class_path": objective, "init_args": {**options, **more}}}
+    distillers = {**kept, name: {"class_path": objective.__name__, "init_args": {**options, **more}}}
     return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
 
 

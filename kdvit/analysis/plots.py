@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from kdvit.analysis.geometry import LEVEL, LayerReport, p99
-
-if TYPE_CHECKING:
-    from kdvit.analysis.report import NetworkReport, Report
+from kdvit.analysis.report import NetworkReport, Report
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

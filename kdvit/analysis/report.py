@@ -1,13 +1,11 @@
-"""What an analysis found: as a table, as files, and as a page to read."""
+"""What an analysis found: every number by name, and the columns of its tables."""
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +14,14 @@ import torch
 
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths, p99
 from kdvit.analysis.mismatch import Advice
-from kdvit.analysis.page import page
-from kdvit.analysis.plots import FIGURES, figures
 from kdvit.structures import ImageFormat
+from kdvit.tables import text_table
 
 BANDS = (1, 10, 50, 90, 99)
+Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Head and rows of a table."""
+FIRST = {"network": "{0[network]}", "layer": "{0[layer]}", "N x D": "{0[tokens]} x {0[width]}"}
+"""The first columns of every table: formats of `Report.rows` by their heads."""
 
 
 class NetworkReport(NamedTuple):
@@ -72,46 +73,34 @@ class Report(NamedTuple):
     advice: Advice | None = None
     notes: tuple[str, ...] = ()
 
+    def layers(self) -> Iterator[tuple[NetworkReport, LayerReport]]:
+        """Yields every layer of every network."""
+        return ((network, layer) for network in self.networks for layer in network.layers)
+
+    def cells(self, columns: Mapping[str, str]) -> Cells:
+        """Returns a table of all layers.
+
+        Args:
+            columns: Formats of one of `rows`, by the heads of the columns.
+        """
+        return list(columns), [[each.format(row) for each in columns.values()] for row in self.rows()]
+
     def table(self) -> str:
         """Returns the short table of the terminal."""
-        levels = "/".join(f"{100 * level:g}" for level in self.options.energies)
-        header = (
-            "network",
-            "layer",
-            "N x D",
-            f"SVD rank p99 at {levels} %",
-            f"PCA dim p99 at {levels} %",
-            "rotation",
-            "SEP 90 %",
-            "permuted",
-            "noise",
-            "DC",
-            "spread",
-        )
-        rows = [header, *(self._row(network, layer) for network in self.networks for layer in network.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
-
-    def _row(self, network: NetworkReport, layer: LayerReport) -> tuple[str, ...]:
-        ranks = [
-            [f"{p99(of(level)):.0f}" for level in self.options.energies] for of in (layer.svd_rank, layer.pca_dimension)
-        ]
-        sep = bandwidths(layer)["0.9"]
-        return (
-            network.name,
-            layer.layer,
-            f"{layer.tokens} x {layer.width}",
-            " / ".join(ranks[0]),
-            " / ".join(ranks[1]),
-            f"{layer.rotation():.1f}",
-            f"{sep['tokens']:.2f}",
-            f"{sep['permuted_mean']:.2f}",
-            f"{sep['gaussian']:.2f}",
-            f"{100 * layer.dc_share:.0f} %",
-            f"{layer.participation.mean():.2f}",
-        )
+        energies = self.options.energies
+        levels = "/".join(f"{100 * level:g}" for level in energies)
+        columns = {
+            **FIRST,
+            f"SVD rank p99 at {levels} %": " / ".join(f"{{0[svd_rank_p99_{level:g}]:.0f}}" for level in energies),
+            f"PCA dim p99 at {levels} %": " / ".join(f"{{0[pca_dimension_p99_{level:g}]:.0f}}" for level in energies),
+            "rotation": "{0[rotation_0.95]:.1f}",
+            "SEP 90 %": "{0[sep_0.9_tokens]:.2f}",
+            "permuted": "{0[sep_0.9_permuted_mean]:.2f}",
+            "noise": "{0[sep_0.9_gaussian]:.2f}",
+            "DC": "{0[dc_share]:.0%}",
+            "spread": "{0[participation]:.2f}",
+        }
+        return text_table(*self.cells(columns), left=3)
 
     def to_json(self) -> dict[str, Any]:
         """Returns every number in plain types."""
@@ -139,47 +128,21 @@ class Report(NamedTuple):
     def curves(self) -> dict[str, Array]:
         """Returns the arrays behind the figures, each under ``NETWORK/LAYER/NAME``."""
         arrays: dict[str, Array] = {"energies": np.array(self.options.energies), "bands": np.array(BANDS)}
-        for network in self.networks:
-            for layer in network.layers:
-                named = {
-                    "svd_rank": np.stack([layer.svd_rank(level) for level in self.options.energies], axis=1),
-                    "pca_dimension": np.stack([layer.pca_dimension(level) for level in self.options.energies], axis=1),
-                    "svd_energy_bands": np.percentile(layer.svd_energy, BANDS, axis=0),
-                    "pca_energy_bands": np.percentile(layer.pca_energy, BANDS, axis=0),
-                    "pca_spectrum": layer.pca_spectrum,
-                    "sep": layer.sep(),
-                    "sep_permuted": layer.sep(layer.permuted),
-                    "sep_gaussian": layer.sep(layer.gaussian),
-                    "participation": layer.participation,
-                    "participation_shared": layer.participation_shared,
-                }
-                arrays |= {f"{network.name}/{layer.layer}/{name}": array for name, array in named.items()}
+        for network, layer in self.layers():
+            named = {
+                "svd_rank": np.stack([layer.svd_rank(level) for level in self.options.energies], axis=1),
+                "pca_dimension": np.stack([layer.pca_dimension(level) for level in self.options.energies], axis=1),
+                "svd_energy_bands": np.percentile(layer.svd_energy, BANDS, axis=0),
+                "pca_energy_bands": np.percentile(layer.pca_energy, BANDS, axis=0),
+                "pca_spectrum": layer.pca_spectrum,
+                "sep": layer.sep(),
+                "sep_permuted": layer.sep(layer.permuted),
+                "sep_gaussian": layer.sep(layer.gaussian),
+                "participation": layer.participation,
+                "participation_shared": layer.participation_shared,
+            }
+            arrays |= {f"{network.name}/{layer.layer}/{name}": array for name, array in named.items()}
         return arrays
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes report.html, report.json, tables.csv, curves.npz and the figures; returns the files.
-
-        Args:
-            folder: Made if it is not there.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")):
-            old.unlink(missing_ok=True)
-        pictures = figures(self)
-        files = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")]
-        for name, figure in pictures.items():
-            figure.savefig(folder / f"{name}.png", dpi=160)
-            figure.savefig(folder / f"{name}.pdf")
-        (folder / "report.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        np.savez_compressed(folder / "curves.npz", **self.curves())  # type: ignore[arg-type]
-        with (folder / "tables.csv").open("w", newline="") as stream:
-            rows = self.rows()
-            table = csv.DictWriter(stream, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-        (folder / "report.html").write_text(page(self, {name: folder / f"{name}.png" for name in pictures}))
-        return [folder / name for name in ("report.html", "report.json", "tables.csv", "curves.npz")] + files
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row of numbers for each layer of each network."""
@@ -198,8 +161,7 @@ class Report(NamedTuple):
                 "participation": float(layer.participation.mean()),
                 "participation_shared": float(layer.participation_shared.mean()),
             }
-            for network in self.networks
-            for layer in network.layers
+            for network, layer in self.layers()
         ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -53,6 +53,22 @@ def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tup
     return tuple(by_index[index] for index in sorted(by_index))
 
 
+class Measured(NamedTuple):
+    """A network and what is measured of it.
+
+    Attributes:
+        name: Its name.
+        holder: The network, which gets images in its own size and normalisation.
+        layers: The layers as they are asked for.
+        geometries: One for each.
+    """
+
+    name: str
+    holder: FrozenTeacher
+    layers: tuple[Layer, ...]
+    geometries: list[LayerGeometry]
+
+
 class AnalysisModule(pl.LightningModule):
     """Runs networks on images and measures their layers.
 
@@ -78,19 +94,18 @@ class AnalysisModule(pl.LightningModule):
         super().__init__()
         options.check()
         names = {name for network in networks.values() for name in network.named_layers()}
-        self.networks = {name: FrozenTeacher(network, image_format) for name, network in networks.items()}
-        self.layers: dict[str, tuple[Layer, ...]] = {}
-        self.geometries: dict[str, list[LayerGeometry]] = {}
+        self.measured: list[Measured] = []
         self.bytes_an_image = 0
         for name, network in networks.items():
             others = names - set(network.named_layers())
             own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
-            self.layers[name] = chosen_layers(network, own)
-            shapes = network.output_shapes(self.layers[name], logits=False).features
-            self.geometries[name] = [LayerGeometry(width, options) for width, _, _ in shapes]
+            chosen = chosen_layers(network, own)
+            shapes = network.output_shapes(chosen, logits=False).features
+            geometries = [LayerGeometry(width, options) for width, _, _ in shapes]
+            self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, geometries))
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
         self.orders = [CatMetric(), CatMetric()]
-        self.parts = nn.ModuleList([*self.orders, *(part for parts in self.geometries.values() for part in parts)])
+        self.parts = nn.ModuleList([*self.orders, *(part for each in self.measured for part in each.geometries)])
         self.memory = memory
         self.keep = False
         self.passes = 0
@@ -106,10 +121,10 @@ class AnalysisModule(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures one batch: a `Batch`, a tensor of images, or a tuple that starts with one."""
         image = batch if isinstance(batch, Tensor) else batch[0]
-        for name, network in self.networks.items():
-            features = network(image, self.layers[name], logits=False).features
+        for each in self.measured:
+            features = each.holder(image, each.layers, logits=False).features
             with torch.autocast(self.device.type, enabled=False):
-                for feature, geometry in zip(features, self.geometries[name], strict=True):
+                for feature, geometry in zip(features, each.geometries, strict=True):
                     geometry.update(as_tokens(feature), self.keep)
         first = 1e6 * batch_idx + 1e3 * self.global_rank
         numbers = batch.index if isinstance(batch, Batch) else first + torch.arange(len(image), device=self.device)
@@ -120,17 +135,16 @@ class AnalysisModule(pl.LightningModule):
         if not self.orders[0].value:
             raise ValueError("There is no image to analyse.")
         if self.passes == 1:
-            for geometry in (part for parts in self.geometries.values() for part in parts):
+            for geometry in (part for each in self.measured for part in each.geometries):
                 geometry.find_axes()
         if self.keep or self.passes == 2:  # here, where the processes can still talk to each other
             first, *second = (self._order(i) for i in range(self.passes))
-            for name, teacher in self.networks.items():
-                network, found = teacher.network, []
-                for layer, geometry in zip(self.layers[name], self.geometries[name], strict=True):
-                    index = network.resolve(layer)
+            for name, holder, layers, geometries in self.measured:
+                self.reports[name] = []
+                for layer, geometry in zip(layers, geometries, strict=True):
+                    index = holder.network.resolve(layer)
                     label = layer if isinstance(layer, str) else str(index)
-                    found.append(geometry.report(label, index, first, *second))
-                self.reports[name] = found
+                    self.reports[name].append(geometry.report(label, index, first, *second))
 
     def _order(self, number: int) -> Tensor:
         return torch.as_tensor(self.orders[number].compute()).reshape(-1).cpu().argsort()

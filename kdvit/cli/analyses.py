@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
+from kdvit.analysis.save import save
 from kdvit.cli.commands.analyze import Processes
 from kdvit.cli.config_files import find_config
 from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
@@ -199,7 +200,7 @@ def _short(name: str, taken: list[str]) -> str:
 @rank_zero_only
 def write(report: Report, config: dict[str, Any] | None, out: str) -> None:
     """Writes the report, prints its table, and says where everything is."""
-    files = report.save(out)
+    files = save(report, out)
     advised = Path(out) / "advised.yaml"
     advised.unlink(missing_ok=True)
     print(f"\n{report.table()}\n")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from kdvit.analysis import Options, Report, analyze, as_tokens, measure
 from kdvit.analysis.run import analysis_trainer, chosen_layers
+from kdvit.analysis.save import save
 from kdvit.models import TimmNetwork
 from tests.tiny import FORMAT, TinyData, student, teacher
 
@@ -150,7 +151,7 @@ def report() -> Report:
 
 
 def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: Report, tmp_path: Path) -> None:
-    files = {file.name for file in report.save(tmp_path / "out")}
+    files = {file.name for file in save(report, tmp_path / "out")}
     figures = {f"{name}.{kind}" for name in ("ranks", "energy", "sep", "depth") for kind in ("png", "pdf")}
     assert files == {"report.html", "report.json", "tables.csv", "curves.npz"} | figures
     assert files == {file.name for file in (tmp_path / "out").iterdir()}
@@ -170,7 +171,7 @@ def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: R
 
 
 def test_names_on_the_page_are_escaped_and_nothing_is_fetched(report: Report, tmp_path: Path) -> None:
-    report.save(tmp_path)
+    save(report, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
     assert "<b>teacher" not in page

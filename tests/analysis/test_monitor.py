@@ -46,6 +46,13 @@ def test_scalars_of_student_and_teacher_and_figures_are_logged_every_k_epochs(de
     assert {"geometry/ranks", "geometry/energy", "geometry/sep"} <= set(events.Tags()["images"])
 
 
+def test_a_resumed_run_measures_at_the_same_epochs(demo_teacher: str) -> None:
+    on = ["--geometry.every_n_epochs", "4", "--geometry.images", "5", "--trainer.val_check_interval", "1"]
+    fit("plain", demo_teacher, *SHORT, *on, "--trainer.max_epochs", "5")
+    fit("plain", demo_teacher, *SHORT, *on, "--trainer.max_epochs", "8")
+    assert [float(row["epoch"]) for row in _rows() if row["geometry/svd_rank_95"]] == [3, 7]
+
+
 def test_what_is_logged_is_the_measure_of_the_validation_images(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *SHORT, "--geometry.every_n_epochs", "1", "--geometry.images", "500")
     student = load_student("run/checkpoints/last.ckpt")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdvit.analysis import Options, advise, analyze
+from kdvit.analysis.save import save
 from tests.tiny import TinyData, student, teacher
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -31,7 +32,7 @@ def test_the_page_shows_its_pictures_and_asks_for_nothing(width: int, tmp_path: 
     pair = {"teacher": teacher(), "student": student()}
     report = analyze(pair, TinyData().val_dataloader(), "all", Options(permutations=2))
     advice = advise(report.networks[0].face, pair["student"])
-    report._replace(advice=advice).save(tmp_path)
+    save(report._replace(advice=advice), tmp_path)
     page = tmp_path / "report.html"
     page.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
