@@ -29,13 +29,9 @@ class StudentEMA(pl.Callback):
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"ema.decay must be between 0 and 1 or null, got {decay}.")
         self.decay = decay
+        self.averages_student = decay is not None  # for the strategies that have no such average
         self._average: ModelEmaV3 | None = None
         self._started = False
-
-    @property
-    def averages_student(self) -> bool:
-        """Whether there is an average, which a split student has not."""
-        return self.decay is not None
 
     @property
     def state_key(self) -> str:
