@@ -33,7 +33,7 @@ class StudentExport(pl.Callback):
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the seconds of the run up to its checkpoint."""
+        """Loads the seconds of the run up to its checkpoint."""
         self._before = state_dict["seconds"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

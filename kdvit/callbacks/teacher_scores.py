@@ -60,7 +60,7 @@ class TeacherScores(pl.Callback):
         rank_zero_info(f"Teacher on {images:,} validation images: {measured['teacher/acc1']:.2%} top-1.")
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
-        """Returns this rank's share of the images, within the Trainer's limit; a stream is read to its end."""
+        """Returns this rank's share of the images, within the Trainer's limit; reads a stream to its end."""
         loader: Any = trainer.val_dataloaders
         limit, ranks = trainer.num_val_batches[0], trainer.world_size
         if self.images is not None and loader.batch_size and not isinstance(loader.dataset, IterableDataset):
