@@ -33,27 +33,23 @@ class BadImages(pl.Callback):
 
     on_predict_batch_start = on_train_batch_start
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reports and logs those of the epoch."""
         self._report(trainer)
         total = sum(of_all_ranks(trainer, self._count))
         if total:
             pl_module.log("train/bad_images", float(total), rank_zero_only=True)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Reports those of a cache. (All ranks come here; one without a batch calls no hook of the prediction.)"""
         if stage == "predict":
             self._report(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Saves the number of all ranks."""
         checkpoint[KEY] = sum(of_all_ranks(trainer, self._count))
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Goes on with it, on one rank."""
         self._count = checkpoint.get(KEY, 0) if trainer.is_global_zero else 0
 

@@ -29,13 +29,9 @@ class StudentEMA(pl.Callback):
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"ema.decay must be between 0 and 1 or null, got {decay}.")
         self.decay = decay
+        self.averages_student = decay is not None  # for the strategies that have no such average
         self._average: ModelEmaV3 | None = None
         self._started = False
-
-    @property
-    def averages_student(self) -> bool:
-        """Whether there is an average, which a split student has not."""
-        return self.decay is not None
 
     @property
     def state_key(self) -> str:
@@ -43,14 +39,14 @@ class StudentEMA(pl.Callback):
         return "StudentEMA"
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Copies the student; a checkpoint's average takes its place in `load_state_dict`."""
+        """Copies the student; `load_state_dict` replaces the copy by a checkpoint's average."""
         if self.decay is not None:
             self._average = ModelEmaV3(pl_module.student, decay=self.decay)
             self._scores = classification_scores(pl_module.num_classes)
             self._started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Sets the average to the student's weights, restored by now, unless a checkpoint has brought an average."""
+        """Sets the average to the student's weights, restored by now, unless a checkpoint had an average."""
         self._updated = trainer.global_step
         if self._average is not None:
             # in float32 at least, as a small step of an average is none in bfloat16
@@ -97,7 +93,7 @@ class StudentEMA(pl.Callback):
         return {} if self._average is None else {"student": self._average.module.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the average from a checkpoint."""
+        """Loads the average of a checkpoint."""
         if self._average is not None and "student" in state_dict:
             self._average.to(next(iter(state_dict["student"].values())).dtype)
             self._average.module.load_state_dict(state_dict["student"])

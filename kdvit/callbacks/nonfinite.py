@@ -11,8 +11,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, described, place, save
+from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, listed, place, save
 from kdvit.errors import UserError
+from kdvit.runtime.processes import of_all_ranks
 from kdvit.structures import Batch
 from kdvit.training.optim import gradient_norm
 
@@ -24,24 +25,30 @@ class NonFiniteError(UserError, RuntimeError):
 
 
 class Step(NamedTuple):
-    """A step of the optimizer.
+    """A step of the optimizer, and the verdict on it.
 
     Attributes:
         number: The step, from 0.
-        epoch: Its epoch.
         seen: The batches behind it.
-        bad: Whether a number of it is not finite on any rank, in the host's memory once `written` has come.
-        written: The device's mark behind that copy; None where the host has it already.
+        bad: 1.0 if a number of it is not finite on any rank, else 0.0; in the host's memory once `written` has come.
+        written: The device's mark behind that copy; None where there is no copy.
     """
 
     number: int
-    epoch: int
     seen: list[SeenBatch]
     bad: Tensor
-    written: torch.cuda.Event | None
+    written: torch.cuda.Event | None = None
+
+    def copied(self) -> Step:
+        """Starts to copy the verdict to the host's memory, without waiting for the device."""
+        if self.bad.device.type != "cuda":
+            return self
+        copy, mark = self.bad.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self.bad.device))
+        return self._replace(bad=copy, written=mark)
 
     def is_bad(self) -> bool:
-        """Returns the verdict."""
+        """Reads the verdict, and waits for it."""
         if self.written is not None:
             self.written.synchronize()
         return bool(self.bad.tolist())
@@ -50,14 +57,14 @@ class Step(NamedTuple):
 class NonFiniteGuard(pl.Callback):
     """Leaves out a step whose loss terms or gradients are not finite, and stops the run when there are too many.
 
-    Weights, moments and weight decay stay as they were. (The average of the EMA counts the step, with equal weights.) All
-    ranks decide alike. The batch is saved as ``RUN/nonfinite/step_N_rank_R.pt``; a run that stops also saves
-    ``RUN/nonfinite/step_N.ckpt``: the weights before the step, and the place in the data behind it. Gradients that overflow
-    under a GradScaler (16-mixed) are its business and no error; loss terms are.
+    Weights, moments and weight decay stay as they were. (The average of the EMA counts the step, with equal weights.)
+    All ranks decide alike. The batch is saved as ``RUN/nonfinite/step_N_rank_R.pt``; a run that stops also saves
+    ``RUN/nonfinite/step_N.ckpt``: the weights before the step, and the place in the data behind it. Gradients that
+    overflow under a GradScaler (16-mixed) are its business and no error; loss terms are.
 
-    No step waits for a GPU: a fused optimizer leaves the step out on the device, and the host reads the verdict while the
-    device computes the next batch. (So the batches behind a step are held for one batch more, and a run that stops has
-    left out that batch, too.) An optimizer that is not fused waits for the verdict.
+    No step waits for a GPU. A fused optimizer leaves the step out on the device; the verdict stays pending, and the
+    host settles it while the device computes the next batch. (So a run that stops has left out that batch, too.) An
+    optimizer that is not fused waits for the verdict.
 
     Args:
         skip_steps: Steps that may be left out in all, over all restarts of the run; one more stops it.
@@ -72,9 +79,8 @@ class NonFiniteGuard(pl.Callback):
         self.skip_steps = skip_steps
         self.skipped = 0
         self._seen: list[SeenBatch] = []
-        self._unread: Step | None = None
+        self._pending: Step | None = None
         self._failure: tuple[int, str] | None = None
-        self._unwritten: list[str] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Keeps the batch until its numbers are known to be finite."""
@@ -85,53 +91,45 @@ class NonFiniteGuard(pl.Callback):
         self._seen.append(SeenBatch(*self._current, pl_module.last_terms))
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Reads the verdict on the last step, whose gradients are still there; the device is busy with a forward pass."""
-        self._read(trainer, pl_module)
+        """Settles the last step, whose gradients are still there; the device is busy with a forward pass."""
+        self._settle(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves the step out if a number is not finite. (Optimizers pass over parameters without a gradient.)"""
+        """Leaves the step out if a number is not finite. (Optimizers skip parameters without a gradient.)"""
         seen, self._seen = self._seen, []
         if self._failure is not None:
             optimizer.zero_grad()
             return
         bad = self._verdict(trainer, pl_module, seen)
-        step = Step(trainer.global_step, trainer.current_epoch, seen, bad, None)
-        if bad.device.type in FREE_TO_READ or not optimizer.defaults.get("fused"):
-            if step.is_bad():
-                self._judge(trainer, pl_module, step)
-                optimizer.zero_grad()
-        else:
+        self._pending = Step(trainer.global_step, seen, bad).copied()
+        if optimizer.defaults.get("fused") and bad.device.type not in FREE_TO_READ:
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by torch's fused kernels
-            copy = bad.to("cpu", non_blocking=True)
-            self._unread = step._replace(bad=copy, written=_mark(bad.device))
+        elif self._settle(trainer, pl_module):
+            optimizer.zero_grad()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Logs the number of steps left out, or stops the run."""
+        """Stops a run that has failed, or logs the number of steps left out."""
         self._stop(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.skip_steps and every > 0 and trainer.global_step % every == 0:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Reads the verdict on the step before: the weights of a run that stops are not scored."""
-        self._read(trainer, pl_module)
+        """Settles the last step, so that neither a score nor a checkpoint comes behind one that stops the run."""
+        self._settle(trainer, pl_module)
         self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Reads the verdict on the epoch's last step."""
-        self._read(trainer, pl_module)
-        self._stop(trainer)
+    on_train_epoch_end = on_validation_start
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Reads the verdict on the last step: no checkpoint lies behind one that stops the run."""
-        self._read(trainer, pl_module)
-        self._stop(trainer)
+        """Settles the last step."""
+        self.on_validation_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps left out."""
-        return {"skipped": self.skipped + (self._unread is not None and self._unread.is_bad())}
+        return {"skipped": self.skipped + (self._pending is not None and self._pending.is_bad())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting."""
@@ -147,72 +145,47 @@ class NonFiniteGuard(pl.Callback):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return bad
 
-    def _read(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        step, self._unread = self._unread, None
-        if step is not None and step.is_bad():
-            self._judge(trainer, pl_module, step)
+    def _settle(self, trainer: pl.Trainer, pl_module: Any) -> bool:
+        """Reads the pending verdict, if there is one, and returns whether its step is left out.
 
-    def _judge(self, trainer: pl.Trainer, pl_module: Any, step: Step) -> None:
-        """Saves the bad batches, and says what is wrong. All ranks come here together."""
-        rank, folder = trainer.global_rank, _folder(trainer)
+        Reports what is wrong on any rank, and saves the batches of this rank if it is the reason.
+        """
+        step, self._pending = self._pending, None
+        if step is None or not step.is_bad():
+            return False
+        mark = f" (rank {trainer.global_rank})" if trainer.world_size > 1 else ""
         gradients = bad_gradients(pl_module)
-        ours = [cause for seen in step.seen for cause in bad_terms(trainer, pl_module, seen)]
-        several = trainer.world_size > 1
-        said = _of_all(trainer, [f"{cause} (rank {rank})" if several else cause for cause in ours])
-        unwritten = []
-        if ours or not said:
-            try:
-                save(folder / f"step_{step.number}_rank_{rank}.pt", trainer, step.number, step.seen, gradients)
-            except OSError as error:
-                unwritten = [str(error)]
-        self._unwritten = _of_all(trainer, unwritten)
-        if not said:
-            batches = "; ".join(place(trainer, seen) for seen in step.seen)
-            said = [f"{described(gradients, pl_module)} is not finite ({batches})"]
+        ours = [f"{cause}{mark}" for seen in step.seen for cause in bad_terms(trainer, pl_module, seen)]
+        causes = [cause for theirs in of_all_ranks(trainer, ours) for cause in theirs]
+        by_gradient = not causes
+        if by_gradient:
+            whose = f"the gradient of {listed(gradients)}" if gradients else "the norm of the gradient"
+            causes = [f"{whose} is not finite ({'; '.join(place(trainer, seen) for seen in step.seen)})"]
+        message = f"At step {step.number} of epoch {trainer.current_epoch}, {'; '.join(causes)}."
         self.skipped += 1
-        message = f"At step {step.number} of epoch {step.epoch}, {'; '.join(said)}."
-        if self.skipped <= self.skip_steps:
-            counted = f"{self.skipped} of at most {self.skip_steps}"
-            rank_zero_info(f"{message} The step is left out ({counted}), and its numbers {self._kept(folder)}.")
-        else:
+        rank_zero_info(f"{message} The step is left out ({self.skipped} of at most {self.skip_steps}).")
+        if self.skipped > self.skip_steps:
             self._failure = step.number, message
+        if ours or by_gradient:
+            file = _folder(trainer) / f"step_{step.number}_rank_{trainer.global_rank}.pt"
+            save(file, step.number, step.seen, gradients)
+        return True
 
     def _stop(self, trainer: pl.Trainer) -> None:
+        """Saves the weights and raises, if the run has failed."""
         if self._failure is None:
             return
         (number, message), self._failure = self._failure, None
         checkpoint = _folder(trainer) / f"step_{number}.ckpt"
-        try:
-            trainer.save_checkpoint(checkpoint)
-        except OSError as error:
-            self._unwritten.append(str(error))
+        trainer.save_checkpoint(checkpoint)
         raise NonFiniteError(
-            f"{message} The step was not taken; the batch and the weights before it {self._kept(checkpoint.parent)}. A run "
-            "repeats itself to the last bit, so the same command meets this again. Lower the learning rate, clip the gradients "
-            "(--trainer.gradient_clip_val 1), take another --trainer.precision, go on behind this batch (--ckpt_path "
-            f"{checkpoint}), or let such steps be left out (--nonfinite.skip_steps {self.skip_steps + 10})."
+            f"{message} The step was not taken; the batch and the weights before it are in {checkpoint.parent}. A run "
+            "repeats itself to the last bit, so the same command meets this again. Lower the learning rate, clip the "
+            "gradients (--trainer.gradient_clip_val 1), take another --trainer.precision, go on behind this batch "
+            f"(--ckpt_path {checkpoint}), or let such steps be left out (--nonfinite.skip_steps "
+            f"{self.skip_steps + 10})."
         )
-
-    def _kept(self, folder: Path) -> str:
-        return f"could not all be written ({self._unwritten[0]})" if self._unwritten else f"are in {folder}"
-
-
-def _of_all(trainer: pl.Trainer, ours: list[str]) -> list[str]:
-    """Returns what each rank says, one after another."""
-    if trainer.world_size == 1:
-        return ours
-    every: list[list[str]] = [[] for _ in range(trainer.world_size)]
-    dist.all_gather_object(every, ours)
-    return [each for theirs in every for each in theirs]
 
 
 def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "nonfinite"
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    if device.type != "cuda":
-        return None
-    mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    mark.record(torch.cuda.current_stream(device))
-    return mark

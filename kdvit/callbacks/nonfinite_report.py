@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kdvit.data import ImageDataModule
 from kdvit.files import write_whole
-from kdvit.structures import Batch
+from kdvit.structures import Batch, ViTOutput
 
 SHOWN = 5
 
@@ -27,87 +27,57 @@ class SeenBatch(NamedTuple):
 
 
 def bad_terms(trainer: pl.Trainer, pl_module: Any, seen: SeenBatch) -> list[str]:
-    """Says which terms of a batch are not finite, and whether images or the teacher's outputs for them are not."""
-    values = {name: float(term) for name, term in seen.terms.items()}
-    bad = [f"loss term {name!r} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    """Says which terms of a batch are not finite, and whether its images or the teacher's outputs are not."""
+    bad = [f"loss term {name!r} is {float(term)}" for name, term in seen.terms.items() if not term.isfinite()]
     if not bad:
         return []
-    for source, output in {"the image": seen.batch.image, **_teacher_outputs(trainer, pl_module, seen.batch)}.items():
-        lost = output.flatten(1).isfinite().all(dim=1).logical_not()
+    for source, values in _sources(trainer, pl_module, seen.batch).items():
+        lost = ~values.flatten(1).isfinite().all(dim=1)
         if lost.any():
             return [f"{' and '.join(bad)} as {source} is not finite ({place(trainer, seen, lost)})"]
     return [f"{' and '.join(bad)} ({place(trainer, seen)})"]
 
 
-def _teacher_outputs(trainer: pl.Trainer, pl_module: Any, batch: Batch) -> dict[str, Tensor]:
+def _sources(trainer: pl.Trainer, pl_module: Any, batch: Batch) -> dict[str, Tensor]:
     with trainer.precision_plugin.forward_context():
-        output = pl_module.teacher_output(batch)
-    if output is None:
-        return {}
-    layers, _ = pl_module.teacher_request()
+        output = pl_module.teacher_output(batch) or ViTOutput(None)
     whose = "the teacher's" if batch.teacher is None else "the cached teacher's"
-    hint = ""
-    if str(trainer.precision).startswith("16"):
-        hint = " (in float16, which ends at 65504: bf16-mixed and 32-true reach further)"
-    named = {f"{whose} layer {layer}{hint}": map for layer, map in zip(layers, output.features, strict=True)}
-    return named if output.logits is None else {**named, f"{whose} output of logits{hint}": output.logits}
+    layers = [f"{whose} layer {layer}" for layer in pl_module.teacher_request()[0]]
+    names = ["the image", *layers, f"{whose} output of logits"]
+    values = [batch.image, *output.features, output.logits]
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
 def bad_gradients(pl_module: Any) -> list[str]:
     """Returns the names of the parameters whose gradient is not finite; all ranks call it together."""
-    gradients = ((name, p.grad) for name, p in pl_module.named_parameters())
-    return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]
-
-
-def described(names: list[str], pl_module: Any) -> str:
-    """Says of which parameters the gradient is not finite."""
-    if not names:
-        return "the norm of the gradient"
-    known = sum(p.grad is not None for p in pl_module.parameters())
-    return f"the gradient of {'every parameter' if len(names) == known else _listed(names)}"
+    gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+    return [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
 
 
 def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> str:
     """Names a batch, and its images or some of them."""
     images = (seen.batch.index if among is None else seen.batch.index[among]).tolist()
-    text = f"batch {seen.number}, training images {_listed(images)}"
-    paths = _paths(trainer, images[:SHOWN])
-    return f"{text}: {', '.join(paths)}" if paths else text
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    paths = [data.path(image, "train") for image in images[:SHOWN]] if isinstance(data, ImageDataModule) else []
+    return f"batch {seen.number}, training images {listed(images)}{': ' * bool(paths)}{', '.join(paths)}"
 
 
-def save(file: Path, trainer: pl.Trainer, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:
+def listed(values: list[Any]) -> str:
+    """Returns the first few values, and the number of the others."""
+    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    return f"{', '.join(map(str, values[:SHOWN]))}{more}"
+
+
+def save(file: Path, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:
     """Writes the batches of a step as plain tensors and types, to be read with `weights_only=True`.
 
     Raises:
         OSError: If the disk is full, or cannot be written to.
     """
-    batches = [
-        {
-            "batch": each.number,
-            "image": each.batch.image.cpu(),
-            "target": each.batch.target.cpu(),
-            "index": each.batch.index.cpu(),
-            "paths": _paths(trainer, each.batch.index.tolist()),
-            "teacher": None if each.batch.teacher is None else _plain(each.batch.teacher),
-            "terms": {name: float(term) for name, term in each.terms.items()},
-        }
-        for each in seen
-    ]
+    batches = []
+    for number, batch, terms in seen:
+        teacher = None if batch.teacher is None else batch.teacher._asdict()
+        batches.append({"batch": number, **batch._asdict(), "teacher": teacher, "terms": terms})
     content = io.BytesIO()
-    torch.save({"step": step, "batches": batches, "gradients": gradients}, content)
+    torch.save(move_data_to_device({"step": step, "batches": batches, "gradients": gradients}, "cpu"), content)
     write_whole(file, content.getbuffer())
-
-
-def _plain(output: Any) -> dict[str, Any]:
-    logits = None if output.logits is None else output.logits.cpu()
-    return {"logits": logits, "features": [feature.cpu() for feature in output.features]}
-
-
-def _paths(trainer: pl.Trainer, images: list[int]) -> list[str]:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return [data.path(image, "train") for image in images] if isinstance(data, ImageDataModule) else []
-
-
-def _listed(values: list[Any]) -> str:
-    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    return f"{', '.join(map(str, values[:SHOWN]))}{more}"

@@ -10,159 +10,129 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
+from kdvit.runtime.processes import of_all_ranks
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
 
 
 class Preemption(Checkpoint):
-    """Saves ``RUN/checkpoints/last.ckpt`` when a signal asks for it, and stops.
+    """Saves ``RUN/checkpoints/last.ckpt`` when a signal requests it, and stops.
 
-    * SIGUSR1 or SIGUSR2 (``#SBATCH --signal=SIGUSR1@120``): saves, requeues the Slurm job and exits. Where that is refused,
-      or there is no Slurm, it only saves.
-    * SIGTERM (``scancel``, the time limit, the end of a pod) and Ctrl-C: saves and exits. A second Ctrl-C exits at once.
+    * SIGUSR1 or SIGUSR2 (``#SBATCH --signal=SIGUSR1@120``): saves, requeues the Slurm job and exits. Where that is
+      refused, or there is no Slurm, it only saves.
+    * SIGTERM (``scancel``, the time limit, the end of a pod) and Ctrl-C: saves and exits. A second Ctrl-C exits at
+      once.
 
-    A handler only takes a note. At the end of each batch, of training and validation, the ranks agree on what any of them
-    has been asked, by an all-reduce of two numbers that runs along with the next batch; so they save at the same step, and
-    no handler ever runs into a collective of another rank. (Lightning's own handler saves at once, wherever each rank is.)
+    A handler only takes a note. At the end of each batch, of training and validation, each rank broadcasts its requests
+    by an all-reduce of two numbers, which runs along with the next batch. So all save at the same step, and no
+    handler runs into a collective of another rank. (Lightning's own handler saves at once, wherever each rank is.)
 
-    A validation that is interrupted, or due when a checkpoint is saved, is held anew by the run that goes on, and a run may
-    be moved in between.
+    The run that goes on repeats a validation that was interrupted, or due when a checkpoint was saved. A run may be
+    moved in between.
     """
 
     def __init__(self) -> None:
-        self._training = False
         self._validating = False
-        self._agrees = False
-        self._asked: tuple[Tensor, dist.Work] | None = None
+        self._equal_batches = False
+        self._broadcast: tuple[Tensor, dist.Work] | None = None
 
     # The signals: noted as soon as Lightning has set its own handlers, which it takes back when it is done
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Takes over the signals."""
         REQUESTS.remember(*REQUEUE, *STOP)
+        self._broadcast = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals, where no sanity check has been."""
-        REQUESTS.remember(*REQUEUE, *STOP)
-        self._training, self._asked = True, None
+    on_sanity_check_start = on_train_start
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Does what is asked for, unless gradients are waiting for more batches: a checkpoint has no gradients."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Meets the requests, unless gradients wait for more batches: a checkpoint has no gradients."""
         if gradients_are_taken(trainer, batch_idx):
-            self._obey(trainer)
+            self._meet_requests(trainer)
         if trainer.is_last_batch or validation_is_due(trainer):
-            self._hear_all()
+            self._wait()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds out whether the ranks can agree within this validation: if all have equally many batches."""
-        self._validating = self._agrees = self._training
-        if self._validating and trainer.world_size > 1:
-            batches = sum(trainer.num_val_batches)
-            extremes = torch.tensor([batches, -batches], dtype=torch.float32, device=trainer.strategy.root_device)
-            dist.all_reduce(extremes, dist.ReduceOp.MAX)
-            self._agrees = bool(extremes.sum() == 0)
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Notes whether the ranks can agree within this validation: if all have equally many batches."""
+        self._validating = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self._validating:
+            self._equal_batches = len(set(of_all_ranks(trainer, sum(trainer.num_val_batches)))) == 1
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Does what is asked for."""
-        if self._validating and self._agrees:
-            self._obey(trainer)
+        """Meets the requests."""
+        if self._validating and self._equal_batches:
+            self._meet_requests(trainer)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Notes that the validation is complete."""
         self._validating = False
-        self._hear_all()
+        self._wait()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the last agreement."""
-        self._agreed(trainer)
-        self._training = False
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Waits for the last broadcast."""
+        self._wait()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tells, as the last line, what has ended the run and from where it goes on, and lets the loader's workers go."""
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Says, as the last line, why the run has ended and from where it goes on, and ends the loader's workers."""
         if isinstance(exception, Stopped):
             rank_zero_info(exception.story)
-        elif self._training and trainer.is_global_zero:
+        elif trainer.state.fn == TrainerFn.FITTING and trainer.global_step and trainer.is_global_zero:
             newest = newest_checkpoint(last_checkpoint(trainer).parent)
             whence = f"goes on from {newest}" if newest else "starts anew, as there is no checkpoint yet"
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")
-        self._training = False
         REQUESTS.forget()
         trainer.fit_loop.teardown()  # Lightning ends the active loop alone, which amid an epoch may be a validation's
 
-    # What is asked for
-
-    def _obey(self, trainer: pl.Trainer) -> None:
-        requeue, stop = self._agreed(trainer)
-        if not (requeue or stop):
-            self._tell(trainer)
-            return
-        path = last_checkpoint(trainer)
-        trainer.save_checkpoint(path, weights_only=False)
-        REQUESTS.forget()
-        where = f"The run is saved in {path} at step {trainer.global_step}"
-        if requeue:
-            answer = requeue_job() if trainer.is_global_zero else ""
-            answer = trainer.strategy.broadcast(answer)
-            if not answer:
-                raise Stopped(0, f"{where}, and Slurm has requeued the job.")
-            rank_zero_info(f"{where}. It is not requeued: {answer}{'' if stop else ' Training goes on.'}")
-        if stop:
-            status = (
-                128 + stop if trainer.is_global_zero else 0
-            )  # with another status of a rank, launchers kill the rest
-            raise Stopped(status, f"Stopped by {named(stop)}. {where}; the same command goes on from there.")
-        self._tell(trainer)
-
-    def _tell(self, trainer: pl.Trainer) -> None:
-        """Starts to tell the other ranks what this one has been asked."""
+    def _meet_requests(self, trainer: pl.Trainer) -> None:
+        """Saves the run, and ends it, if any rank has been asked to when the last broadcast began."""
+        requeue, stop = self._requests_of_all(trainer)
+        if requeue or stop:
+            path = last_checkpoint(trainer)
+            trainer.save_checkpoint(path, weights_only=False)
+            REQUESTS.forget()
+            saved = f"The run is saved in {path} at step {trainer.global_step}"
+            if requeue:
+                refusal = trainer.strategy.broadcast(requeue_job() if trainer.is_global_zero else "")
+                if not refusal:
+                    raise Stopped(0, f"{saved}, and Slurm has requeued the job.")
+                rank_zero_info(f"{saved}. It is not requeued: {refusal}{'' if stop else ' Training goes on.'}")
+            if stop:
+                status = 128 + stop if trainer.is_global_zero else 0  # launchers kill the others if a rank has another
+                raise Stopped(status, f"Stopped by {named(stop)}. {saved}; the same command goes on from there.")
         if trainer.world_size > 1:
-            asked = torch.tensor(_asked(trainer), device=trainer.strategy.root_device)
-            work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
-            self._asked = asked, work
+            requests = torch.tensor(_own_requests(trainer), device=trainer.strategy.root_device)
+            self._broadcast = requests, dist.all_reduce(requests, dist.ReduceOp.MAX, async_op=True)
 
-    def _hear_all(self) -> None:
-        """Waits until all have told: no collective may end while workers are forked, see `kdvit.data.workers`."""
-        if self._asked is not None:
-            self._asked[1].wait()
+    def _wait(self) -> None:
+        """Waits for the broadcast: no collective may end while workers are forked, see `kdvit.data.workers`."""
+        if self._broadcast is not None:
+            self._broadcast[1].wait()
 
-    def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
-        """Returns what any rank had been asked when they last told each other; a single process, what it has been by now."""
+    def _requests_of_all(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """Returns what the last broadcast has brought; of a single process, its requests by now."""
         if trainer.world_size == 1:
-            return _asked(trainer)
-        if self._asked is None:
-            return 0, 0
-        (asked, work), self._asked = self._asked, None
-        work.wait()
-        requeue, stop = asked.tolist()
+            return _own_requests(trainer)
+        self._wait()
+        requeue, stop = (0, 0) if self._broadcast is None else self._broadcast[0].tolist()
+        self._broadcast = None
         return requeue, stop
 
     # Checkpoints, of whoever saves them
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Lets a run that was moved know its checkpoints again, so that its best one stays the best."""
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Corrects the paths of a run that was moved, so that its best checkpoint stays the best."""
         folder = last_checkpoint(trainer).parent.resolve()
         if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == folder:
             move_checkpoints(checkpoint["callbacks"], str(folder))
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Sees to it that a validation that is due or interrupted is held by the run that goes on.
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lets the run that goes on begin with the validation that is due or interrupted.
 
         Lightning would leave out the one, and go on with the other without the scores of its first batches.
         """
@@ -173,11 +143,8 @@ class Preemption(Checkpoint):
             for count in (progress["current"], progress["total"]):
                 count["completed"] = count["processed"]
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            loops["epoch_loop.val_loop.batch_progress"] = {
-                "total": begun,
-                "current": dict(begun),
-                "is_last_batch": False,
-            }
+            validation = {"total": begun, "current": dict(begun), "is_last_batch": False}
+            loops["epoch_loop.val_loop.batch_progress"] = validation
 
 
 def last_checkpoint(trainer: pl.Trainer) -> Path:
@@ -196,8 +163,7 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
     return batches % trainer.val_check_batch == 0
 
 
-def _asked(trainer: pl.Trainer) -> tuple[int, int]:
-    stop = (
-        signal.SIGTERM if trainer.received_sigterm else REQUESTS.stop
-    )  # Lightning had it before the handlers were ours
+def _own_requests(trainer: pl.Trainer) -> tuple[int, int]:
+    # a SIGTERM that came before the handlers were ours is known to Lightning
+    stop = signal.SIGTERM if trainer.received_sigterm else REQUESTS.stop
     return int(REQUESTS.requeue), int(stop or 0)

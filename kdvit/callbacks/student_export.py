@@ -17,7 +17,7 @@ from kdvit.runtime.signals import Stopped
 class StudentExport(pl.Callback):
     """Writes the student (raw weights of the last step) into ``RUN/student`` when training ends, however it ends.
 
-    The config.json beside the weights tells the run's last scores and its seconds of training, over all restarts.
+    The config.json beside the weights has the run's last scores and its seconds of training, over all restarts.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StudentExport(pl.Callback):
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the seconds of the run up to its checkpoint."""
+        """Loads the seconds of the run up to its checkpoint."""
         self._before = state_dict["seconds"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -41,9 +41,9 @@ class StudentExport(pl.Callback):
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Writes the folder for a training that is cut short; what cut it short is told in any case.
+        """Writes the folder of a training that is cut short, if it can.
 
-        A split student is put together by all ranks, and only where all have stopped at one place can they do that.
+        All ranks put a split student together, which they can only where all have stopped at one place.
         """
         together = isinstance(exception, (Stopped, NonFiniteError))
         if self._since is None or not (together or pl_module.device_mesh is None):
@@ -54,11 +54,10 @@ class StudentExport(pl.Callback):
             rank_zero_info(f"The student could not be written: {error}")
 
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        prefix = "student."
         state = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return
-        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        weights = {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")}
         folder = Path(trainer.default_root_dir) / "student"
         spec = pl_module.spec()
         spec["run"]["seconds"] = self._seconds()

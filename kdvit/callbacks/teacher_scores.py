@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from torchmetrics import SumMetric
 
+from kdvit.runtime.processes import of_all_ranks
 from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
 
@@ -46,21 +46,21 @@ class TeacherScores(pl.Callback):
             rank_zero_info("The teacher has other classes than the data, so its accuracy is not measured.")
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)
-        count = SumMetric().to(pl_module.device)
+        scored = 0
         for batch in self._batches(trainer):
             image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
                 logits = teacher(image).logits
             scores.update(logits, target)
-            count.update(len(target))
+            scored += len(target)
         measured = {f"teacher/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
-        images = int(count.compute())
+        images = sum(of_all_ranks(trainer, scored))
         rank_zero_info(f"Teacher on {images:,} validation images: {measured['teacher/acc1']:.2%} top-1.")
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
-        """Returns this rank's share of the images, within the Trainer's limit; a stream is read to its end."""
+        """Returns this rank's share of the images, within the Trainer's limit; reads a stream to its end."""
         loader: Any = trainer.val_dataloaders
         limit, ranks = trainer.num_val_batches[0], trainer.world_size
         if self.images is not None and loader.batch_size and not isinstance(loader.dataset, IterableDataset):

@@ -11,25 +11,18 @@ import lightning.pytorch as pl
 class Throughput(pl.Callback):
     """Logs `train/images_per_second` over all ranks, measured between two logged steps, validation left out."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
-        self._start()
+        self._images = 0
+        self._since = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock again."""
-        self._start()
+    on_validation_end = on_train_start
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the batch, and logs the rate on logged steps."""
         self._images += len(batch.image)
         every = trainer.log_every_n_steps
         if every > 0 and trainer.global_step % every == 0:
             rate = self._images * trainer.world_size / (time.perf_counter() - self._since)
             pl_module.log("train/images_per_second", rate, prog_bar=True)
-            self._start()
-
-    def _start(self) -> None:
-        self._images = 0
-        self._since = time.perf_counter()
+            self.on_train_start(trainer, pl_module)

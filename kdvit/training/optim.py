@@ -45,15 +45,9 @@ class OptimizerOptions:
             near = difflib.get_close_matches(self.name, [str(name) for name in list_optimizers()], n=3)
             hint = f"Near: {', '.join(near)}." if near else "See timm.optim.list_optimizers()."
             raise ValueError(f"optimizer.name: timm has no {self.name!r}. {hint}")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"optimizer: lr must be above 0 and weight_decay 0 or more, got {self.lr} and {self.weight_decay}."
-            )
-        if self.lr_base_batch is not None and self.lr_base_batch < 1:
-            raise ValueError(f"optimizer.lr_base_batch must be 1 or more, or null, got {self.lr_base_batch}.")
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
             raise ValueError(f"optimizer.args: {self.name} does not take {self.args}: {error}") from error
 
     def scaled_lr(self, global_batch: int) -> float:
@@ -69,12 +63,10 @@ class OptimizerOptions:
             fused: Whether a fused kernel may be used, if `args` do not say.
         """
         parameters: Any = groups
-        args = self.args
+        args, lr = self.args, self.scaled_lr(global_batch)
         if fused and self.name in FUSED and not {"fused", "foreach"} & set(args):
             args = {**args, "fused": True}
-        return create_optimizer_v2(
-            parameters, opt=self.name, lr=self.scaled_lr(global_batch), weight_decay=self.weight_decay, **args
-        )
+        return create_optimizer_v2(parameters, opt=self.name, lr=lr, weight_decay=self.weight_decay, **args)
 
 
 @dataclass
@@ -98,11 +90,6 @@ class ScheduleOptions:
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
             raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
-        if self.warmup_epochs < 0 or self.warmup_lr < 0 or self.min_lr < 0:
-            raise ValueError(
-                "schedule: warmup_epochs, warmup_lr and min_lr must be 0 or more, got "
-                f"{self.warmup_epochs}, {self.warmup_lr} and {self.min_lr}."
-            )
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int | None) -> Scheduler:
         """Builds the schedule for a run of so many epochs.

@@ -36,7 +36,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Lets all processes share one student."""
+        """Makes all processes share one student."""
         assert self.lightning_module is not None
         require_shardable(self.lightning_module.trainer, self.lightning_module)
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -66,7 +66,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lets Lightning hand over the state of optimizers and schedules."""
+        """Has Lightning call `load_optimizer_state_dict`."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -90,14 +90,14 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes this rank's part of the weights."""
+        """Loads this rank's part of the weights."""
         assert self.lightning_module is not None
         ours = self.lightning_module.state_dict()
         state = {name: _part(value, ours.get(name)) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes this rank's part of the moments."""
+        """Loads this rank's part of the moments."""
         states = []
         for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = list(chain(*(group["params"] for group in optimizer.param_groups)))
@@ -132,7 +132,7 @@ def split(module: Any, mesh: DeviceMesh) -> None:
 
 
 def require_shardable(trainer: pl.Trainer, module: Any) -> None:
-    """Raises UserError for what would go wrong, or has not been shown to go right, with a split student."""
+    """Raises UserError for what does not work, or is not tested, with a split student."""
     said = "trainer.strategy sharded"
     if str(trainer.precision) not in PRECISIONS:
         raise UserError(f"{said} goes with trainer.precision {' or '.join(PRECISIONS)}, got {trainer.precision}.")
