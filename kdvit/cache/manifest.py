@@ -89,8 +89,8 @@ class Manifest:
             return cls(**{**plain, "layers": tuple(plain["layers"]), "shapes": shapes})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
-                f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it by "
-                f"`kdvit cache --config ... --out {folder}`."
+                f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it "
+                f"by `kdvit cache --config ... --out {folder}`."
             ) from error
 
 

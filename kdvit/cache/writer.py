@@ -100,9 +100,9 @@ class CacheWriting(TeacherPass):
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
     def setup(self, stage: str) -> None:
-        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)
+        """Writes the manifest before the first shard, here as a rank without a shard gets no prediction hooks.
 
-        All ranks hear from the first one what is missing: another may write already when one of them looks.
+        The first rank broadcasts what is missing: another may write already when one of them looks.
         """
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,8 +225,8 @@ def check_begun(folder: Path, planned: Manifest) -> None:
     differences = [*differing(ours, theirs, among), *differing(ours["origin"], theirs["origin"])]
     if differences:
         raise CacheError(
-            f"{str(folder)!r} holds a cache of other settings: {'; '.join(differences)}. Go on with its own, or choose another "
-            "--out."
+            f"{str(folder)!r} holds a cache of other settings: {'; '.join(differences)}. Go on with its own, or choose "
+            "another --out."
         )
 
 
@@ -242,8 +242,8 @@ def check_room(folder: Path, manifest: Manifest) -> tuple[int, int]:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CacheError(
-            f"The cache needs {needed / 1e9:,.3f} GB more, and the disk of {str(folder)!r} has {free / 1e9:,.3f} GB free. Choose "
-            "another --out, fewer --views, --store logits, or --topk."
+            f"The cache needs {needed / 1e9:,.3f} GB more, and the disk of {str(folder)!r} has {free / 1e9:,.3f} GB "
+            "free. Choose another --out, fewer --views, --store logits, or --topk."
         )
     return needed, free
 
@@ -268,8 +268,8 @@ def fill(trainer: pl.Trainer, writing: CacheWriting) -> str:
         raise CacheError(f"{missing} shards of {str(folder)!r} are missing. The same command again goes on with them.")
     size = sum(file.stat().st_size for file in folder.iterdir())
     return (
-        f"{folder}: {size / 1e9:,.3f} GB, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit --config ... "
-        f"--data.init_args.cache {folder}"
+        f"{folder}: {size / 1e9:,.3f} GB, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit "
+        f"--config ... --data.init_args.cache {folder}"
     )
 
 

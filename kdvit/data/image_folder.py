@@ -41,8 +41,9 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
-        on_error: What a damaged training image does: end the run, or have another image take its place, which follows from
-            seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the run.
+        on_error: What a damaged training image does: end the run, or have another image take its place, which follows
+            from seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the
+            run.
         kwargs: Those of ImageDataModule.
 
     Raises:
@@ -136,7 +137,8 @@ class FolderImages(Dataset[Any]):
         samples: Path and class index of each image.
         transform: Makes a tensor ``[3, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
-        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it raises.)
+        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it
+            raises.)
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class FolderImages(Dataset[Any]):
         raise DamagedImage(f"{first} (Of {SUBSTITUTES} others in its place, none can be read.)") from first
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns in plain types what the pixels of a view follow from: the files, by their sizes, and the transform."""
+        """Returns in plain types what the pixels of a view follow from: files, by their sizes, and transform."""
         root = os.path.commonpath({os.path.dirname(path) for path, _ in self.samples})
         listing = hashlib.sha256()
         for path, target in self.samples:
@@ -245,7 +247,7 @@ def _same_classes(root: Path, classes: Mapping[str, list[str]]) -> list[str]:
     train, val = classes.get("train", classes["val"]), classes["val"]
     if train != val:
         raise ValueError(
-            f"train and val in {str(root)!r} have different classes ({len(train)} and {len(val)}); only in one of them: "
-            f"{', '.join(sorted(set(train) ^ set(val))[:5])}."
+            f"train and val in {str(root)!r} have different classes ({len(train)} and {len(val)}); only in one of "
+            f"them: {', '.join(sorted(set(train) ^ set(val))[:5])}."
         )
     return val
