@@ -59,7 +59,7 @@ class FashionMNIST(ImageDataModule):
         if hflip > 1:
             raise ValueError(f"FashionMNIST: hflip must be 1 or less, got {hflip}.")
         folder = find_fashion_mnist(root, download)
-        images, targets, self.test_images, self.test_targets = (read_idx(folder, name) for name in FILES)
+        images, targets, *test = (read_idx(folder, name) for name in FILES)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
         kept = len(targets) - holdout
         size = kept if train_size is None else train_size
@@ -68,27 +68,20 @@ class FashionMNIST(ImageDataModule):
                 f"FashionMNIST has {len(targets)} training images: train_size must be at least 1, and with holdout no "
                 f"more than that; got train_size {train_size} and holdout {holdout}."
             )
-        train, held = order[:size], order[kept:]
-        self.images, self.targets = images[train], targets[train]
-        self.held = (images[held], targets[held]) if holdout else None
-        self.numbers = {"train": train, "val": held}
+        self.numbers = {"train": order[:size], **({"val": order[kept:]} if holdout else {})}
+        self.parts = {split: (images[numbers], targets[numbers]) for split, numbers in self.numbers.items()}
+        self.test = (test[0], test[1])
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
         self.padding, self.hflip = padding, hflip
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split."""
-        if split == "train":
-            augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip}
-            return InMemoryImages(self.images, self.targets, self.image_format, **augmentation)  # type: ignore[arg-type]
-        held = self.held if split == "val" else None
-        images, targets = held or (self.test_images, self.test_targets)
-        return InMemoryImages(images, targets, self.image_format)
+        augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}
+        return InMemoryImages(*self.parts.get(split, self.test), self.image_format, **augmentation)  # type: ignore[arg-type]
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns ``train/N`` or ``test/N``, N the number in the official sets."""
-        if split == "train" or (split == "val" and self.held):
-            return f"train/{int(self.numbers[split][index])}"
-        return f"test/{index}"
+        return f"train/{int(self.numbers[split][index])}" if split in self.numbers else f"test/{index}"
 
 
 def find_fashion_mnist(root: str | None, download: bool) -> Path:

@@ -197,7 +197,7 @@ def _slow_download(self) -> None:
 
 def _number_of_images(root: str, later: float) -> int:
     time.sleep(later)
-    return len(FashionMNIST(root).images)
+    return len(FashionMNIST(root).dataset("train"))
 
 
 def test_processes_that_start_together_do_not_read_half_a_download(tmp_path, monkeypatch) -> None:
