@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class WorkerError(UserError):
-    """An error that a loader's worker may raise; its text leaves out the worker's traceback, which torch puts before it."""
+    """An error that a loader's worker may raise; its text leaves out the traceback that torch puts before it."""
 
     def __str__(self) -> str:
         """Returns the message alone."""

@@ -9,8 +9,8 @@ from pathlib import Path
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     """Writes a file under another name beside it, forces it to the disk, and renames it.
 
-    A kill or a full disk leaves what was there before. (The other name is fixed, so that the next attempt overwrites what a
-    kill has left.)
+    A kill or a full disk leaves what was there before. (The other name is fixed, so that the next attempt overwrites
+    what a kill has left.)
 
     Raises:
         OSError: If it cannot be written; the message names the file.

@@ -51,7 +51,7 @@ def test_a_checkpoint_with_other_numbers_inside_is_passed_over_and_refused_where
     told = "last.ckpt is no whole checkpoint (its part archive/data/2 is damaged)."
     assert told in refused(capsys, *LONGER, "--ckpt_path", "last")
     fit("plain", "", *LONGER)
-    assert f"{told} It is passed over." in caplog.text
+    assert f"{told} It is skipped." in caplog.text
     assert "Going on from run/checkpoints/best.ckpt, step" in caplog.text
     assert newest_checkpoint(CHECKPOINTS) == last
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,13 @@ class Manifest:
     complete: bool = False
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All but `complete`, the origin's items beside the others."""
+        settings = asdict(self)
+        del settings["complete"], settings["origin"]
+        return settings | self.origin
+
+    @property
     def rows(self) -> int:
         """Number of records."""
         return self.views * self.images * self.repeats
@@ -72,10 +78,6 @@ class Manifest:
         """Writes the manifest in one piece: a kill leaves the old one or the new one."""
         write_whole(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
-    def completed(self) -> Manifest:
-        """Returns the same manifest of a finished cache."""
-        return replace(self, complete=True)
-
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Reads the manifest of a cache.
@@ -89,8 +91,8 @@ class Manifest:
             return cls(**{**plain, "layers": tuple(plain["layers"]), "shapes": shapes})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
-                f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it by "
-                f"`kdvit cache --config ... --out {folder}`."
+                f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it "
+                f"by `kdvit cache --config ... --out {folder}`."
             ) from error
 
 
@@ -115,11 +117,10 @@ def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, A
     return plain
 
 
-def differing(ours: dict[str, Any], theirs: dict[str, Any], among: Sequence[str] | None = None) -> list[str]:
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names every item in which a run differs from a cache, with both values."""
-    names = sorted({*ours, *theirs}) if among is None else among
     return [
         f"{name} is {ours.get(name)!r} and was {theirs.get(name)!r}"
-        for name in names
+        for name in sorted({*ours, *theirs})
         if ours.get(name) != theirs.get(name)
     ]

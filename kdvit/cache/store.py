@@ -24,7 +24,7 @@ PRECISION = np.dtype("<f2")
 
 
 def record_type(manifest: Manifest) -> np.dtype[Any]:
-    """Returns the type of one record: the number of the image that was shown, the logits, then one map for each layer."""
+    """Returns the type of one record: the number of the image that was shown, the logits, one map for each layer."""
     fields: list[tuple[Any, ...]] = [("image", "<u4")]
     if manifest.topk is not None and manifest.classes is not None:
         fields.append(("classes", "<u2" if manifest.classes <= 2**16 else "<u4", (manifest.topk,)))
@@ -70,7 +70,8 @@ def encode(images: Tensor, output: ViTOutput, manifest: Manifest) -> np.ndarray[
     """Turns teacher outputs into records ``[B]``.
 
     Args:
-        images: Numbers ``[B]`` of the images that the teacher has seen: others than asked for, where those cannot be read.
+        images: Numbers ``[B]`` of the images that the teacher has seen: others than asked for, where those cannot be
+            read.
         output: What it makes of them.
         manifest: What is to be stored.
 
@@ -167,9 +168,9 @@ class CacheReader:
         for view, ours, theirs in zip(views, images.tolist(), _gather(records, "image").tolist(), strict=True):
             if ours != theirs:
                 raise CacheError(
-                    f"For training image {view.image} the student is shown image {ours}, and the teacher was shown image {theirs} "
-                    f"when the cache {str(self.folder)!r} was written: a file has come to harm, or has been mended, since. Bring "
-                    "the files back as they were, or make another cache by `kdvit cache`."
+                    f"For training image {view.image} the student is shown image {ours}, and the teacher was shown "
+                    f"image {theirs} when the cache {str(self.folder)!r} was written: a file has come to harm, or has "
+                    "been mended, since. Bring the files back as they were, or make another cache by `kdvit cache`."
                 )
         found = {layer: _gather(records, f"layer{layer}") for layer in dict.fromkeys(self.layers)}
         return ViTOutput(self._logits(records), tuple(found[layer] for layer in self.layers))
@@ -219,15 +220,15 @@ def open_cache(
     if not manifest.complete:
         raise CacheError(
             f"The cache {str(folder)!r} is not complete: {len(missing_shards(folder, manifest))} of "
-            f"{-(-manifest.rows // ROWS)} shards are missing. The `kdvit cache` that began it goes on where it stopped: "
-            f"`kdvit cache --config ... --out {folder} --views {manifest.views}`."
+            f"{-(-manifest.rows // ROWS)} shards are missing. The `kdvit cache` that began it goes on where it "
+            f"stopped: `kdvit cache --config ... --out {folder} --views {manifest.views}`."
         )
     lacking = [f"layer {layer}" for layer in dict.fromkeys(layers) if layer not in manifest.layers]
     lacking += ["logits"] if logits and manifest.classes is None else []
     if lacking:
         raise CacheError(
-            f"The distillers want {', '.join(lacking)} of the teacher, which the cache {str(folder)!r} does not hold. Make one "
-            "with the config of this run."
+            f"The distillers want {', '.join(lacking)} of the teacher, which the cache {str(folder)!r} does not hold. "
+            "Make one with the config of this run."
         )
     differences = differing(describe_origin(teacher, data), manifest.origin)
     if differences:
@@ -236,7 +237,7 @@ def open_cache(
             f" (--data.init_args.seed {seed} shows its views to students of any seed.)" if data["seed"] != seed else ""
         )
         raise CacheError(
-            f"The cache {str(folder)!r} was made of something else: {'; '.join(differences)}. Train as it was made, or make "
-            f"another by `kdvit cache`.{hint}"
+            f"The cache {str(folder)!r} was made of something else: {'; '.join(differences)}. Train as it was made, or "
+            f"make another by `kdvit cache`.{hint}"
         )
     return CacheReader(folder, manifest, layers, logits)

@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,11 +79,8 @@ class TeacherPass(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Runs the teacher on one batch."""
-        self.take(
-            self._batches[batch_idx],
-            batch.index,
-            self.teacher(batch.image, self.manifest.layers, self.manifest.classes is not None),
-        )
+        output = self.teacher(batch.image, self.manifest.layers, self.manifest.classes is not None)
+        self.take(self._batches[batch_idx], batch.index, output)
         return batch.index
 
 
@@ -100,9 +97,9 @@ class CacheWriting(TeacherPass):
         return [each[i : i + self.batch_size] for each in rows for i in range(0, len(each), self.batch_size)]
 
     def setup(self, stage: str) -> None:
-        """Writes the manifest before the first shard. (The hooks of the prediction are not called on a rank without one.)
+        """Writes the manifest before the first shard, here as a rank without a shard gets no prediction hooks.
 
-        All ranks hear from the first one what is missing: another may write already when one of them looks.
+        The first rank broadcasts what is missing: another may write already when one of them looks.
         """
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +116,7 @@ class CacheWriting(TeacherPass):
         self._leave()
 
     def _leave(self) -> None:
-        """Does what this process is asked from outside; what is written stays."""
+        """Ends the run if a signal has asked for it; what is written stays."""
         if REQUESTS.requeue:  # whichever rank is first to end a batch; Slurm then ends the others
             REQUESTS.requeue = False
             refused = requeue_job()
@@ -137,7 +134,7 @@ class CacheWriting(TeacherPass):
         """Marks the cache complete once all ranks have written their shards."""
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero and not missing_shards(self.folder, self.manifest):
-            self.manifest.completed().save(self.folder)
+            replace(self.manifest, complete=True).save(self.folder)
         self.trainer.strategy.barrier()
 
 
@@ -165,10 +162,11 @@ class CacheComparison(TeacherPass):
         for layer, ours, theirs in zip(self.manifest.layers, output.features, stored.features, strict=True):
             self._note(f"features of layer {layer}", ours, theirs)
         if output.logits is not None and stored.logits is not None:
+            logits = output.logits.float(), stored.logits.float()
             if self.manifest.topk is None:
-                self._note("logits", output.logits, stored.logits)
+                self._note("logits", *logits)
             else:
-                self._note("probabilities", output.logits.float().softmax(dim=1), stored.logits.float().softmax(dim=1))
+                self._note("probabilities", *(each.softmax(dim=1) for each in logits))
 
     def _note(self, name: str, ours: Tensor, theirs: Tensor) -> None:
         ours, theirs = ours.float().cpu(), theirs.float()
@@ -220,13 +218,10 @@ def check_begun(folder: Path, planned: Manifest) -> None:
     """Raises CacheError if the folder holds a cache of other settings than planned."""
     if not (folder / FILE).exists():
         return
-    ours, theirs = asdict(planned), asdict(Manifest.load(folder))
-    among = [name for name in ours if name not in ("origin", "complete")]
-    differences = [*differing(ours, theirs, among), *differing(ours["origin"], theirs["origin"])]
-    if differences:
+    if differences := differing(planned.settings, Manifest.load(folder).settings):
         raise CacheError(
-            f"{str(folder)!r} holds a cache of other settings: {'; '.join(differences)}. Go on with its own, or choose another "
-            "--out."
+            f"{str(folder)!r} holds a cache of other settings: {'; '.join(differences)}. Go on with its own, or choose "
+            "another --out."
         )
 
 
@@ -242,8 +237,8 @@ def check_room(folder: Path, manifest: Manifest) -> tuple[int, int]:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CacheError(
-            f"The cache needs {needed / 1e9:,.3f} GB more, and the disk of {str(folder)!r} has {free / 1e9:,.3f} GB free. Choose "
-            "another --out, fewer --views, --store logits, or --topk."
+            f"The cache needs {needed / 1e9:,.3f} GB more, and the disk of {str(folder)!r} has {free / 1e9:,.3f} GB "
+            "free. Choose another --out, fewer --views, --store logits, or --topk."
         )
     return needed, free
 
@@ -268,8 +263,8 @@ def fill(trainer: pl.Trainer, writing: CacheWriting) -> str:
         raise CacheError(f"{missing} shards of {str(folder)!r} are missing. The same command again goes on with them.")
     size = sum(file.stat().st_size for file in folder.iterdir())
     return (
-        f"{folder}: {size / 1e9:,.3f} GB, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit --config ... "
-        f"--data.init_args.cache {folder}"
+        f"{folder}: {size / 1e9:,.3f} GB, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit "
+        f"--config ... --data.init_args.cache {folder}"
     )
 
 

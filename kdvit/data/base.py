@@ -36,8 +36,8 @@ class ImageDataModule(pl.LightningDataModule):
         mixup: Alpha of Mixup; 0 for none, as in the paper's runs.
         cutmix: Alpha of CutMix; 0 for none, as in the paper's runs.
         seed: Seed of order and augmentation; by default the run's.
-        cache: Folder of stored teacher outputs, made by `kdvit cache`. With it, the teacher does not run in training, and
-            epoch e shows view ``e % views`` of an image, views being those that the cache holds.
+        cache: Folder of stored teacher outputs, made by `kdvit cache`. With it, the teacher does not run in training,
+            and epoch e shows view ``e % views`` of an image, views being those that the cache holds.
 
     Raises:
         ValueError: If a number is out of range, or Mixup or CutMix is asked for beside a cache.
@@ -57,24 +57,14 @@ class ImageDataModule(pl.LightningDataModule):
         cache: str | None = None,
     ) -> None:
         super().__init__()
-        at_least: dict[str, tuple[float, int]] = {
-            "batch_size": (batch_size, 1),
-            "num_workers": (num_workers, 0),
-            "img_size": (img_size, 1),
-            "repeats": (repeats, 1),
-            "mixup": (mixup, 0),
-            "cutmix": (cutmix, 0),
-            "seed": (seed or 0, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
+        self.require_at_least(1, batch_size=batch_size, img_size=img_size, repeats=repeats)
+        self.require_at_least(0, num_workers=num_workers, mixup=mixup, cutmix=cutmix, seed=seed or 0)
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
         if (mixup or cutmix) and cache is not None:
             raise ValueError(
-                f"{type(self).__name__}: Mixup and CutMix make new images of pairs, and a teacher's output for a mixed image is "
-                "no mixture of its outputs, so no cache has it. Set mixup and cutmix to 0, or leave cache out."
+                f"{type(self).__name__}: Mixup and CutMix make new images of pairs, and a teacher's output for a mixed "
+                "image is no mixture of its outputs, so no cache has it. Set mixup and cutmix to 0, or leave cache out."
             )
         self.cache = cache
         self._reader: CacheReader | None = None
@@ -89,6 +79,12 @@ class ImageDataModule(pl.LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes K."""
         return len(self.class_names)
+
+    def require_at_least(self, least: int, **options: float) -> None:
+        """Raises ValueError if an option is below its least value; subclasses call it at construction."""
+        for name, value in options.items():
+            if value < least:
+                raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns a data set that maps a View, or an image's number, to ``(image, target, index)``.
@@ -111,8 +107,8 @@ class ImageDataModule(pl.LightningDataModule):
         dataset: Any = self.dataset("train")
         if not hasattr(dataset, "fingerprint"):
             raise CacheError(
-                f"{type(dataset).__name__} has no method fingerprint(), which tells its images and its transform in plain types. "
-                "Without it nobody can say whether a cache belongs to the data."
+                f"{type(dataset).__name__} has no method fingerprint(), which returns its images and its transform in "
+                "plain types. Without it nobody can say whether a cache belongs to the data."
             )
         size, mean, std = self.image_format[:3]
         shared = {"class": type(self).__name__, "seed": self.seed, "repeats": self.repeats, "images": len(dataset)}
@@ -132,8 +128,8 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the training batches of this rank, as many as make whole steps of the optimizer.
 
-        The images that remain are left out; another epoch has others of them. Only where there are fewer images than a step
-        takes, they are the one step of an epoch.
+        The images that remain are left out; another epoch has others of them. Only where there are fewer images than a
+        step takes, they are the one step of an epoch.
         """
         dataset: Any = self.dataset("train")
         sampler = self._sampler(len(dataset), training=True)
@@ -141,16 +137,14 @@ class ImageDataModule(pl.LightningDataModule):
             dataset = ViewBatches(dataset, self._reader)
         if (self.mixup or self.cutmix) and len(sampler) < self.batch_size:
             raise ShareError(
-                f"Mixup and CutMix need a whole batch, but a rank has {len(sampler)} training images and batch_size is "
-                f"{self.batch_size}."
+                f"Mixup and CutMix need a whole batch, but a rank has {len(sampler)} training images and batch_size "
+                f"is {self.batch_size}."
             )
-        return ResumableLoader(dataset, sampler=sampler, **self._loading())
+        return self._loader(dataset, sampler, self.batch_size, ResumableLoader)
 
     def replay_dataloader(self, batches: Sampler[list[View]]) -> DataLoader[Any]:
         """Returns training images, augmented, in the batches of views that a sampler says."""
-        return DataLoader(
-            ViewBatches(self.dataset("train")), sampler=batches, **{**self._loading(), "batch_size": None}
-        )
+        return self._loader(ViewBatches(self.dataset("train")), batches, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches of this rank, each image on one rank."""
@@ -160,9 +154,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Returns the test batches of this rank, each image on one rank."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the test batches."""
-        return self._eval_loader("test")
+    predict_dataloader = test_dataloader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``."""
@@ -178,15 +170,15 @@ class ImageDataModule(pl.LightningDataModule):
         dataset: Any = self.dataset(split)
         sampler = self._sampler(len(dataset), training=False)
         batch_size = even_batch_size(len(dataset), sampler.num_replicas, self.batch_size)
-        return DataLoader(dataset, sampler=sampler, **{**self._loading(), "batch_size": batch_size})
+        return self._loader(dataset, sampler, batch_size)
 
     def _sampler(self, size: int, training: bool) -> ViewSampler:
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         batches = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
         if size < replicas:
             raise ShareError(
-                f"{size} {'training' if training else 'evaluation'} image(s) cannot be shared by {replicas} processes: each needs "
-                "one. Set --trainer.devices to fewer."
+                f"{size} {'training' if training else 'evaluation'} image(s) cannot be shared by {replicas} processes: "
+                "each needs one. Set --trainer.devices to fewer."
             )
         sampler = ViewSampler(
             size,
@@ -200,22 +192,26 @@ class ImageDataModule(pl.LightningDataModule):
         )
         if batches > 1 and len(sampler) < self.batch_size * batches:
             raise ShareError(
-                f"A rank has {len(sampler)} training images an epoch, and a step takes {self.batch_size * batches} of each rank "
-                f"({self.batch_size} x {batches} accumulated batches). Set --data.init_args.batch_size or "
+                f"A rank has {len(sampler)} training images an epoch, and a step takes {self.batch_size * batches} of "
+                f"each rank ({self.batch_size} x {batches} accumulated batches). Set --data.init_args.batch_size or "
                 "--trainer.accumulate_grad_batches to fewer."
             )
         return sampler
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
-            "worker_init_fn": start_worker,
-            "multiprocessing_context": FORK if self.num_workers > 0 else None,
-        }
+    def _loader(
+        self, dataset: Any, sampler: Any, batch_size: int | None, kind: type[DataLoader[Any]] = DataLoader
+    ) -> DataLoader[Any]:
+        return kind(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            multiprocessing_context=FORK if self.num_workers > 0 else None,
+        )
 
 
 def even_batch_size(images: int, ranks: int, batch_size: int) -> int:

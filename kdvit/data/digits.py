@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages, check_augmentation
+from kdvit.data.in_memory import InMemoryImages
 
 
 class Digits(ImageDataModule):
@@ -29,7 +29,7 @@ class Digits(ImageDataModule):
 
     def __init__(self, batch_size: int = 64, img_size: int = 8, padding: int = 1, **kwargs: Any) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
-        check_augmentation(padding)
+        self.require_at_least(0, padding=padding)
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split

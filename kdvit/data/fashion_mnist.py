@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages, check_augmentation
+from kdvit.data.in_memory import InMemoryImages
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -55,38 +55,33 @@ class FashionMNIST(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
-        check_augmentation(padding, hflip)
+        self.require_at_least(0, padding=padding, holdout=holdout, hflip=hflip)
+        if hflip > 1:
+            raise ValueError(f"FashionMNIST: hflip must be 1 or less, got {hflip}.")
         folder = find_fashion_mnist(root, download)
-        images, targets, self.test_images, self.test_targets = (read_idx(folder, name) for name in FILES)
+        images, targets, *test = (read_idx(folder, name) for name in FILES)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
         kept = len(targets) - holdout
         size = kept if train_size is None else train_size
-        if holdout < 0 or not 1 <= size <= kept:
+        if not 1 <= size <= kept:
             raise ValueError(
-                f"FashionMNIST has {len(targets)} training images: train_size must be at least 1 and holdout at least 0, "
-                f"together no more than that; got train_size {train_size} and holdout {holdout}."
+                f"FashionMNIST has {len(targets)} training images: train_size must be at least 1, and with holdout no "
+                f"more than that; got train_size {train_size} and holdout {holdout}."
             )
-        train, held = order[:size], order[kept:]
-        self.images, self.targets = images[train], targets[train]
-        self.held = (images[held], targets[held]) if holdout else None
-        self.numbers = {"train": train, "val": held}
+        self.numbers = {"train": order[:size], **({"val": order[kept:]} if holdout else {})}
+        self.parts = {split: (images[numbers], targets[numbers]) for split, numbers in self.numbers.items()}
+        self.test = (test[0], test[1])
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
         self.padding, self.hflip = padding, hflip
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split."""
-        if split == "train":
-            augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip}
-            return InMemoryImages(self.images, self.targets, self.image_format, **augmentation)  # type: ignore[arg-type]
-        held = self.held if split == "val" else None
-        images, targets = held or (self.test_images, self.test_targets)
-        return InMemoryImages(images, targets, self.image_format)
+        augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}
+        return InMemoryImages(*self.parts.get(split, self.test), self.image_format, **augmentation)  # type: ignore[arg-type]
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns ``train/N`` or ``test/N``, N the number in the official sets."""
-        if split == "train" or (split == "val" and self.held):
-            return f"train/{int(self.numbers[split][index])}"
-        return f"test/{index}"
+        return f"train/{int(self.numbers[split][index])}" if split in self.numbers else f"test/{index}"
 
 
 def find_fashion_mnist(root: str | None, download: bool) -> Path:
@@ -108,13 +103,13 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
         except Exception as error:
             reason = error
     raise FileNotFoundError(
-        f"Fashion-MNIST is in none of {', '.join(map(str, folders))}, and cannot be downloaded ({reason}). Install Debian's "
-        "package dataset-fashion-mnist, or name the folder of its four idx files by --data.init_args.root."
+        f"Fashion-MNIST is in none of {', '.join(map(str, folders))}, and cannot be downloaded ({reason}). Install "
+        "Debian's package dataset-fashion-mnist, or name the folder of its four idx files by --data.init_args.root."
     )
 
 
 def download_whole(folder: Path) -> None:
-    """Downloads beside the folder and moves each file there: of processes that start together, none reads half a file."""
+    """Downloads beside the folder and moves each file there, so that no other process reads half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as beside:
         fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)

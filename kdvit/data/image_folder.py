@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
-from kdvit.data.transforms import Transform, eval_transform, train_transform
+from kdvit.data.transforms import Transform, train_transform
+from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
 
@@ -39,8 +41,9 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
-        on_error: What a damaged training image does: end the run, or have another image take its place, which follows from
-            seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the run.
+        on_error: What a damaged training image does: end the run, or have another image take its place, which follows
+            from seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the
+            run.
         kwargs: Those of ImageDataModule.
 
     Raises:
@@ -64,17 +67,15 @@ class ImageFolder(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.on_error = Path(root).absolute(), on_error
         self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
-        self.class_names = _same_classes(self.root, list(self.samples))
+        self.class_names = _same_classes(self.root, {split: each.class_names for split, each in self.samples.items()})
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
         self.augmentation: dict[str, Any] = {
             "auto_augment": auto_augment,
             "color_jitter": color_jitter,
             "random_erasing": random_erasing,
-            "interpolation": interpolation,
         }
-        size, mean, std = self.image_format.size[0], self.image_format.mean, self.image_format.std
-        self.train_transform = train_transform(size, mean, std, **self.augmentation)
-        self.eval_transform = eval_transform(size, mean, std, crop_pct, interpolation)
+        self.train_transform = train_transform(self.image_format, **self.augmentation)
+        self.eval_transform = eval_transform(self.image_format)
 
     def require(self, split: Split) -> None:
         """Raises FileNotFoundError for training images where the root has validation images alone."""
@@ -83,7 +84,8 @@ class ImageFolder(ImageDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns also the arguments of the training transform, so that a difference can be named."""
-        return {**super().fingerprint(), **self.augmentation, "on_error": self.on_error}
+        more = {"interpolation": self.image_format.interpolation, "on_error": self.on_error}
+        return {**super().fingerprint(), **self.augmentation, **more}
 
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of train, or of val for every evaluation."""
@@ -98,7 +100,7 @@ class ImageFolder(ImageDataModule):
         return str(Path(self.samples["train" if split == "train" else "val"][index][0]).relative_to(self.root))
 
 
-class ImageList(Sequence[tuple[str, int]]):
+class ImageList(Sequence[Any]):
     """Paths and class indices in three arrays.
 
     A list of tuples has two counted references an image, and a loader process that reads one copies its page: each
@@ -106,9 +108,11 @@ class ImageList(Sequence[tuple[str, int]]):
 
     Args:
         samples: Path and class index of each image.
+        class_names: Name of each class.
     """
 
-    def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, samples: Iterable[tuple[str, int]], class_names: Sequence[str] = ()) -> None:
+        self.class_names = list(class_names)
         paths, targets = zip(*samples, strict=True)
         encoded = [os.fsencode(path) for path in paths]
         self._ends = np.cumsum([len(path) for path in encoded])
@@ -118,13 +122,7 @@ class ImageList(Sequence[tuple[str, int]]):
     def __len__(self) -> int:
         return len(self._targets)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, int]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, int]]: ...
-
-    def __getitem__(self, index: int | slice) -> tuple[str, int] | list[tuple[str, int]]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
@@ -139,7 +137,8 @@ class FolderImages(Dataset[Any]):
         samples: Path and class index of each image.
         transform: Makes a tensor ``[3, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
-        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it raises.)
+        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it
+            raises.)
     """
 
     def __init__(
@@ -166,9 +165,7 @@ class FolderImages(Dataset[Any]):
         """Returns a sample, and what is wrong with the image of the view, if this is another."""
         image, number, bad = self._readable(view)
         target = self.samples[number][1]
-        if self.seed is None:
-            return (self.transform(image), target, number), bad
-        with seeded(mixed_seed(self.seed, *view)):
+        with nullcontext() if self.seed is None else seeded(mixed_seed(self.seed, *view)):
             return (self.transform(image), target, number), bad
 
     def _readable(self, view: View) -> tuple[Image.Image, int, str]:
@@ -191,7 +188,7 @@ class FolderImages(Dataset[Any]):
         raise DamagedImage(f"{first} (Of {SUBSTITUTES} others in its place, none can be read.)") from first
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns in plain types what the pixels of a view follow from: the files, by their sizes, and the transform."""
+        """Returns in plain types what the pixels of a view follow from: files, by their sizes, and transform."""
         root = os.path.commonpath({os.path.dirname(path) for path, _ in self.samples})
         listing = hashlib.sha256()
         for path, target in self.samples:
@@ -209,24 +206,23 @@ def list_images(folder: Path) -> ImageList:
         PermissionError: If a folder cannot be listed.
     """
     try:
-        _, class_to_index = find_classes(folder)
+        names, class_to_index = find_classes(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no class folder in {str(folder)!r}. {LAYOUT}") from error
     except PermissionError as error:
         _cannot_list(error)
     samples = [(path, target) for name, target in class_to_index.items() for path in _files(folder / name)]
-    empty = sorted(set(class_to_index.values()) - {target for _, target in samples})
-    if empty:
-        names = {index: name for name, index in class_to_index.items()}
+    if empty := sorted(set(range(len(names))) - {target for _, target in samples}):
         paths = ", ".join(repr(str(folder / names[index])) for index in empty[:3])
         raise FileNotFoundError(
-            f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove them."
+            f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove "
+            "them."
         )
-    return ImageList(samples)
+    return ImageList(samples, names)
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Yields the paths of a folder's images, those in folders below included. (No file is touched for it.)"""
+    """Yields the paths of a folder's images, those in folders below included, without opening a file."""
     for place, _, names in sorted(os.walk(folder, onerror=_cannot_list, followlinks=True)):
         yield from (os.path.join(place, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS))
 
@@ -247,13 +243,11 @@ def _splits(root: Path) -> list[str]:
     return splits
 
 
-def _same_classes(root: Path, splits: list[str]) -> list[str]:
-    classes = {split: find_classes(root / split)[0] for split in splits}
-    if classes.get("train", classes["val"]) != classes["val"]:
-        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
+def _same_classes(root: Path, classes: Mapping[str, list[str]]) -> list[str]:
+    train, val = classes.get("train", classes["val"]), classes["val"]
+    if train != val:
         raise ValueError(
-            f"train and val in {str(root)!r} have different classes ({len(classes['train'])} and {len(classes['val'])}); "
-            f"only in one of them: {', '.join(odd[:5])}."
+            f"train and val in {str(root)!r} have different classes ({len(train)} and {len(val)}); only in one of "
+            f"them: {', '.join(sorted(set(train) ^ set(val))[:5])}."
         )
-    names: list[str] = classes["val"]
-    return names
+    return val

@@ -16,12 +16,6 @@ from kdvit.seeding import mixed_words
 from kdvit.structures import Batch, ImageFormat, View
 
 
-def check_augmentation(padding: int, hflip: float = 0.0) -> None:
-    """Raises ValueError if the numbers of an augmentation are out of range; data modules call it at construction."""
-    if padding < 0 or not 0 <= hflip <= 1:
-        raise ValueError(f"padding must be 0 or more and hflip between 0 and 1, got {padding} and {hflip}.")
-
-
 class InMemoryImages(Dataset[Any]):
     """Grey images, given as three equal channels.
 
@@ -43,7 +37,6 @@ class InMemoryImages(Dataset[Any]):
         padding: int = 0,
         hflip: float = 0.0,
     ) -> None:
-        check_augmentation(padding, hflip)
         pixels = images[:, None]
         if pixels.shape[2:] != image_format.size:
             pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)

@@ -34,8 +34,8 @@ class DamagedImage(ImageError):
 def read_image(path: str) -> Image.Image:
     """Reads an image as RGB.
 
-    16 bits are rounded to 8, and transparency is left out, as torchvision and timm do. An image of more pixels than Pillow
-    takes without a warning (``PIL.Image.MAX_IMAGE_PIXELS``) is refused before it is unpacked.
+    16 bits are rounded to 8, and transparency is left out, as torchvision and timm do. An image of more pixels than
+    Pillow takes without a warning (``PIL.Image.MAX_IMAGE_PIXELS``) is refused before it is unpacked.
 
     Raises:
         DamagedImage: If the file is at fault; the message names the path.
@@ -49,7 +49,8 @@ def read_image(path: str) -> Image.Image:
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(
-            f"Cannot read the image {path!r}: {_reason(path, error)}. {'Mend it or take it out.' if damaged else NOT_OF_THE_FILE}"
+            f"Cannot read the image {path!r}: {_reason(path, error)}. "
+            f"{'Mend it or take it out.' if damaged else NOT_OF_THE_FILE}"
         ) from error
 
 

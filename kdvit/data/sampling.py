@@ -83,20 +83,20 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of batches that it has handed out in an epoch, and the images of one on all ranks.
+    """A loader whose state is the number of batches that it has yielded in an epoch, and their size over all ranks.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
     sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
     (torchdata's StatefulDataLoader would restore the order, and no random draw).
 
     Raises:
-        ShareError: When an epoch is gone on with in batches that hold, over all ranks, another number of images than those
-            that began it: images would come twice, or never.
+        ShareError: If an epoch is resumed in batches of another size over all ranks than it began with: images would
+            come twice, or never.
 
     Its iterator reads the epoch when the first batch is asked for: Lightning makes it before it sets the epoch.
     """
 
-    _handed_out = 0
+    _yielded = 0
     _resume = (-1, 0)
     _begun_in = 0
 
@@ -104,26 +104,30 @@ class ResumableLoader(DataLoader[Any]):
         epoch, batches = self._resume
         if batches and epoch == self._epoch and self._begun_in != self._images:
             raise ShareError(
-                f"The checkpoint was saved amid epoch {epoch}, which began in batches of {self._begun_in} images over all processes, and "
-                f"in batches of {self._images} images would come twice, or never. Go on with {self._begun_in} (batch_size x "
-                "trainer.devices x trainer.num_nodes), or from a checkpoint that was saved at the end of an epoch."
+                f"The checkpoint was saved amid epoch {epoch}, which began in batches of {self._begun_in} images over "
+                f"all processes, and in batches of {self._images} images would come twice, or never. Go on with "
+                f"{self._begun_in} (batch_size x trainer.devices x trainer.num_nodes), or from a checkpoint that was "
+                "saved at the end of an epoch."
             )
         self._resume = (-1, 0)
-        self._handed_out = batches if epoch == self._epoch and batches < len(self) else 0
+        self._yielded = batches if epoch == self._epoch and batches < len(self) else 0
         if isinstance(self.sampler, ViewSampler):
-            self.sampler.start = self._handed_out * (self.batch_size or 1)
+            self.sampler.start = self._yielded * (self.batch_size or 1)
         for batch in super().__iter__():
-            self._handed_out += 1
+            self._yielded += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch, the number of batches handed out in it, a resume that is yet to come included, and the images of one."""
+        """Returns the epoch, the number of batches yielded in it, and the images of one over all ranks.
+
+        Batches that a resume is yet to leave out count as yielded.
+        """
         epoch, batches = self._resume
-        handed_out = batches if epoch == self._epoch else self._handed_out
-        return {"epoch": self._epoch, "batches": handed_out, "images": self._images}
+        yielded = batches if epoch == self._epoch else self._yielded
+        return {"epoch": self._epoch, "batches": yielded, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next iteration, if it is of the same epoch, start behind the batches handed out."""
+        """Lets the next iteration, if it is of the same epoch, start behind the batches yielded."""
         self._resume, self._begun_in = (state_dict["epoch"], state_dict["batches"]), state_dict["images"]
 
     @property

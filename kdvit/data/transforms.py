@@ -9,56 +9,39 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 
+from kdvit.structures import ImageFormat
+
 Transform = Callable[[Image.Image], Tensor]
 
 
 def train_transform(
-    img_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    images: ImageFormat,
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float = 0.4,
     random_erasing: float = 0.25,
-    interpolation: str = "bicubic",
 ) -> Transform:
-    """Returns random resized crop, flip, auto-augment (colour jitter only without it), normalisation and random erasing.
+    """Returns random resized crop, flip, auto-augment or colour jitter, normalisation and random erasing.
 
     Args:
-        img_size: Height and width in pixels.
-        mean: Mean to subtract.
-        std: Standard deviation to divide by.
+        images: What it makes; the size is a square.
         auto_augment: timm's policy string, or None.
         color_jitter: Strength of the colour jitter; timm leaves it out beside a policy.
         random_erasing: Probability of erasing a rectangle with noise.
-        interpolation: Of the resizing.
     """
     transform = create_transform(
-        img_size,
+        images.size[0],
         is_training=True,
         color_jitter=color_jitter,
         auto_augment=auto_augment,
-        interpolation=interpolation,
+        interpolation=images.interpolation,
         re_prob=random_erasing,
         re_mode="pixel",
         re_count=1,
-        mean=mean,
-        std=std,
+        mean=images.mean,
+        std=images.std,
     )
     _mend_posterize(transform)
     return transform  # type: ignore[no-any-return]
-
-
-def eval_transform(
-    img_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
-) -> Transform:
-    """Returns resize of the shorter side to ``img_size / crop_pct``, centre crop and normalisation."""
-    return create_transform(  # type: ignore[no-any-return]
-        img_size, is_training=False, interpolation=interpolation, crop_pct=crop_pct, mean=mean, std=std
-    )
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Loader workers that share their parent's memory and obey it alone."""
+"""Loader workers that share their parent's memory and end when it says so, and on no other signal."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ def start_worker(worker: int) -> None:
         worker: Number of the worker.
     """
     gc.freeze()  # a collection writes to every object there is, and so copies all memory shared with the parent
-    obey_the_parent()
+    ignore_signals_of_the_run()
 
 
-def obey_the_parent() -> None:
+def ignore_signals_of_the_run() -> None:
     """Lets a worker ignore the signals that Slurm and Ctrl-C send to all processes of a run.
 
-    The run goes on to the end of its batch and saves itself, and needs its workers till then. SIGTERM still ends a worker
-    when its parent sends it, as Python does with those that are left when it exits.
+    The run goes on to the end of its batch and saves itself, and needs its workers till then. SIGTERM still ends a
+    worker when its parent sends it, as Python does with those that are left when it exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for each in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_with_the_parents_word, daemon=True).start()
+    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
 
 
-def _end_with_the_parents_word() -> None:
+def _end_when_the_parent_says() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(128 + signal.SIGTERM)
 
 
 def let_collectives_end() -> None:
-    """Gives threads of torch.distributed the time to leave Python alone: before a worker is forked, and before Python ends.
+    """Gives threads of torch.distributed time to leave Python: before a worker is forked, and before Python ends.
 
-    A C++ thread enters Python when a collective has just ended. A worker that is forked meanwhile waits for ever for a lock
-    that nobody holds in it (https://github.com/python/cpython/issues/112275), and a Python that ends meanwhile aborts.
+    A C++ thread enters Python when a collective has just ended. A worker that is forked meanwhile waits for ever for a
+    lock that nobody holds in it (https://github.com/python/cpython/issues/112275), and a Python that ends meanwhile
+    aborts.
     """
     if dist.is_available() and dist.is_initialized():
         time.sleep(SETTLING)

@@ -35,11 +35,8 @@ def same_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student: ``[B, C_s, H_s, W_s]``.
         teacher: ``[B, C_t, H_t, W_t]``.
     """
-    if student.shape[2:] == teacher.shape[2:]:
-        return student, teacher
-    if student.shape[2:].numel() > teacher.shape[2:].numel():
-        return _resize(student, teacher), teacher
-    return student, _resize(teacher, student)
+    size = min(student.shape[2:], teacher.shape[2:], key=torch.Size.numel)
+    return _resize(student, size), _resize(teacher, size)
 
 
 def same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +53,10 @@ def same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return _pool_channels(student, width), _pool_channels(teacher, width)
 
 
-def _resize(finer: Tensor, coarser: Tensor) -> Tensor:
-    size = [int(coarser.shape[2]), int(coarser.shape[3])]
-    return F.interpolate(finer, size=size, mode="bilinear", align_corners=False, antialias=True)
+def _resize(feature: Tensor, size: torch.Size) -> Tensor:
+    if feature.shape[2:] == size:
+        return feature
+    return F.interpolate(feature, size=list(size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _pool_channels(feature: Tensor, width: int) -> Tensor:
@@ -84,11 +82,15 @@ class FeatureDistiller(Distiller):
             arXiv:2511.15572); "linear" trains a projector from student to teacher width, gone after training.
 
     Raises:
-        ValueError: If the lists differ in length, are empty or an option is unknown; at `build`, if widths differ and no
-            projector is named.
+        ValueError: If the lists differ in length, are empty or an option is unknown; at `build`, if widths differ and
+            no projector is named.
     """
 
     needs_teacher_logits: ClassVar[bool] = False
+    way_out: ClassVar[str] = (
+        "Name a bridge: projector: pool (averages channels, the naive baseline) or projector: linear (trained, gone at "
+        "inference). Or make the student wide: LiftViT or WideLastViT with width: {width}."
+    )
 
     def __init__(
         self,
@@ -101,8 +103,9 @@ class FeatureDistiller(Distiller):
         super().__init__(weight)
         if not student_layers or len(student_layers) != len(teacher_layers):
             raise ValueError(
-                f"{type(self).__name__}: student_layers and teacher_layers are pairs and must be lists of one length, got "
-                f"{len(student_layers)} ({list(student_layers)}) and {len(teacher_layers)} ({list(teacher_layers)})."
+                f"{type(self).__name__}: student_layers and teacher_layers are pairs and must be lists of one length, "
+                f"got {len(student_layers)} ({list(student_layers)}) and {len(teacher_layers)} "
+                f"({list(teacher_layers)})."
             )
         if loss not in LOSSES:
             raise ValueError(f"{type(self).__name__}: loss must be one of {sorted(LOSSES)}, got {loss!r}.")
@@ -117,20 +120,14 @@ class FeatureDistiller(Distiller):
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
         """Checks the widths and creates the linear projectors, if asked for."""
         self.projectors = nn.ModuleList()
-        for (wide, *_), (target, *_), layer in zip(
-            student.features, teacher.features, self.student_layers, strict=True
-        ):
+        for i, ((ours, *_), (theirs, *_)) in enumerate(zip(student.features, teacher.features, strict=True)):
             if self.projector == "linear":
-                self.projectors.append(nn.Conv2d(wide, target, kernel_size=1))
-            elif self.projector is None and wide != target:
-                raise ValueError(self._width_error(layer, wide, target))
-
-    def _width_error(self, layer: Layer, student: int, teacher: int) -> str:
-        return (
-            f"{type(self).__name__}: the student's layer {layer!r} is {student} channels wide and the teacher's {teacher}. "
-            "Name a bridge: projector: pool (averages channels, the naive baseline) or projector: linear (trained, gone "
-            f"at inference). Or make the student wide: LiftViT or WideLastViT with width: {teacher}."
-        )
+                self.projectors.append(nn.Conv2d(ours, theirs, kernel_size=1))
+            elif self.projector is None and ours != theirs:
+                raise ValueError(
+                    f"{type(self).__name__}: the student's layer {self.student_layers[i]!r} is {ours} channels wide "
+                    f"and the teacher's layer {self.teacher_layers[i]!r} {theirs}. {self.way_out.format(width=theirs)}"
+                )
 
     def aligned(self, student: ViTOutput, teacher: ViTOutput) -> list[tuple[Tensor, Tensor]]:
         """Returns the pairs of maps as the loss compares them, student first, each ``[B, C, H, W]``."""
@@ -150,7 +147,7 @@ class FeatureDistiller(Distiller):
         return torch.stack([loss(ours, theirs) for ours, theirs in self.aligned(student, teacher)]).mean()
 
     def metrics(self, student: ViTOutput, teacher: ViTOutput) -> dict[str, Tensor]:
-        """Measures, for each pair, the mean cosine similarity of tokens and the share of the teacher's variance explained."""
+        """Measures, for each pair, the mean cosine similarity of tokens and the explained share of the variance."""
         measured = {}
         for i, (ours, theirs) in enumerate(self.aligned(student, teacher)):
             suffix = f"_{i}" if len(self.student_layers) > 1 else ""

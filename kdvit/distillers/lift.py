@@ -11,7 +11,8 @@ from kdvit.structures import Layer
 class LiftDistiller(FeatureDistiller):
     """Lift: the lifted map of a LiftViT, projector and norm included, against the teacher's block output.
 
-    Checks the student's architecture and never makes it: the lifting projector is part of LiftViT and stays at inference.
+    Checks the student's architecture and never makes it: the lifting projector is part of LiftViT and stays at
+    inference.
 
     Args:
         weight: Factor of this term in the total loss; 0.2 in the paper's runs.
@@ -22,13 +23,9 @@ class LiftDistiller(FeatureDistiller):
         ValueError: At construction of the run, if the student has no lift or is not as wide as the teacher.
     """
 
+    way_out = "Set the width of LiftViT to {width}."
+
     def __init__(
         self, weight: float = 1.0, loss: Literal["mse", "spectral"] = "mse", teacher_layer: Layer = -1
     ) -> None:
         super().__init__(weight, student_layers=("lift",), teacher_layers=(teacher_layer,), loss=loss)
-
-    def _width_error(self, layer: Layer, student: int, teacher: int) -> str:
-        return (
-            f"LiftDistiller: the student's lift is {student} channels wide and the teacher's layer "
-            f"{self.teacher_layers[0]!r} {teacher}. Set the width of LiftViT to {teacher}."
-        )

@@ -71,9 +71,9 @@ class LogitDistiller(Distiller):
         """Checks that both networks tell apart the same number of classes."""
         if student.classes != teacher.classes:
             raise ValueError(
-                f"LogitDistiller needs one set of classes, but the student has {student.classes} classes and the teacher "
-                f"{teacher.classes}. Use a teacher trained on the student's classes, or distill features instead "
-                "(FeatureDistiller, LiftDistiller, WideLastDistiller)."
+                f"LogitDistiller needs one set of classes, but the student has {student.classes} classes and the "
+                f"teacher {teacher.classes}. Use a teacher trained on the student's classes, or distill features "
+                "instead (FeatureDistiller, LiftDistiller, WideLastDistiller)."
             )
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:

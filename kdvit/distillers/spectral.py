@@ -13,8 +13,8 @@ def spectral_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error between the 2-D spectra of two maps.
 
     Both maps go through a real FFT over height and width (norm "ortho"); real and imaginary parts are compared.
-    By Parseval's theorem this is, for maps of equal width, a re-weighted `feature_mse`: the mean runs over about as many
-    numbers, but of each conjugate pair only one is counted. On white noise it is about half of it.
+    By Parseval's theorem this is, for maps of equal width, a re-weighted `feature_mse`: the mean runs over about as
+    many numbers, but of each conjugate pair only one is counted. On white noise it is about half of it.
 
     Args:
         student: ``[B, C, H, W]``.

@@ -19,16 +19,13 @@ class WideLastDistiller(FeatureDistiller):
         teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
 
     Raises:
-        ValueError: At construction of the run, if the student has no wide last block or it is not as wide as the teacher.
+        ValueError: At construction of the run, if the student has no wide last block or it is not as wide as the
+            teacher.
     """
+
+    way_out = "Set the width of WideLastViT to {width}."
 
     def __init__(
         self, weight: float = 1.0, loss: Literal["mse", "spectral"] = "mse", teacher_layer: Layer = -1
     ) -> None:
         super().__init__(weight, student_layers=("wide_last",), teacher_layers=(teacher_layer,), loss=loss)
-
-    def _width_error(self, layer: Layer, student: int, teacher: int) -> str:
-        return (
-            f"WideLastDistiller: the student's last block is {student} channels wide and the teacher's layer "
-            f"{self.teacher_layers[0]!r} {teacher}. Set the width of WideLastViT to {teacher}."
-        )

@@ -59,8 +59,8 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
             student, mapped = _wide_last(weights, num_heads)
         else:
             raise ValueError(
-                "neither a Lift nor a WideLast checkpoint of the authors: expected keys such as projections.11.weight or "
-                f"blocks.11.proj_in.weight, found {_some(weights)}."
+                "neither a Lift nor a WideLast checkpoint of the authors: expected keys such as projections.11.weight "
+                f"or blocks.11.proj_in.weight, found {_some(weights)}."
             )
         student.model.load_state_dict(mapped)
     except KeyError as error:

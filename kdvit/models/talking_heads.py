@@ -34,7 +34,7 @@ def mix_heads(attn: Tensor, mix: nn.Linear) -> Tensor:
 
 
 def use_fast_talking_heads(model: nn.Module) -> None:
-    """Gives every TalkingHeadAttn of timm's inside a model the fast forward, in place; other modules stay as they are."""
+    """Gives every TalkingHeadAttn of timm's inside a model the fast forward, in place."""
     for module in model.modules():
         if type(module) is TalkingHeadAttn:
             module.__class__ = FastTalkingHeadAttn

@@ -46,11 +46,11 @@ class TimmTeacher(TimmNetwork):
         pretrained = pretrained and checkpoint is None
         if pretrained and "num_classes" in (model_args or {}):
             raise ValueError(
-                f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of {arch} by a "
-                "random one. Leave it out; a teacher keeps its own classes."
+                f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of "
+                f"{arch} by a random one. Leave it out; a teacher keeps its own classes."
             )
-        args = {"arch": arch, "img_size": img_size, "model_args": model_args}
-        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, new_head=False)  # type: ignore[arg-type]
+        args: dict[str, Any] = {"arch": arch, "img_size": img_size, "model_args": model_args}
+        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, new_head=False)
         if fast_attention:
             use_fast_talking_heads(model)
         super().__init__(model)

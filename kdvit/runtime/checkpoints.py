@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from kdvit.files import write_whole
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: the old one stays until the new one is on the disk.
 
-    (Lightning's own goes through the folder for temporary files, and is no rename where that is on another file system.)
+    (Lightning's own goes through the folder for temporary files, and is no rename where that is on another file
+    system.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -35,7 +36,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which leaves out the batches whose gradients wait for more: a checkpoint has no gradients.
+    """Lightning's ModelCheckpoint, which skips batches whose gradients wait for more: a checkpoint has no gradients.
 
     (Lightning's own saves amid accumulated batches by time, and by steps in the first ones of a run that goes on.)
     """
@@ -62,35 +63,38 @@ def refuse_saving_on_errors(callbacks: Iterable[pl.Callback]) -> None:
     for callback in callbacks:
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             raise ValueError(
-                f"{type(callback).__name__} would save when the run fails, amid a step or behind one that was not finite, and the "
-                "next start would go on from there. Leave save_on_exception or the callback out: a run saves itself when it is "
-                "stopped, and in RUN/nonfinite when a number is not finite."
+                f"{type(callback).__name__} would save when the run fails, amid a step or behind one that was not "
+                "finite, and the next start would go on from there. Leave save_on_exception or the callback out: a run "
+                "saves itself when it is stopped, and in RUN/nonfinite when a number is not finite."
             )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint of a run that has come furthest, of equals ``last.ckpt``; None if there is none.
 
-    A file that cannot be read, or from which training cannot go on, is passed over with a word.
+    A file that cannot be read, or from which training cannot go on, is skipped, and the log says why.
     """
     steps = {}
     for file in sorted(folder.glob("*.ckpt"), key=lambda each: each.name == "last.ckpt", reverse=True):
-        try:
-            steps[file] = training_step(file)
-        except ValueError as error:
-            rank_zero_info(f"{error} It is passed over.")
-    for file in sorted(steps, key=lambda each: steps[each], reverse=True):
-        try:
-            require_whole(file)
-        except ValueError as error:
-            rank_zero_info(f"{error} It is passed over.")
-        else:
-            return file
-    return None
+        if (step := _or_none(training_step, file)) is not None:
+            steps[file] = step
+    newest_first = sorted(steps, key=lambda each: steps[each], reverse=True)
+    return next((file for file in newest_first if _or_none(require_whole, file)), None)
 
 
-def require_whole(file: Path) -> None:
-    """Reads a checkpoint once through, by the checksums of its parts: what unpickles may still hold other numbers.
+def _or_none(read: Callable[[Path], Any], file: Path) -> Any:
+    try:
+        return read(file)
+    except ValueError as error:
+        rank_zero_info(f"{error} It is skipped.")
+        return None
+
+
+def require_whole(file: Path) -> Path:
+    """Checks a checkpoint by the checksums of its parts: what unpickles may still hold other numbers.
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: If it is damaged.
@@ -101,6 +105,7 @@ def require_whole(file: Path) -> None:
         raise ValueError(f"{file} is no whole checkpoint ({_said(error)}).") from error
     if damaged is not None:
         raise ValueError(f"{file} is no whole checkpoint (its part {damaged} is damaged).")
+    return file
 
 
 def move_checkpoints(states: dict[str, Any], folder: str) -> None:

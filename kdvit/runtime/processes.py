@@ -18,11 +18,12 @@ SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name f
 
 
 def require_whole_networks(trainer: pl.Trainer) -> None:
-    """Raises UserError under a strategy that splits networks, such as FSDP, where what is measured would be a part of one."""
+    """Raises UserError under a strategy that splits networks, such as FSDP: a measurement would see a part of one."""
     if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
         raise UserError(
-            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and this command needs "
-            "them whole in each. Set --trainer.strategy ddp, or, to train and evaluate a student that is split (FSDP2), sharded."
+            f"trainer.strategy {type(trainer.strategy).__name__} splits networks over the processes, and this command "
+            "needs them whole in each. Set --trainer.strategy ddp, or, to train and evaluate a student that is split "
+            "(FSDP2), sharded."
         )
 
 
@@ -35,9 +36,9 @@ def require_all_processes(trainer: pl.Trainer) -> None:
     require_all_tasks(devices * nodes)
     if TorchElasticEnvironment.detect() and TorchElasticEnvironment().world_size() != devices * nodes:
         raise UserError(
-            f"torchrun has started {TorchElasticEnvironment().world_size()} process(es) of this run, and trainer.devices x "
-            f"trainer.num_nodes is {devices} x {nodes}. Start one process for each device, and set --trainer.devices to those of "
-            "one machine and --trainer.num_nodes to the machines."
+            f"torchrun has started {TorchElasticEnvironment().world_size()} process(es) of this run, and "
+            f"trainer.devices x trainer.num_nodes is {devices} x {nodes}. Start one process for each device, and set "
+            "--trainer.devices to those of one machine and --trainer.num_nodes to the machines."
         )
 
 
@@ -70,13 +71,14 @@ def require_all_tasks(planned: int | None) -> None:
     if name in SHELLS:
         if started > 1:
             raise UserError(
-                f"srun has started {started} processes, but Lightning takes a job named {name!r} for a shell, and each would train "
-                "by itself. Give another name: `srun --job-name=kdvit ...`."
+                f"srun has started {started} processes, but Lightning takes a job named {name!r} for a shell, and each "
+                "would train by itself. Give another name: `srun --job-name=kdvit ...`."
             )
     elif planned not in (None, started):
         raise UserError(
-            f"Slurm has started {started} of the {planned} processes of this run (trainer.devices x trainer.num_nodes): start it "
-            "with srun, `srun --nodes=NUM_NODES --ntasks-per-node=DEVICES ...`, or with `kdvit slurm`."
+            f"Slurm has started {started} of the {planned} processes of this run (trainer.devices x "
+            "trainer.num_nodes): start it with srun, `srun --nodes=NUM_NODES --ntasks-per-node=DEVICES ...`, or with "
+            "`kdvit slurm`."
         )
 
 

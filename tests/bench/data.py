@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdvit.data.image_folder import FolderImages, read_image
 from kdvit.data.transforms import train_transform
+from kdvit.structures import ImageFormat
 from tests.bench.rounds import Row, interleave, row, speed_up
 
 PHOTOGRAPHS = 64
@@ -37,7 +38,7 @@ def _rows(folder: Path, rounds: int) -> list[Row]:
         prepared.append((str(folder / f"{i}_256.jpg"), 0))
         photograph.save(full[-1][0], quality=90)
         photograph.resize((341, 256), Image.Resampling.BICUBIC).save(prepared[-1][0], quality=90)
-    transform = train_transform(224, MEAN, STD, "rand-m9-mstd0.5-inc1", 0.4, 0.25, "bicubic")
+    transform = train_transform(ImageFormat((224, 224), MEAN, STD), "rand-m9-mstd0.5-inc1", 0.4, 0.25)
     sets = [FolderImages(samples, transform, seed=0) for samples in (full, prepared)]
     decode = interleave(lambda: _each(sets[0].__getitem__), lambda: _each(lambda i: read_image(full[i][0])), rounds)
     smaller = interleave(lambda: _each(sets[1].__getitem__), lambda: _each(sets[0].__getitem__), rounds)

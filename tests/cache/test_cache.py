@@ -236,7 +236,7 @@ def test_too_little_disk_is_said_before_anything_is_written(demo_teacher: str, m
 def test_a_cache_of_other_settings_is_not_gone_on_with(demo_teacher: str, capsys) -> None:
     cache(demo_teacher)
     message = refusal(capsys, demo_teacher, "--views", "2", "--topk", "3", "--seed_everything", "5", run=cache)
-    assert "other settings: views is 2 and was 1; topk is 3 and was None; data.seed is 5 and was 0. " in message
+    assert "other settings: data.seed is 5 and was 0; topk is 3 and was None; views is 2 and was 1. " in message
 
 
 def test_what_is_stored_is_what_is_asked_for(demo_teacher: str, capsys) -> None:

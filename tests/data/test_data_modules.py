@@ -16,8 +16,9 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from kdvit.data import Digits, FashionMNIST, ImageFolder
-from kdvit.data.transforms import eval_transform, posterize, train_transform
-from kdvit.structures import Batch
+from kdvit.data.transforms import posterize, train_transform
+from kdvit.models.network import eval_transform
+from kdvit.structures import Batch, ImageFormat
 
 CLASSES = ("cat", "dog")
 
@@ -60,7 +61,8 @@ def test_pixels_do_not_depend_on_workers_or_the_random_state(tmp_path) -> None:
 
 
 def test_the_training_transform_is_deits() -> None:
-    steps = train_transform(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).transforms
+    images = ImageFormat((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    steps = train_transform(images).transforms
     names = [type(step).__name__ for step in steps]
     assert names == [
         "RandomResizedCropAndInterpolation",
@@ -82,14 +84,14 @@ def test_the_training_transform_is_deits() -> None:
 
 
 def test_the_evaluation_resizes_to_256_and_crops_the_centre() -> None:
-    resize, crop, *_ = eval_transform(224, (0.5,) * 3, (0.5,) * 3).transforms
+    resize, crop, *_ = eval_transform(ImageFormat((224, 224), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875)).transforms
     assert resize.size == 256
     assert resize.interpolation.value == "bicubic"
     assert crop.size == (224, 224)
 
 
 def test_the_papers_augmentation_does_not_crash_in_4000_draws() -> None:
-    transform = train_transform(16, (0.5,) * 3, (0.5,) * 3)
+    transform = train_transform(ImageFormat((16, 16), (0.5,) * 3, (0.5,) * 3))
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (20, 20, 3), dtype=np.uint8))
     for _ in range(4000):
         assert transform(image).shape == (3, 16, 16)
@@ -195,7 +197,7 @@ def _slow_download(self) -> None:
 
 def _number_of_images(root: str, later: float) -> int:
     time.sleep(later)
-    return len(FashionMNIST(root).images)
+    return len(FashionMNIST(root).dataset("train"))
 
 
 def test_processes_that_start_together_do_not_read_half_a_download(tmp_path, monkeypatch) -> None:

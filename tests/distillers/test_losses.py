@@ -153,7 +153,7 @@ def test_bad_options_say_what_was_expected(make, text: str) -> None:
             FeatureDistiller(),
             OutputShapes(10, ((192, 14, 14),)),
             OutputShapes(None, ((384, 14, 14),)),
-            "192 channels wide and the teacher's 384.*projector: pool.*projector: linear",
+            "192 channels wide and the teacher's layer -1 384.*projector: pool.*projector: linear",
         ),
         (
             LiftDistiller(),
