@@ -88,12 +88,6 @@ def test_only_logged_steps_may_wait_for_the_device(
         assert [name for name in step if name in WAITING] == []
 
 
-def test_seeding_a_step_keeps_nothing_for_gpus_that_are_not_in_use(tmp_path: Path) -> None:
-    before = len(torch.cuda._queued_calls)
-    trainer(tmp_path).fit(_module(), datamodule=TinyData())
-    assert len(torch.cuda._queued_calls) == before
-
-
 def test_no_parameter_is_without_gradient() -> None:
     for remedy in OBJECTIVES:
         module = _module(remedy)
@@ -145,18 +139,6 @@ def test_fp16_gradients_are_unscaled_before_they_are_logged(monkeypatch: pytest.
     run = trainer(tmp_path, limit_train_batches=1)
     run.fit(_module(), datamodule=TinyData())
     assert run.optimizers[0].defaults["fused"] is None
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path: Path) -> None:
-    whole, first, second = _module(), _module(), _module()
-    trainer(tmp_path, max_epochs=3).fit(whole, datamodule=TinyData())
-    interrupted = trainer(tmp_path, max_epochs=3, callbacks=[StopAfter(1)])
-    interrupted.fit(first, datamodule=TinyData())
-    interrupted.save_checkpoint(tmp_path / "epoch1.ckpt")
-    resumed = trainer(tmp_path, max_epochs=3)
-    resumed.fit(second, datamodule=TinyData(), ckpt_path=tmp_path / "epoch1.ckpt", weights_only=True)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value), name
 
 
 class StopAfter(pl.Callback):

@@ -15,7 +15,6 @@ import torch
 from kdvit import load_student
 from kdvit.callbacks import StudentEMA
 from kdvit.cli import main
-from kdvit.models import Network
 from kdvit.models.export import export_onnx, export_program
 from kdvit.training.module import DistillationModule
 from tests.tiny import FORMAT, TinyData, student, trainer
@@ -107,10 +106,3 @@ def test_costs_are_shown_side_by_side(checkpoint: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["benchmark", "deit_tny_patch16_224"])
     assert "Did you mean deit_tiny_patch16_224" in capsys.readouterr().err
-
-
-def test_a_loaded_student_is_a_module_with_its_story(checkpoint: str) -> None:
-    loaded = load_student(checkpoint)
-    assert isinstance(loaded, Network)
-    assert loaded.spec["class_names"] == list("abcde")
-    assert callable(loaded.transform)

@@ -14,6 +14,7 @@ from PIL import Image
 import kdvit.distillers
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
+from tests.runs import SHORT
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -26,16 +27,8 @@ def test_it_is_short() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_its_python_runs(capsys) -> None:
-    short = [
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.limit_train_batches",
-        "2",
-        "--trainer.enable_progress_bar",
-        "false",
-    ]
-    main(["fit", "--config", "demo/teacher.yaml", *short])
-    main(["fit", "--config", "demo/wide_last.yaml", *short])
+    main(["fit", "--config", "demo/teacher.yaml", *SHORT])
+    main(["fit", "--config", "demo/wide_last.yaml", *SHORT])
     Image.new("L", (30, 20), 128).save("photograph.jpg")
     assert len(PYTHON) == 3
     for code in PYTHON:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.replication.arms import SEEDS
@@ -11,7 +12,13 @@ from tests.replication.report import write_report
 from tests.replication.runs import Place
 from tests.replication.stages import choose_recipe, choose_weights, draw_analysis, train_arms
 
-STAGES = ("recipe", "weights", "arms", "figures", "report")
+STAGES: dict[str, Callable[[Place, argparse.Namespace], None]] = {
+    "recipe": lambda place, args: choose_recipe(place),
+    "weights": lambda place, args: choose_weights(place),
+    "arms": lambda place, args: train_arms(place, args.seeds),
+    "figures": lambda place, args: draw_analysis(place, args.report.absolute().parent),
+    "report": lambda place, args: write_report(place.results, args.report),
+}
 
 
 def main(given: list[str] | None = None) -> None:
@@ -28,17 +35,9 @@ def main(given: list[str] | None = None) -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # two runs at once, a core each
     place = Place(args.runs.absolute(), args.results.absolute(), tuple(args.over))
-    stages = args.stages or STAGES
-    if "recipe" in stages:
-        choose_recipe(place)
-    if "weights" in stages:
-        choose_weights(place)
-    if "arms" in stages:
-        train_arms(place, args.seeds)
-    if "figures" in stages:
-        draw_analysis(place, args.report.absolute().parent)
-    if "report" in stages:
-        write_report(place.results, args.report)
+    for name, stage in STAGES.items():
+        if name in (args.stages or STAGES):
+            stage(place, args)
 
 
 if __name__ == "__main__":

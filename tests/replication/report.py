@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from tests.replication.arms import ARMS, SELECTION_SEED, TEACHER, TUNED
 from tests.replication.claims import (
+    Result,
     Results,
     accuracy,
     accuracy_findings,
@@ -34,11 +35,12 @@ def write_report(results: Path, report: Path) -> None:
     Raises:
         RuntimeError: If there are no results yet.
     """
-    found = read_results(results)
-    if not found.get("plain"):
+    files = read_results(results)
+    found = by_arm(files)
+    if not found["plain"]:
         raise RuntimeError(f"There is no result of the plain student in {results}: run the stage `arms` first.")
     text = report.read_text()
-    for name, block in blocks(results).items():
+    for name, block in blocks(files).items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda part, block=block: f"{part[1]}{block}\n{part[2]}", text, flags=re.DOTALL)
         if not count:
@@ -48,20 +50,23 @@ def write_report(results: Path, report: Path) -> None:
     print(f"{report} tells the results of {results}.")
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path) -> dict[str, Result]:
+    """Returns what all JSON files of a folder hold, by name without suffix; those of a folder inside as FOLDER/NAME."""
+    files = sorted(folder.rglob("*.json"))
+    return {str(file.relative_to(folder).with_suffix("")): json.loads(file.read_text()) for file in files}
+
+
+def by_arm(files: dict[str, Result]) -> Results:
     """Returns the results of all arms, by arm and seed."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*_seed_*.json"))]
-    results: Results = {name: {} for name in ARMS}
-    for content in contents:
-        if content.get("arm") in results:
-            results[content["arm"]][content["seed"]] = content
-    return results
+    return {
+        arm: {each["seed"]: each for name, each in files.items() if re.fullmatch(rf"{arm}_seed_\d+", name)}
+        for arm in ARMS
+    }
 
 
-def blocks(folder: Path) -> dict[str, str]:
+def blocks(files: dict[str, Result]) -> dict[str, str]:
     """Returns the text of each marked part."""
-    results = read_results(folder)
-    teacher = json.loads((folder / f"{TEACHER}.json").read_text())
+    results, teacher = by_arm(files), files[TEACHER]
     student_width = own_layer(next(iter(results["plain"].values())))["width"]
     findings = [*geometry_findings(results, teacher, student_width), *accuracy_findings(results)]
     return {
@@ -69,8 +74,8 @@ def blocks(folder: Path) -> dict[str, str]:
         "beside": table(("read beside them", "difference", "found"), beside(results, teacher)),
         "arms": arms_table(results, teacher),
         "geometry": geometry_table(results, teacher),
-        "choices": choices(folder),
-        "cost": cost(folder, results),
+        "choices": choices(files[RECIPE], files[WEIGHTS]),
+        "cost": cost(files.values(), results),
     }
 
 
@@ -82,16 +87,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int | Non
 
 def arms_table(results: Results, teacher: dict[str, Any]) -> str:
     """Returns accuracy and gain of every arm."""
-    header = (
-        "arm",
-        "",
-        "parameters",
-        "feature weight",
-        "seeds",
-        "test top-1 (%)",
-        "gain on plain, paired",
-        "held out (%)",
-    )
+    about = ("arm", "", "parameters", "feature weight", "seeds")
+    header = (*about, "test top-1 (%)", "gain on plain, paired", "held out (%)")
     rows = [("`teacher`", "on all images", f"{teacher['parameters']:,}", "", "1", f"{accuracy(teacher):.2f}", "", "")]
     for name, arm in ARMS.items():
         runs = list(results[name].values())
@@ -145,9 +142,8 @@ def _geometry_row(name: str, layers: list[dict[str, Any]], distances: list[float
     )
 
 
-def choices(folder: Path) -> str:
+def choices(recipe: dict[str, Any], weights: dict[str, Any]) -> str:
     """Returns what was chosen on the held out images, with all candidates."""
-    recipe, weights = (json.loads((folder / f"{name}.json").read_text()) for name in (RECIPE, WEIGHTS))
     rates = [
         f"{each['learning_rate']:g} and {each['weight_decay']:g}: {100 * each['validation_acc1']:.2f}"
         for each in recipe["candidates"]
@@ -171,10 +167,9 @@ def choices(folder: Path) -> str:
     return "\n".join([*lines, table(("feature weight", *grid, "chosen"), rows, 1)])
 
 
-def cost(folder: Path, results: Results) -> str:
+def cost(contents: Iterable[Result], results: Results) -> str:
     """Returns what it took, and where."""
-    everything = [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
-    timed = [each for each in everything if "seconds" in each]
+    timed = [each for each in contents if "seconds" in each]
     hours = sum(each["seconds"] for each in timed) / 3600
     computed = sum(each["cpu_seconds"] for each in timed) / 3600
     machines = {(m["cpu"], m["cores"], m["torch"], m["timm"], m["lightning"]) for m in (t["machine"] for t in timed)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.replication.arms import ARMS, FEATURE_WEIGHTS, LEARNING_RATES, TUNED, WEIGHT_DECAYS
-from tests.replication.report import blocks, write_report
+from tests.replication.report import blocks, read_results, write_report
 from tests.replication.test_claims import layer
 
 PAGE = Path(__file__).parent.parent.parent / "configs" / "replication" / "README.md"
@@ -92,4 +92,5 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     results = PAGE.parent / "results"
     if not (results / "plain_seed_0.json").is_file():
         pytest.skip("no results are committed yet")
-    assert all(f"<!-- {name} -->\n{block}\n<!-- end -->" in PAGE.read_text() for name, block in blocks(results).items())
+    parts = blocks(read_results(results))
+    assert all(f"<!-- {name} -->\n{block}\n<!-- end -->" in PAGE.read_text() for name, block in parts.items())

@@ -89,20 +89,10 @@ def submit(run: Path, *options: str, seconds: float = 0.02) -> Job:
         seconds: What a batch takes at least.
     """
     beat = json.dumps([{"class_path": "tests.slurm.beat.Beat", "init_args": {"seconds": seconds}}])
-    given = [
-        "--trainer.callbacks",
-        beat,
-        "--trainer.default_root_dir",
-        str(run),
-        "--gpus",
-        "0",
-        "--time",
-        "20",
-        *options,
-    ]
+    given = ["--trainer.callbacks", beat, "--trainer.default_root_dir", str(run), "--gpus", "0", "--time", "20"]
     told = io.StringIO()
     with redirect_stdout(told):
-        main(["slurm", *TRAINING, *given])
+        main(["slurm", *TRAINING, *given, *options])
     return Job(re.match(r"Job (\d+) is submitted", told.getvalue())[1], run)
 
 
