@@ -1,7 +1,8 @@
 """Measurements: per-image rank, axes that all images share, spectra along channels, and what a pair suffers from.
 
-On tokens that are at hand: `svd_energy`, `pca_energy`, `channel_spectrum`, `participation_ratio`, or all by `measure`. On
-networks and images: `analyze`. Over batches and ranks: the torchmetrics in `svd_rank`, `pca`, `spectral`, `participation`.
+On tokens that are at hand: `svd_energy`, `pca_energy`, `channel_spectrum`, `participation_ratio`, or all by `measure`.
+On networks and images: `analyze`. Over batches and ranks: the torchmetrics in `svd_rank`, `pca`, `spectral` and
+`participation`.
 """
 
 from kdvit.analysis.callback import GeometryMonitor

@@ -1,8 +1,9 @@
 """What SEP shows where there is nothing to see: the same tokens with their channels permuted, and Gaussian noise.
 
 Two facts make the permutations cheap. The mean spectrum of tokens under any permutation P follows from one matrix, the
-second moment M of the tokens at length 1, as that of ``P M P^T``. And its mean over all permutations is known: a permutation leaves the share of frequency 0 (the squared
-channel mean) as it is, and all others are alike, so each of them has ``(1 - share) / (D - 1)``.
+second moment M of the tokens at length 1, as that of ``P M P^T``. And its mean over all permutations is known: a
+permutation leaves the share of frequency 0 (the squared channel mean) as it is, and all others are alike, so each of
+them has ``(1 - share) / (D - 1)``.
 """
 
 from __future__ import annotations

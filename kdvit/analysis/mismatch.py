@@ -12,8 +12,8 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
   (78.23 against 77.53 % for DeiT-Tiny from CaiT-S24), if it costs at most a third more parameters and operations, as it
   does there; else Lift at the teacher's width, which costs nothing once it is trained and folded (`kdvit.models.fold`).
 
-Its limits: it rests on one pair of one paper and on linear subspaces; 95 % and the third are conventions; it says nothing
-of logit distillation, which works beside any of them, nor of how much is gained.
+Its limits: it rests on one pair of one paper and on linear subspaces; 95 % and the third are conventions; it says
+nothing of logit distillation, which works beside any of them, nor of how much is gained.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Advice(NamedTuple):
             f"The teacher's map has {self.teacher_width} channels. 99 % of the images keep 95 % of their energy in "
             f"{self.need} axes that all share (dataset PCA).",
             f"One image alone needs {self.rank} directions for that (per-image SVD): {turned}",
-            f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared axes "
-            f"hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
+            f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared "
+            f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
         ]
 
     def cost_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -194,8 +194,8 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
     if ratio <= AFFORDABLE or "Lift" not in by_remedy:
         return "WideLast", (
             f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, "
-            f"costs {ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice: once trained, "
-            "it folds into a student that costs what this one costs."
+            f"costs {ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice: once "
+            "trained, it folds into a student that costs what this one costs."
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; WideLast, which gained more in the paper, would cost "

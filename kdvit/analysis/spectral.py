@@ -44,7 +44,7 @@ def _channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of ``x x^T / |x|^2`` over the tokens of each image, ``[B, D, D]``, and how many count, ``[B]``."""
+    """Returns the sum of ``x x^T / |x|^2`` over an image's tokens, ``[B, D, D]``, and how many count, ``[B]``."""
     norm: Tensor = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
     unit = tokens / norm.where(norm > 0, torch.inf)
     return unit.mT @ unit, (norm > 0).sum((1, 2))

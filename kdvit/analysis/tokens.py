@@ -32,22 +32,19 @@ def check_tokens(tokens: Tensor, first: int = 0) -> Tensor:
     """
     if tokens.ndim != 3 or 0 in tokens.shape:
         raise ValueError(
-            f"Expected tokens [images, N, D], each at least 1, got shape {list(tokens.shape)}. (A feature map [B, C, H, W] "
-            "becomes tokens by kdvit.analysis.as_tokens.)"
+            f"Expected tokens [images, N, D], each at least 1, got shape {list(tokens.shape)}. (A feature map "
+            "[B, C, H, W] becomes tokens by kdvit.analysis.as_tokens.)"
         )
     if not tokens.is_floating_point():
         raise TypeError(f"Expected floating-point tokens, got {tokens.dtype}.")
     tokens = tokens.double()
     largest: Tensor = torch.linalg.vector_norm(tokens, torch.inf, dim=(1, 2))
-    if not largest.isfinite().all():
-        raise ValueError(
-            f"The tokens of image {first + int((~largest.isfinite()).nonzero()[0])} of the batch are not finite."
-        )
-    if not largest.all():
-        raise ValueError(
-            f"All tokens of image {first + int((largest == 0).nonzero()[0])} of the batch are zero: they have no energy, and "
-            "no rank."
-        )
+    for wrong, said in (
+        (~largest.isfinite(), "The tokens of image {} of the batch are not finite."),
+        (largest == 0, "All tokens of image {} of the batch are zero: they have no energy, and no rank."),
+    ):
+        if wrong.any():
+            raise ValueError(said.format(first + int(wrong.nonzero()[0])))
     return tokens
 
 

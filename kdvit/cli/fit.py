@@ -1,4 +1,4 @@
-"""`kdvit fit`, `validate`, `test`, `predict`, `check` and `cache`: a config becomes data, module and Trainer, and runs."""
+"""`kdvit fit`, `validate`, `test`, `predict`, `check`, `cache`: a config becomes data, module and Trainer, and runs."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class ReadFit(PlannedFit):
 
 
 def parse_fit(args: list[str]) -> Any:
-    """Returns the config of a `kdvit fit` with these arguments, checked as far as that goes without building anything."""
+    """Returns the config of a `kdvit fit`, checked as far as that goes without building anything."""
     return PlannedFit("fit", find_configs(args)).config["fit"]
 
 

@@ -14,7 +14,7 @@ from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
 from kdvit.errors import UserError, shown
-from kdvit.models import Network
+from kdvit.models.network import eval_transform
 from kdvit.structures import ImageFormat, subclasses
 
 
@@ -98,10 +98,9 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
         raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
     with shown((OSError,)):
         samples = list_images(root / "val" if splits else root)
-    holder = Network(1, image_format)
     targets = [target for _, target in samples]
     folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None
-    dataset = FolderImages(samples, holder.transform, None)
+    dataset = FolderImages(samples, eval_transform(image_format), None)
     return Images(dataset, targets, image_format, collate, str(root.absolute()), folder, len(set(targets)))
 
 

@@ -24,8 +24,8 @@ def explain(error: Exception) -> str | None:
     """Returns the message for a user's mistake, and None for any other error."""
     if isinstance(error, OSError) and error.errno in FULL:
         return (
-            f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it was. "
-            "Make room and give the same command again: a run goes on from its last checkpoint."
+            f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it "
+            "was. Make room and give the same command again: a run goes on from its last checkpoint."
         )
     torch = sys.modules.get("torch")
     lost = torch is not None and isinstance(error, torch.distributed.DistError)
@@ -102,8 +102,8 @@ def _unknown_class(text: str, match: re.Match[str]) -> str:
     known: dict[str, type] = subclasses(kind) if kind else {}
     listed = f" Known: {', '.join(sorted(known))}." if known else ""
     return (
-        f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its import "
-        "path, such as my_package.MyClass."
+        f"{key}: there is no class {match[1]!r}.{nearest(match[1], known)}{listed} A class of your own needs its "
+        "import path, such as my_package.MyClass."
     )
 
 

@@ -114,7 +114,7 @@ def joined(
 
 
 def _values(words: list[str], known: dict[str, Any]) -> list[str]:
-    """Takes the words of a list from the front: up to the next option, but one that is no option of the command's own."""
+    """Takes the words of a list from the front, up to the next option; the first may look like one of sbatch's."""
     taken: list[str] = []
     while words and (not words[0].startswith("--") or not (taken or words[0][2:].partition("=")[0] in known)):
         taken.append(words.pop(0))

@@ -40,9 +40,8 @@ class Trainer(pl.Trainer):
             self.fit(model, datamodule=datamodule)
         except Exception as error:
             raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
-        print(
-            f"A training and a validation batch of at most {CHECKED_IMAGES} images went through. This config is ready for `kdvit fit`."
-        )
+        said = f"A training and a validation batch of at most {CHECKED_IMAGES} images went through."
+        print(f"{said} This config is ready for `kdvit fit`.")
 
     def cache(
         self,

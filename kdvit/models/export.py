@@ -104,8 +104,8 @@ def checked_fold(student: Network) -> tuple[LiftViT, float, float]:
     """
     if not isinstance(student, LiftViT):
         raise ValueError(
-            f"--fold is for students with a lift, and this is a {type(student).__name__}. (The wide block of WideLast is "
-            "not linear, and a student without a remedy has nothing to fold.)"
+            f"--fold is for students with a lift, and this is a {type(student).__name__}. (The wide block of WideLast "
+            "is not linear, and a student without a remedy has nothing to fold.)"
         )
     folded = student.folded()
     images = _images(student, IMAGES).to(student.blank_image())

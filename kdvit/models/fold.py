@@ -1,8 +1,8 @@
 """The fold of Lift: the same classifier in the student's own width, at the cost of a student without a lift.
 
-A LayerNorm behind a linear map without bias is a function of the map's input. With P_c the projector whose rows have lost
-their mean over the D_T lifted channels, and L any root of ``P_c P_c^T / D_T = L L^T``, a token x has the lifted variance
-``||x L||^2``, so that::
+A LayerNorm behind a linear map without bias is a function of the map's input. With P_c the projector whose rows have
+lost their mean over the D_T lifted channels, and L any root of ``P_c P_c^T / D_T = L L^T``, a token x has the lifted
+variance ``||x L||^2``, so that::
 
     LayerNorm(x P) = (x P_c) / sqrt(||x L||^2 + eps) * gamma + beta
 
@@ -10,9 +10,9 @@ and, as pooling and head are linear, with head W and bias b::
 
     logits = mean_n[ x_n / sqrt(||x_n L||^2 + eps) ] (P_c diag(gamma) W^T) + (b + W beta)
 
-So for classification a trained Lift is a plain vision transformer with a Mahalanobis norm of its tokens and a head of rank
-at most D_S: what it brings, it brings through training, its parametrisation and its feature loss, and not through capacity
-at inference. (kdvit's own; it is not in the paper.) WideLast cannot be folded: its wide block is not linear.
+So for classification a trained Lift is a plain vision transformer with a Mahalanobis norm of its tokens and a head of
+rank at most D_S: what it brings, it brings through training, its parametrisation and its feature loss, and not through
+capacity at inference. (kdvit's own; it is not in the paper.) WideLast cannot be folded: its wide block is not linear.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ class Network(nn.Module):
         names = "".join(f", {name!r}" for name in self.named_layers())
         raise ValueError(
             f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to "
-            f"-1), a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, unless it is folded, and 'wide_last' with "
-            "WideLastViT.)"
+            f"-1), a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, "
+            "unless it is folded, and 'wide_last' with WideLastViT.)"
         )
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse.typing import PositiveInt
+
 from kdvit.cli.config_files import find_config
 from kdvit.errors import UserError, shown
 
@@ -23,8 +25,8 @@ class Processes:
     """
 
     accelerator: str | None = None
-    devices: int = 1
-    num_nodes: int = 1
+    devices: PositiveInt = 1
+    num_nodes: PositiveInt = 1
     strategy: str = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 

@@ -20,9 +20,9 @@ SCRIPT = """\
 # {command}
 #
 # Written by `kdvit slurm`; `sbatch` takes it as it stands. All nodes must see the same files.
-# SIGUSR1 comes before the time limit and before a preemption. The run then saves itself at the end of a batch, requeues
-# this job, and goes on when it starts again. `scancel JOB` saves and ends it; the same command, or `sbatch` of this file,
-# goes on from there.
+# SIGUSR1 comes before the time limit and before a preemption. The run then saves itself at the end of a batch,
+# requeues this job, and goes on when it starts again. `scancel JOB` saves and ends it; the same command, or `sbatch` of
+# this file, goes on from there.
 {directives}
 
 export OMP_NUM_THREADS={threads}  # of a process, beside its loader workers
@@ -81,23 +81,7 @@ def slurm(
     Example:
         kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
     """
-    ours = (*OURS, "--seed_everything") if seeds else OURS
-    twice = next((each for each in rest if each.partition("=")[0] in ours), "")
-    lone = next((each for each in sbatch if not re.fullmatch("-.+", each)), "")
-    early = time is not None and seconds(time) <= signal_seconds
-    rules = {
-        f"{twice} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.": twice,
-        f"A GPU has one process, got --gpus {gpus} and --tasks_per_node {tasks_per_node}. (--gpus 0 is for processes on "
-        "CPUs.)": gpus and tasks_per_node not in (None, gpus),
-        f"--time must be longer than --signal_seconds, got {time} and {signal_seconds} s: the job would be requeued as "
-        "soon as it has started.": early,
-        f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, seeds))}.": len({*seeds}) < len(seeds)
-        or min(seeds, default=0) < 0,
-        f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {lone!r}.": lone,
-    }
-    for message, broken in rules.items():
-        if broken:
-            raise UserError(message)
+    refuse_options(rest, gpus, tasks_per_node, time, signal_seconds, seeds, sbatch)
     config = parsed(rest, seeds)
     root = Path(config.trainer.default_root_dir).absolute()
     name, tasks = job_name or root.name, gpus or tasks_per_node or 1
@@ -144,6 +128,36 @@ def slurm(
         print(script, end="")
     else:
         submit(script, root, seeds)
+
+
+def refuse_options(
+    fit: list[str],
+    gpus: int,
+    tasks_per_node: int | None,
+    time: str | None,
+    signal_seconds: int,
+    seeds: list[int],
+    sbatch: list[str],
+) -> None:
+    """Raises UserError if options contradict one another."""
+    ours = (*OURS, "--seed_everything") if seeds else OURS
+    twice = next((each for each in fit if each.partition("=")[0] in ours), "")
+    lone = next((each for each in sbatch if not re.fullmatch("-.+", each)), "")
+    early = time is not None and seconds(time) <= signal_seconds
+    rules = {
+        f"{twice} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.": twice,
+        f"A GPU has one process, got --gpus {gpus} and --tasks_per_node {tasks_per_node}. (--gpus 0 is for processes "
+        "on CPUs.)": gpus and tasks_per_node not in (None, gpus),
+        f"--time must be longer than --signal_seconds, got {time} and {signal_seconds} s: the job would be requeued "
+        "as soon as it has started.": early,
+        f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, seeds))}.": (
+            len({*seeds}) < len(seeds) or min(seeds, default=0) < 0
+        ),
+        f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {lone!r}.": lone,
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise UserError(message)
 
 
 def parsed(fit: list[str], seeds: list[int]) -> Any:
@@ -231,8 +245,8 @@ def refuse_a_second_job(script: Path) -> None:
         job, state, command = [*line.split(" ", 2), ""][:3]  # an interactive job has no command
         if command == str(script):
             raise UserError(
-                f"Job {job} of this run is in the queue ({state}), and two at once would write over one another. `scancel {job}` "
-                "ends it."
+                f"Job {job} of this run is in the queue ({state}), and two at once would write over one another. "
+                f"`scancel {job}` ends it."
             )
 
 
@@ -241,8 +255,8 @@ def _answer(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise UserError(
-            f"This machine has no {command[0]}: give the command on a login node of the cluster. (--dry_run prints the script "
-            "here, and `sbatch` takes it there.)"
+            f"This machine has no {command[0]}: give the command on a login node of the cluster. (--dry_run prints the "
+            "script here, and `sbatch` takes it there.)"
         ) from error
     if done.returncode:
         raise UserError(f"Slurm has refused: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
