@@ -60,7 +60,7 @@ def signal_at(hook: str, count: int, name: str = "SIGTERM") -> list[str]:
 
 
 def stopped(method: str, teacher: str, *more: str) -> int:
-    """Runs a fit that is stopped, and returns its status; drops the traceback, which would keep loader workers."""
+    """Runs a fit that is stopped, and returns its status without the traceback, which would keep the workers."""
     try:
         fit(method, teacher, *more)
     except SystemExit as end:
