@@ -92,6 +92,20 @@ class OutputShapes(NamedTuple):
     features: tuple[tuple[int, int, int], ...] = ()
 
 
+class SharedBasis(NamedTuple):
+    """The principal axes of all tokens of a data set.
+
+    Attributes:
+        spectrum: Eigenvalues of the tokens' second moment, descending, ``[D]``.
+        axes: The eigenvectors as columns, ``[D, D]``.
+        mean: What is subtracted of a token before, ``[D]``: zero, or the mean token where the analysis is centred.
+    """
+
+    spectrum: Tensor
+    axes: Tensor
+    mean: Tensor
+
+
 class ImageFormat(NamedTuple):
     """How images reach a network.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdvit.distillers import Distiller
-from kdvit.structures import OutputShapes, ViTOutput
+from kdvit.structures import OutputShapes, SharedBasis, ViTOutput
 
 
 def check_distiller(
@@ -41,6 +41,7 @@ def check_distiller(
         classes if distiller.needs_teacher_logits else None, teacher or ((12, 4, 4),) * len(distiller.teacher_layers)
     )
     distiller.build(ours, theirs)
+    _calibrate(distiller, theirs)
     parameters = list(distiller.parameters())
     generator = torch.Generator().manual_seed(0)
     inputs = _random_output(ours, generator, grad=True), _random_output(theirs, generator, grad=False)
@@ -69,6 +70,19 @@ def check_distiller(
     for name, value in distiller.metrics(*inputs).items():
         _promise(value.ndim == 0, f"the metric {name} must be a scalar")
     distiller.load_state_dict(distiller.state_dict())
+
+
+def _calibrate(distiller: Distiller, teacher: OutputShapes) -> None:
+    """Gives a distiller random axes of the teacher, if it wants any, as a run does before its first step."""
+    if distiller.is_calibrated():
+        return
+    generator = torch.Generator().manual_seed(0)
+    bases = []
+    for width, _, _ in teacher.features:
+        axes = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+        bases.append(SharedBasis(torch.linspace(2, 0.1, width).double(), axes, torch.ones(width).double()))
+    distiller.calibrate(bases)
+    _promise(distiller.is_calibrated(), "calibrate must be remembered by is_calibrated, so that a run calls it once")
 
 
 def _check_weight(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], target: Tensor, loss: Tensor) -> None:

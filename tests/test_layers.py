@@ -14,8 +14,8 @@ import kdvit
 FLOORS = """
 structures errors files seeding tables
 models distillers runtime
-training cache analysis
-data
+cache analysis
+training data
 callbacks
 cli
 testing __main__

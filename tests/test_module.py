@@ -232,7 +232,10 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
         ({"teacher": teacher(num_classes=7)}, "distillers.logit: .*student has 5 classes and the teacher 7"),
         ({"distillers": {"wide": WideLastDistiller()}}, "distillers.wide: .*no layer 'wide_last'"),
         ({"distillers": {"far": FeatureDistiller(teacher_layers=[9])}}, "distillers.far: .*no layer 9"),
-        ({"distillers": {"plain": FeatureDistiller()}}, "distillers.plain: .*16 channels wide and the teacher's 24"),
+        (
+            {"distillers": {"plain": FeatureDistiller()}},
+            "distillers.plain: .*16 channels wide and the teacher's layer -1 24",
+        ),
     ],
 )
 def test_contradictions_are_refused_before_training(change: dict, text: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -11,20 +9,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from kdvit.analysis.participation import unchecked_ratio
 from kdvit.analysis.tokens import over_images
-
-
-class SharedBasis(NamedTuple):
-    """The principal axes of all tokens of a data set.
-
-    Attributes:
-        spectrum: Eigenvalues of the tokens' second moment, descending, ``[D]``.
-        axes: The eigenvectors as columns, ``[D, D]``.
-        mean: What is subtracted of a token before, ``[D]``: zero, or the mean token where the analysis is centred.
-    """
-
-    spectrum: Tensor
-    axes: Tensor
-    mean: Tensor
+from kdvit.structures import SharedBasis
 
 
 def moments(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdvit.structures import Layer, OutputShapes, ViTOutput
+from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput
 
 
 class Distiller(nn.Module, ABC):
@@ -24,6 +25,8 @@ class Distiller(nn.Module, ABC):
         teacher_layers: The same for the teacher.
         needs_teacher_logits: Whether `forward` reads `teacher.logits`. Where no distiller does, the teacher stops after
             the last block that is needed.
+        calibration_images: Training images on which the principal axes of the teacher's tokens are measured, once and
+            before the first step, for `calibrate`; 0 for none.
 
     Raises:
         ValueError: If `weight` is negative.
@@ -40,6 +43,7 @@ class Distiller(nn.Module, ABC):
     student_layers: tuple[Layer, ...] = ()
     teacher_layers: tuple[Layer, ...] = ()
     needs_teacher_logits: ClassVar[bool] = True
+    calibration_images: int = 0
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -57,6 +61,23 @@ class Distiller(nn.Module, ABC):
         Raises:
             ValueError: If this objective cannot be computed for the pair.
         """
+
+    def calibrate(self, bases: Sequence[SharedBasis]) -> None:
+        """Takes what was measured of the teacher before the first step, and keeps it in buffers.
+
+        Called with `calibration_images`, once a run: a resumed run has the buffers in its checkpoint.
+
+        Args:
+            bases: Principal axes of the teacher's centred tokens, one for each of `teacher_layers`, float64.
+        """
+
+    def is_calibrated(self) -> bool:
+        """Returns whether `calibrate` has been called, in this run or in the one that it goes on from."""
+        return not self.calibration_images
+
+    def describe_calibration(self, bases: Sequence[SharedBasis]) -> list[str]:
+        """Says what a user may want to know of what was measured, a sentence each; nothing by default."""
+        return []
 
     @abstractmethod
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:

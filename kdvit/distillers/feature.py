@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
 from torchmetrics.functional import explained_variance
 
 from kdvit.distillers.base import Distiller
+from kdvit.distillers.bases import energy_kept, pca_projection, phi_s_projection, pooling
 from kdvit.distillers.spectral import spectral_mse
-from kdvit.structures import Layer, OutputShapes, ViTOutput, at_least_float32
+from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput, at_least_float32
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -25,7 +27,14 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": feature_mse, "spectral": spectral_mse}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": feature_mse,
+    "spectral": spectral_mse,
+    "smooth_l1": F.smooth_l1_loss,
+}
+FIXED = {"pca": pca_projection, "phi_s": phi_s_projection}
+"""Projections of the teacher's tokens that are measured once."""
+Projector = Literal["pool", "linear", "orthogonal", "pca", "phi_s"]
 
 
 def same_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +75,48 @@ def _pool_channels(feature: Tensor, width: int) -> Tensor:
     return F.adaptive_avg_pool1d(tokens, width).transpose(1, 2).reshape(-1, width, *feature.shape[2:])
 
 
+class FixedProjection(nn.Module):
+    """``(T - mean) P`` of a teacher's map, with buffers that are fixed once, by `fix`.
+
+    Args:
+        channels: Channels C of the teacher.
+        width: Channels d of the target.
+    """
+
+    mean: Tensor
+    weight: Tensor
+    is_fixed: Tensor
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("weight", torch.zeros(width, channels))
+        self.register_buffer("is_fixed", torch.tensor(False))
+        self._checked = False
+
+    def fix(self, mean: Tensor, projection: Tensor) -> None:
+        """Takes the mean ``[C]`` and the projection ``[C, d]``."""
+        self.mean.copy_(mean)
+        self.weight.copy_(projection.T)
+        self.is_fixed.fill_(True)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Returns the map ``[B, C, H, W]`` as ``[B, d, H, W]``.
+
+        Raises:
+            RuntimeError: If it has not been fixed.
+        """
+        if not self._checked:  # once, as it waits for the device
+            if not bool(self.is_fixed):
+                raise RuntimeError(
+                    "The teacher's axes are not measured yet: call the distiller's calibrate(bases) first."
+                )
+            self._checked = True
+        bias = -(self.weight @ self.mean)
+        return F.conv2d(feature, self.weight[:, :, None, None], bias)
+
+
 class FeatureDistiller(Distiller):
     """Feature-map distillation between pairs of layers, averaged over the pairs.
 
@@ -77,9 +128,14 @@ class FeatureDistiller(Distiller):
         student_layers: Layers of the student: block index (-1 is the last), fraction of the depth (0.5), or a
             name that the student offers.
         teacher_layers: Layers of the teacher, one for each of `student_layers`.
-        loss: "mse", or "spectral" for SpectralKD (arXiv:2412.19055).
-        projector: What bridges unequal widths. "pool" averages the channels of the wider map (the naive baseline of
-            arXiv:2511.15572); "linear" trains a projector from student to teacher width, gone after training.
+        loss: "mse", "smooth_l1", or "spectral" for SpectralKD (arXiv:2412.19055).
+        projector: What bridges unequal widths, always at no cost at inference. "pool" averages the channels of the
+            wider map (the naive baseline of arXiv:2511.15572). "linear" trains a projector to the teacher's width.
+            "orthogonal" trains one with orthonormal rows, against the LayerNorm of the teacher's tokens (VkD,
+            arXiv:2403.06213, with loss smooth_l1). "pca" and "phi_s" project the teacher to its leading principal axes
+            in the student's width, see `kdvit.distillers.bases`; their targets have the mean variance 1, for which a
+            weight of 0.1 to 0.5 is a good start.
+        calibration_images: Training images on which the axes of "pca" and "phi_s" are measured.
 
     Raises:
         ValueError: If the lists differ in length, are empty or an option is unknown; at `build`, if widths differ and
@@ -88,8 +144,8 @@ class FeatureDistiller(Distiller):
 
     needs_teacher_logits: ClassVar[bool] = False
     way_out: ClassVar[str] = (
-        "Name a bridge: projector: pool (averages channels, the naive baseline) or projector: linear (trained, gone at "
-        "inference). Or make the student wide: LiftViT or WideLastViT with width: {width}."
+        "Name a bridge: projector: phi_s (the teacher's leading axes), pool (averages channels, the naive baseline) or "
+        "linear (trained), all gone at inference. Or make the student wide: LiftViT or WideLastViT with width: {width}."
     )
 
     def __init__(
@@ -97,8 +153,9 @@ class FeatureDistiller(Distiller):
         weight: float = 1.0,
         student_layers: Sequence[Layer] = (-1,),
         teacher_layers: Sequence[Layer] = (-1,),
-        loss: Literal["mse", "spectral"] = "mse",
-        projector: Literal["pool", "linear"] | None = None,
+        loss: Literal["mse", "spectral", "smooth_l1"] = "mse",
+        projector: Projector | None = None,
+        calibration_images: int = 1000,
     ) -> None:
         super().__init__(weight)
         if not student_layers or len(student_layers) != len(teacher_layers):
@@ -109,13 +166,17 @@ class FeatureDistiller(Distiller):
             )
         if loss not in LOSSES:
             raise ValueError(f"{type(self).__name__}: loss must be one of {sorted(LOSSES)}, got {loss!r}.")
-        if projector not in (None, "pool", "linear"):
-            raise ValueError(f"{type(self).__name__}: projector must be 'pool', 'linear' or null, got {projector!r}.")
+        if projector not in (None, *get_args(Projector)):
+            known = ", ".join(get_args(Projector))
+            raise ValueError(f"{type(self).__name__}: projector must be one of {known} or null, got {projector!r}.")
+        if calibration_images < 2:
+            raise ValueError(f"{type(self).__name__}: calibration_images must be 2 or more, got {calibration_images}.")
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
         self.loss = loss
         self.projector = projector
         self.projectors = nn.ModuleList()
+        self.calibration_images = calibration_images if projector in FIXED else 0
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
         """Checks the widths and creates the linear projectors, if asked for."""
@@ -123,11 +184,44 @@ class FeatureDistiller(Distiller):
         for i, ((ours, *_), (theirs, *_)) in enumerate(zip(student.features, teacher.features, strict=True)):
             if self.projector == "linear":
                 self.projectors.append(nn.Conv2d(ours, theirs, kernel_size=1))
+            elif self.projector == "orthogonal":
+                self.projectors.append(orthogonal(nn.Linear(ours, theirs, bias=False)))
+            elif self.projector in FIXED:
+                if ours > theirs:
+                    raise ValueError(
+                        f"{type(self).__name__}: projector {self.projector} cannot keep {ours} of the teacher's "
+                        f"{theirs} axes. For a student that is wider than its teacher take projector: linear."
+                    )
+                self.projectors.append(FixedProjection(theirs, ours))
             elif self.projector is None and ours != theirs:
                 raise ValueError(
                     f"{type(self).__name__}: the student's layer {self.student_layers[i]!r} is {ours} channels wide "
                     f"and the teacher's layer {self.teacher_layers[i]!r} {theirs}. {self.way_out.format(width=theirs)}"
                 )
+
+    def calibrate(self, bases: Sequence[SharedBasis]) -> None:
+        """Fixes the projections of "pca" and "phi_s"."""
+        for basis, projection in zip(bases, self.projectors, strict=True):
+            assert isinstance(projection, FixedProjection)
+            projection.fix(basis.mean, FIXED[str(self.projector)](basis, projection.width))
+
+    def is_calibrated(self) -> bool:
+        """Returns whether the projections are fixed."""
+        return all(bool(each.is_fixed) for each in self.projectors if isinstance(each, FixedProjection))
+
+    def describe_calibration(self, bases: Sequence[SharedBasis]) -> list[str]:
+        """Says how much of the teacher's energy each target keeps, and how much pooling would."""
+        said = []
+        for layer, basis, projection in zip(self.teacher_layers, bases, self.projectors, strict=True):
+            assert isinstance(projection, FixedProjection)
+            width, channels = projection.width, len(basis.mean)
+            kept = energy_kept(basis, basis.axes[:, :width])
+            pooled = energy_kept(basis, pooling(channels, width))
+            said.append(
+                f"The target of layer {layer!r} keeps {kept:.1%} of their energy in {width} of {channels} channels "
+                f"(pooled channels would keep {pooled:.1%})."
+            )
+        return said
 
     def aligned(self, student: ViTOutput, teacher: ViTOutput) -> list[tuple[Tensor, Tensor]]:
         """Returns the pairs of maps as the loss compares them, student first, each ``[B, C, H, W]``."""
@@ -136,6 +230,11 @@ class FeatureDistiller(Distiller):
             ours, theirs = same_grid(ours, theirs)
             if self.projector == "linear":
                 ours = self.projectors[i](ours)
+            elif self.projector == "orthogonal":
+                ours = self.projectors[i](ours.movedim(1, -1)).movedim(-1, 1)
+                theirs = F.layer_norm(theirs.movedim(1, -1), theirs.shape[1:2]).movedim(-1, 1)
+            elif self.projector in FIXED:
+                theirs = self.projectors[i](theirs)
             elif self.projector == "pool":
                 ours, theirs = same_width(ours, theirs)
             pairs.append((ours, theirs))

@@ -16,6 +16,7 @@ from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attentio
 from kdvit.models.checkpoint import student_spec
 from kdvit.seeding import mixed_seed, seed_torch
 from kdvit.structures import Batch, ImageFormat, ViTOutput
+from kdvit.training.calibration import calibrate
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
 from kdvit.training.optim import OptimizerOptions, ScheduleOptions, gradient_norm, optimizer_and_schedule
@@ -126,6 +127,10 @@ class DistillationModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds dropout and stochastic depth by step and rank: a resumed run draws what it would have drawn."""
         seed_torch(mixed_seed(self._run_seed, self.trainer.global_step, batch_idx, self.global_rank), self.device)
+
+    def on_train_start(self) -> None:
+        """Measures what distillers need to know of the teacher, unless a checkpoint has brought it."""
+        calibrate(self.distillers, self.teacher, self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch, and keeps its terms, unweighted, as `last_terms`."""

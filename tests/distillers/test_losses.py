@@ -82,6 +82,9 @@ def _fresh() -> list[tuple[Distiller, dict]]:
         (FeatureDistiller(), {}),
         (FeatureDistiller(loss="spectral", projector="pool"), narrow),
         (FeatureDistiller(projector="linear"), narrow),
+        (FeatureDistiller(projector="pca"), narrow),
+        (FeatureDistiller(projector="phi_s", loss="smooth_l1"), narrow),
+        (FeatureDistiller(projector="orthogonal", loss="smooth_l1"), narrow),
         (FeatureDistiller(student_layers=(0, -1), teacher_layers=(0.5, 1.0), projector="linear"), coarse),
         (LiftDistiller(loss="spectral"), {}),
         (WideLastDistiller(teacher_layer=-2), {}),
@@ -130,8 +133,11 @@ def test_metrics_tell_a_scaled_copy_from_noise() -> None:
         (lambda: LogitDistiller(temperature=0), "temperature must be greater than 0, got 0"),
         (lambda: LogitDistiller(hard=True, temperature=2.0), "hard labels have no temperature"),
         (lambda: FeatureDistiller(student_layers=[0, 1]), r"lists of one length, got 2 \(\[0, 1\]\) and 1 \(\[-1\]\)"),
-        (lambda: FeatureDistiller(loss="mae"), "loss must be one of .*'mse', 'spectral'.*, got 'mae'"),
-        (lambda: FeatureDistiller(projector="mlp"), "projector must be 'pool', 'linear' or null, got 'mlp'"),
+        (lambda: FeatureDistiller(loss="mae"), "loss must be one of .*'mse', 'smooth_l1', 'spectral'.*, got 'mae'"),
+        (
+            lambda: FeatureDistiller(projector="mlp"),
+            "projector must be one of pool, linear, orthogonal, pca, phi_s or null, got 'mlp'",
+        ),
     ],
 )
 def test_bad_options_say_what_was_expected(make, text: str) -> None:
@@ -147,7 +153,7 @@ def test_bad_options_say_what_was_expected(make, text: str) -> None:
             FeatureDistiller(),
             OutputShapes(10, ((192, 14, 14),)),
             OutputShapes(None, ((384, 14, 14),)),
-            "192 channels wide and the teacher's layer -1 384.*projector: pool.*projector: linear",
+            "192 channels wide and the teacher's layer -1 384.*projector: phi_s.*pool.*linear",
         ),
         (
             LiftDistiller(),

@@ -1,0 +1,112 @@
+"""Fixed targets for a narrow student: the teacher's tokens in few axes, without trained parts or cost at inference.
+
+The naive baseline averages neighbouring channels, whose order is arbitrary, and keeps no more of the teacher's energy
+than a random projection. The leading principal axes of the teacher's tokens keep the most that so few channels can.
+They are measured once, on training images, before the first step. (kdvit's own baselines; their ideas are PCA, and
+PHI-S of RADIO, arXiv:2410.01680.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdvit.structures import SharedBasis
+
+
+def pca_projection(basis: SharedBasis, width: int) -> Tensor:
+    """Returns the projection to the leading axes, scaled so that the mean variance of the outputs is 1.
+
+    ``V_d / sqrt(mean of the d eigenvalues)``. Unscaled, a target has the scale of the teacher's features, and its loss
+    drowns the others.
+
+    Args:
+        basis: Principal axes of the teacher's tokens, centred, of C channels.
+        width: Axes d to keep, at most C.
+
+    Returns:
+        ``[C, d]``, of the basis' type.
+    """
+    return basis.axes[:, :width] / basis.spectrum[:width].mean().sqrt()
+
+
+def phi_s_projection(basis: SharedBasis, width: int) -> Tensor:
+    """Returns the projection to the leading axes, rotated so that every output has the same variance, 1.
+
+    ``V_d H / sqrt(mean of the d eigenvalues)``, H an orthonormal Hadamard matrix (PHI-S, arXiv:2410.01680).
+
+    Args:
+        basis: Principal axes of the teacher's tokens, centred, of C channels.
+        width: Axes d to keep, at most C.
+
+    Returns:
+        ``[C, d]``, of the basis' type.
+    """
+    return pca_projection(basis, width) @ hadamard(width).to(basis.axes)
+
+
+def hadamard(size: int) -> Tensor:
+    """Returns an orthonormal matrix whose entries have one magnitude; where none is known, a random orthonormal one.
+
+    Sylvester's doubling of 1 or of one of Paley's, of order q + 1 for a prime q = 3 mod 4.
+
+    Args:
+        size: Rows n.
+
+    Returns:
+        ``[n, n]``, float64.
+
+    Example:
+        >>> [bool((hadamard(n).abs() * n**0.5 - 1).abs().max() < 1e-9) for n in (1, 2, 16, 192, 384, 10)]
+        [True, True, True, True, True, False]
+    """
+    matrix, core = torch.ones(1, 1, dtype=torch.float64), size
+    doublings = 0
+    while core % 2 == 0 and not _is_paley(core):
+        core, doublings = core // 2, doublings + 1
+    if _is_paley(core):
+        matrix = _paley(core)
+    elif core > 1:
+        generator = torch.Generator().manual_seed(size)
+        rotation: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        return rotation
+    for _ in range(doublings):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    scaled: Tensor = matrix / size**0.5
+    return scaled
+
+
+def _is_paley(order: int) -> bool:
+    prime = order - 1
+    return order > 2 and prime % 4 == 3 and all(prime % divisor for divisor in range(2, int(prime**0.5) + 1))
+
+
+def _paley(order: int) -> Tensor:
+    """Returns Paley's Hadamard matrix of the first kind, ``[q + 1, q + 1]``."""
+    prime = order - 1
+    squares = {number * number % prime for number in range(1, prime)}
+    character = torch.tensor([0] + [1 if number in squares else -1 for number in range(1, prime)], dtype=torch.float64)
+    number = torch.arange(prime)
+    skew = torch.zeros(order, order, dtype=torch.float64)
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    skew[1:, 1:] = character[(number[:, None] - number) % prime]
+    skew.diagonal().add_(1)
+    return skew
+
+
+def energy_kept(basis: SharedBasis, projection: Tensor) -> float:
+    """Returns the share of the tokens' energy in the span of a projection's columns.
+
+    Args:
+        basis: Principal axes of the tokens, of C channels.
+        projection: ``[C, d]``, of full rank.
+    """
+    span: Tensor = torch.linalg.qr(projection.to(basis.axes)).Q
+    shares = (basis.axes.T @ span).square().sum(1)  # of each axis
+    return float(shares @ basis.spectrum / basis.spectrum.sum())
+
+
+def pooling(channels: int, width: int) -> Tensor:
+    """Returns adaptive average pooling of channels as a matrix ``[channels, width]``, float64."""
+    eye = torch.eye(channels, dtype=torch.float64)
+    return torch.nn.functional.adaptive_avg_pool1d(eye[None], width)[0]

@@ -1,0 +1,123 @@
+"""Fixed targets: what they keep of the teacher, their scale, and that they are measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdvit.analysis import DatasetPCA, as_tokens
+from kdvit.cli import main
+from kdvit.data import Digits
+from kdvit.distillers import FeatureDistiller
+from kdvit.distillers.bases import energy_kept, hadamard, phi_s_projection, pooling
+from kdvit.models import TimmTeacher
+from kdvit.structures import OutputShapes, SharedBasis, ViTOutput
+from tests.runs import QUIET, SHORT, assert_same_end, demo_fit
+
+
+def tokens() -> torch.Tensor:
+    """Returns tokens ``[images, N, 12]`` whose channels differ in scale and mean, and are correlated."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator) * torch.linspace(3, 0.05, 12)[:, None]
+    return torch.randn(40, 9, 12, generator=generator) @ mixing + 5 * torch.randn(12, generator=generator)
+
+
+def basis() -> SharedBasis:
+    metric = DatasetPCA(12, centred=True)
+    metric.update(tokens())
+    return metric.compute()
+
+
+@pytest.mark.parametrize("projector", ["pca", "phi_s"])
+def test_targets_are_the_leading_axes_with_a_mean_variance_of_one(projector: str) -> None:
+    distiller = FeatureDistiller(projector=projector)
+    distiller.build(OutputShapes(None, ((4, 3, 3),)), OutputShapes(None, ((12, 3, 3),)))
+    assert not distiller.is_calibrated()
+    distiller.calibrate([basis()])
+    assert distiller.is_calibrated()
+    feature = tokens().transpose(1, 2).reshape(40, 12, 3, 3)
+    ours = torch.zeros(40, 4, 3, 3)
+    ((_, target),) = distiller.aligned(ViTOutput(None, (ours,)), ViTOutput(None, (feature,)))
+    flat = as_tokens(target).flatten(0, 1).double().numpy()
+    x = tokens().flatten(0, 1).double().numpy()
+    values, axes = np.linalg.eigh(np.cov(x.T, bias=True))
+    expected = (x - x.mean(0)) @ axes[:, :-5:-1] / np.sqrt(values[:-5:-1].mean())
+    variances = flat.var(0)
+    assert flat.mean(0) == pytest.approx(np.zeros(4), abs=1e-4)
+    assert variances.mean() == pytest.approx(1, rel=1e-4)
+    if projector == "phi_s":
+        assert variances == pytest.approx(np.ones(4), rel=1e-4)
+        np.testing.assert_allclose(flat @ flat.T, expected @ expected.T, atol=1e-2)  # a rotation of the same
+    else:
+        np.testing.assert_allclose(np.abs(flat), np.abs(expected), atol=1e-3)
+    kept = values[-4:].sum() / values.sum()
+    assert energy_kept(basis(), basis().axes[:, :4]) == pytest.approx(kept)
+    pooled, covariance = np.linalg.qr(pooling(12, 4).numpy())[0], np.cov(x.T)
+    share = np.trace(pooled.T @ covariance @ pooled) / np.trace(covariance)
+    assert energy_kept(basis(), pooling(12, 4)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 24, 48, 192, 384, 7, 10])
+def test_a_rotation_is_orthonormal(size: int) -> None:
+    matrix = hadamard(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+
+
+def test_every_channel_of_phi_s_has_the_same_variance_in_the_papers_width() -> None:
+    spectrum = torch.logspace(2, -2, 384, dtype=torch.float64)
+    projection = phi_s_projection(SharedBasis(spectrum, torch.eye(384).double(), torch.zeros(384).double()), 192)
+    variances = (projection.square() * spectrum[:, None]).sum(0)
+    torch.testing.assert_close(variances, torch.ones(192, dtype=torch.float64))
+
+
+def test_a_target_that_is_not_measured_is_refused() -> None:
+    distiller = FeatureDistiller(projector="phi_s")
+    distiller.build(OutputShapes(None, ((4, 3, 3),)), OutputShapes(None, ((12, 3, 3),)))
+    maps = torch.zeros(2, 4, 3, 3), torch.zeros(2, 12, 3, 3)
+    with pytest.raises(RuntimeError, match="axes are not measured yet: call the distiller's calibrate"):
+        distiller(ViTOutput(None, maps[:1]), ViTOutput(None, maps[1:]), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"cannot keep 12 of the teacher's 4 axes\..*projector: linear"):
+        distiller.build(OutputShapes(None, ((12, 3, 3),)), OutputShapes(None, ((4, 3, 3),)))
+    with pytest.raises(ValueError, match="calibration_images must be 2 or more, got 1"):
+        FeatureDistiller(projector="pca", calibration_images=1)
+
+
+PHI_S = ["--model.distillers.feature.projector", "phi_s", "--model.distillers.feature.weight", "0.1"]
+
+
+def test_a_run_measures_once_and_a_resumed_one_ends_at_the_same_weights(demo_teacher: str, caplog) -> None:
+    options = [*QUIET, *PHI_S, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.limit_val_batches=2"]
+    options += ["--model.distillers.feature.calibration_images", "200"]
+    main([*demo_fit("feature", demo_teacher, *options), "--trainer.default_root_dir", "whole"])
+    (line,) = (line for line in caplog.text.splitlines() if "axes are measured" in line)
+    assert "the teacher's axes are measured on 200 training images. The target of layer -1 keeps " in line
+    assert "of their energy in 16 of 64 channels (pooled channels would keep " in line
+    main([*demo_fit("feature", demo_teacher, *options), "--trainer.max_steps=20"])
+    caplog.clear()
+    main(demo_fit("feature", demo_teacher, *options))
+    assert "axes are measured" not in caplog.text
+    assert_same_end("whole", "run")
+
+    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    teacher = TimmTeacher(demo_teacher)
+    data = Digits(batch_size=200, seed=0, mean=(0.305,) * 3, std=(0.376,) * 3)
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        feature = teacher(batch.image, (-1,), logits=False).features[0]
+    mean = as_tokens(feature).flatten(0, 1).mean(0)
+    torch.testing.assert_close(saved["distillers.feature.projectors.0.mean"], mean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("projector", ["pca", "phi_s", "orthogonal"])
+def test_every_new_bridge_trains_and_is_gone_at_inference(projector: str, demo_teacher: str) -> None:
+    name = "--model.distillers.feature.projector"
+    main([*demo_fit("feature", demo_teacher, *SHORT), name, projector, "--trainer.log_every_n_steps", "1"])
+    assert "train/feature_explained_variance" in Path("run/metrics.csv").read_text()
+    weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert any(key.startswith("distillers.feature") for key in weights)
+    from safetensors.torch import load_file
+
+    assert not [key for key in load_file("run/student/model.safetensors") if "distillers" in key]
