@@ -72,12 +72,9 @@ class DistillationModule(pl.LightningModule):
         self.num_classes = fit_to_data(self.student, self.image_format, class_names)
         self.teacher = None if teacher is None else FrozenTeacher(as_network(teacher), self.image_format)
         self.distillers = Objectives(distillers or {}, self.student, self.teacher)
-        self.task_weight = task_weight
-        self.label_smoothing = label_smoothing
-        self.optimizer_options = optimizer
-        self.schedule_options = schedule
-        self.class_names = class_names
-        self.compiled = compile
+        self.task_weight, self.label_smoothing = task_weight, label_smoothing
+        self.optimizer_options, self.schedule_options = optimizer, schedule
+        self.class_names, self.compiled = class_names, compile
         self.scores = classification_scores(self.num_classes)
         self._run_seed = torch.initial_seed()
         self._spec = student_spec(self.student, self.image_format, class_names)  # a split student is of another class
@@ -100,8 +97,7 @@ class DistillationModule(pl.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns the student's logits ``[B, K]``: the deployed path."""
-        logits: Tensor = self.student(image).logits
-        return logits
+        return self.student(image).logits  # type: ignore[no-any-return]
 
     def teacher_request(self) -> tuple[tuple[int, ...], bool]:
         """Returns the teacher's layers that the distillers want, by index, and whether logits too."""
@@ -163,9 +159,9 @@ class DistillationModule(pl.LightningModule):
         probability, predicted = self(batch.image).float().softmax(dim=1).max(dim=1)
         return batch.index, predicted, probability
 
-    # Logs: only on the steps that the Trainer writes, for a call of self.log costs as much as a small kernel
-
-    def _is_logged_step(self) -> bool:
+    def _is_logged_step(
+        self,
+    ) -> bool:  # those that the Trainer writes: a call of self.log costs as much as a small kernel
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
@@ -187,8 +183,8 @@ class DistillationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""
-        modules = self.student, self.distillers
-        return optimizer_and_schedule(self.trainer, modules, self.optimizer_options, self.schedule_options)
+        options = self.optimizer_options, self.schedule_options
+        return optimizer_and_schedule(self.trainer, (self.student, self.distillers), *options)
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
         """Moves timm's schedule to the coming epoch."""
@@ -196,9 +192,8 @@ class DistillationModule(pl.LightningModule):
 
     def spec(self) -> dict[str, Any]:
         """Describes the student in plain types, and how it fares; see `kdvit.models.checkpoint.student_spec`."""
-        measured = self.trainer.callback_metrics.items()
-        run = {"epochs": self.current_epoch, **{name: float(v) for name, v in measured if name.startswith("val/")}}
-        return {**self._spec, "run": run}
+        scores = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        return {**self._spec, "run": {"epochs": self.current_epoch, **scores}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the student's description, by which `kdvit.load_student` works from the file alone."""
