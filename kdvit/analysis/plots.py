@@ -28,11 +28,7 @@ def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
     Returns:
         Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several layers were measured.
     """
-    drawn = {
-        "ranks": draw_ranks(report, width),
-        "energy": draw_energy(report, width),
-        "sep": draw_sep(report, width),
-    }
+    drawn = {"ranks": draw_ranks(report, width), "energy": draw_energy(report, width), "sep": draw_sep(report, width)}
     if any(len(network.layers) > 1 for network in report.networks):
         drawn["depth"] = draw_depth(report, width)
     return drawn
@@ -41,7 +37,7 @@ def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
 def draw_ranks(report: Report, width: float = 7.0) -> Figure:
     """Draws, for each network, how SVD rank and PCA dimension at 95 % of the energy spread over the images."""
     figure, panels = _panels(report, width, 2.7)
-    for network, axes in zip(report.networks, panels, strict=True):
+    for network, (axes,) in zip(report.networks, panels, strict=True):
         layer = network.face
         for values, colour, name in (
             (layer.svd_rank(LEVEL), BLUE, "one image (SVD)"),
@@ -59,14 +55,14 @@ def draw_ranks(report: Report, width: float = 7.0) -> Figure:
         axes.set(xlim=(0, 1.03 * layer.width), ylim=(0, 1.42 * axes.get_ylim()[1]))
         _label(axes, network, width, f"directions for 95 % of the energy, of {layer.width}")
         axes.legend(loc="upper right", fontsize=8, frameon=False, labelspacing=0.2)
-    _left(panels, "images")
+        _left(axes, "images")
     return figure
 
 
 def draw_energy(report: Report, width: float = 7.0) -> Figure:
     """Draws, for each network, the energy in the leading directions: of each image alone, and shared; with bands."""
     figure, panels = _panels(report, width, 2.6)
-    for network, axes in zip(report.networks, panels, strict=True):
+    for network, (axes,) in zip(report.networks, panels, strict=True):
         layer = network.face
         for energy, colour, style, name in (
             (layer.svd_energy, BLUE, "-", "one image (SVD)"),
@@ -81,28 +77,20 @@ def draw_energy(report: Report, width: float = 7.0) -> Figure:
         axes.set(xlim=(1, layer.width), ylim=(0, 101))
         _label(axes, network, width, f"directions, of {layer.width}")
         axes.legend(loc="lower right", fontsize=8, frameon=False)
-    _left(panels, "energy (%)")
+        _left(axes, "energy (%)")
     return figure
 
 
 def draw_sep(report: Report, width: float = 7.0) -> Figure:
     """Draws, for each network, SEP and its controls: the curves above, what they differ from the diagonal below."""
-    count = len(report.networks)
-    columns = _columns(count, width)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width, 4.0 * rows), layout="constrained")
-    grid: Any = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows, sharex=False)
-    for i, network in enumerate(report.networks):
-        upper, lower = grid[2 * (i // columns)][i % columns], grid[2 * (i // columns) + 1][i % columns]
+    figure, panels = _panels(report, width, 4.0, ratios=(3, 2))
+    for network, (upper, lower) in zip(report.networks, panels, strict=True):
         _draw_sep(network.face, upper, lower)
         _label(upper, network, width)
         _label(lower, None, width, f"share of {network.face.width} frequencies")
-        _left([upper], "share of energy")
-        _left([lower], "minus diagonal")
-    _legend(figure, grid[0][0], 2)
-    for i in range(count, rows * columns):
-        for axes in (grid[2 * (i // columns)][i % columns], grid[2 * (i // columns) + 1][i % columns]):
-            axes.set_axis_off()
+        _left(upper, "share of energy")
+        _left(lower, "minus diagonal")
+    _legend(figure, panels[0][0], 2)
     return figure
 
 
@@ -115,9 +103,8 @@ def _draw_sep(layer: LayerReport, upper: Any, lower: Any) -> None:
         (layer.sep(layer.gaussian), GREEN, ":", 1.6, "Gaussian noise"),
     )
     for axes, minus in ((upper, np.zeros_like(share)), (lower, share)):
-        axes.fill_between(
-            share, permuted.min(0) - minus, permuted.max(0) - minus, color=ORANGE, alpha=0.25, linewidth=0
-        )
+        bounds = (permuted.min(0) - minus, permuted.max(0) - minus)
+        axes.fill_between(share, *bounds, color=ORANGE, alpha=0.25, linewidth=0)
         axes.plot(share, share - minus, color=GREY, linewidth=0.8, label="diagonal")
         for curve, colour, style, thickness, name in curves:
             axes.plot(share, curve - minus, style, color=colour, linewidth=thickness, label=name)
@@ -131,25 +118,15 @@ def draw_depth(report: Report, width: float = 7.0) -> Figure:
     figure = Figure(figsize=(width, 3.2), layout="constrained")
     axes: Any = figure.add_subplot()
     for i, network in enumerate(report.networks):
-        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-        depth = [
-            min((layer.index + 1) / network.depth, 1.0 + 0.05 * (layer.index >= network.depth))
-            for layer in network.layers
-        ]
+        look: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        ends = [1.0 + 0.05 * (layer.index >= network.depth) for layer in network.layers]  # a remedy's map stands behind
+        depth = [min((layer.index + 1) / network.depth, end) for layer, end in zip(network.layers, ends, strict=True)]
         for values, style, name in (
             ([p99(layer.pca_dimension(LEVEL)) for layer in network.layers], "--", "shared axes (PCA)"),
             ([p99(layer.svd_rank(LEVEL)) for layer in network.layers], "-", "one image (SVD)"),
         ):
-            axes.plot(
-                depth,
-                values,
-                style,
-                color=colour,
-                marker=marker,
-                markersize=4,
-                linewidth=1.3,
-                label=f"{network.name}: {name}",
-            )
+            label = f"{network.name}: {name}"
+            axes.plot(depth, values, style, **look, markersize=4, linewidth=1.3, label=label)
     axes.set(ylabel="directions for 95 %, p99", ylim=(0, None))
     _label(axes, None, width, "share of the depth")
     _legend(figure, axes, 2 if width > 5 else 1)
@@ -157,19 +134,17 @@ def draw_depth(report: Report, width: float = 7.0) -> Figure:
     return figure
 
 
-def _columns(count: int, width: float) -> int:
-    return min(count, 3 if width > 9 else 2 if width > 5 else 1)
-
-
-def _panels(report: Report, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """Returns a figure with one panel for each network."""
-    count = len(report.networks)
-    columns = _columns(count, width)
+def _panels(
+    report: Report, width: float, height: float, ratios: tuple[int, ...] = (1,)
+) -> tuple[Figure, list[tuple[Any, ...]]]:
+    """Returns a figure, and for each network a panel, or several in a column with these ratios of their heights."""
+    count, stacked = len(report.networks), len(ratios)
+    columns = min(count, 3 if width > 9 else 2 if width > 5 else 1)
     rows = -(-count // columns)
     figure = Figure(figsize=(width, height * rows), layout="constrained")
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    panels = list(grid.flat)
-    for axes in panels[count:]:
+    grid: Any = figure.subplots(stacked * rows, columns, squeeze=False, height_ratios=ratios * rows)
+    panels = [tuple(column) for row in np.split(grid, rows) for column in row.T]
+    for axes in (axes for spare in panels[count:] for axes in spare):
         axes.set_axis_off()
     return figure, panels[:count]
 
@@ -183,10 +158,10 @@ def _label(axes: Any, network: NetworkReport | None, width: float, below: str = 
     axes.tick_params(labelsize=8)
 
 
-def _left(panels: list[Any], label: str) -> None:
-    for axes in panels:
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel(label, fontsize=9)
+def _left(axes: Any, label: str) -> None:
+    """Labels an axis where the panel stands at the left."""
+    if axes.get_subplotspec().is_first_col():
+        axes.set_ylabel(label, fontsize=9)
 
 
 def _legend(figure: Figure, axes: Any, columns: int) -> None:
