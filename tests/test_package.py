@@ -23,7 +23,12 @@ def test_an_installed_wheel_works_outside_the_checkout(tmp_path) -> None:
     subprocess.run(build, check=True)
     (wheel,) = wheels.glob("kdvit-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"kdvit/configs/lift.yaml", "kdvit/configs/demo/lift.yaml", "kdvit/py.typed"} <= set(names)
+    assert {
+        "kdvit/configs/lift.yaml",
+        "kdvit/configs/demo/lift.yaml",
+        "kdvit/py.typed",
+        "kdvit/analysis/page.html.jinja",
+    } <= set(names)
     assert not [name for name in names if name.startswith("tests")]
 
     site = tmp_path / "site"

@@ -39,7 +39,12 @@ DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
     "WideLast": ("wide_last", WideLastDistiller),
 }
 """The map objective of each remedy, and its name in a config."""
-MAP_OBJECTIVES = tuple(kind.__name__ for _, kind in DISTILLERS.values())
+MAP_OBJECTIVES = {
+    name
+    for _, kind in DISTILLERS.values()
+    for name in (kind.__name__, f"kdvit.distillers.{kind.__name__}", f"{kind.__module__}.{kind.__name__}")
+}
+"""Class paths of them in a config."""
 OF_A_REMEDY = ("width", "num_heads", "folded")
 
 
@@ -119,7 +124,8 @@ class Advice(NamedTuple):
             f"{self.need} axes that all share (dataset PCA).",
             f"One image alone needs {self.rank} directions for that (per-image SVD): {turned}",
             f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared "
-            f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images.",
+            f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images: a fixed target of that "
+            "many (FeatureDistiller, projector: phi_s) keeps as much, and costs nothing at inference.",
         ]
 
     def cost_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -192,10 +198,10 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
         )
     ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops)
     if ratio <= AFFORDABLE or "Lift" not in by_remedy:
+        cheaper = " Lift is the cheaper choice: once trained, it folds into a student that costs what this one costs."
         return "WideLast", (
             f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, "
-            f"costs {ratio:.2f} times the student's parameters or operations. Lift is the cheaper choice: once "
-            "trained, it folds into a student that costs what this one costs."
+            f"costs {ratio:.2f} times the student's parameters or operations.{cheaper if 'Lift' in by_remedy else ''}"
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; WideLast, which gained more in the paper, would cost "
@@ -247,7 +253,7 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         model: The `model` part: student, teacher, distillers and the rest.
     """
     given = model.get("distillers") or {}
-    replaced = [each.get("init_args", {}) for each in given.values() if _kind(each) in MAP_OBJECTIVES]
+    replaced = [each.get("init_args", {}) for each in given.values() if each["class_path"] in MAP_OBJECTIVES]
     if advice.unchanged and replaced:
         return dict(model)
     student = model["student"]
@@ -264,10 +270,6 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     options = {"weight": 0.2}
     for init_args in replaced:
         options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
-    kept = {key: each for key, each in given.items() if _kind(each) not in MAP_OBJECTIVES}
+    kept = {key: each for key, each in given.items() if each["class_path"] not in MAP_OBJECTIVES}
     distillers = {**kept, name: {"class_path": objective.__name__, "init_args": {**options, **more}}}
     return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
-
-
-def _kind(spec: Mapping[str, Any]) -> str:
-    return str(spec["class_path"]).rpartition(".")[2]

@@ -34,6 +34,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 FIXED = {"pca": pca_projection, "phi_s": phi_s_projection}
 """Projections of the teacher's tokens that are measured once."""
+Loss = Literal["mse", "spectral", "smooth_l1"]
 Projector = Literal["pool", "linear", "orthogonal", "pca", "phi_s"]
 
 
@@ -153,7 +154,7 @@ class FeatureDistiller(Distiller):
         weight: float = 1.0,
         student_layers: Sequence[Layer] = (-1,),
         teacher_layers: Sequence[Layer] = (-1,),
-        loss: Literal["mse", "spectral", "smooth_l1"] = "mse",
+        loss: Loss = "mse",
         projector: Projector | None = None,
         calibration_images: int = 1000,
     ) -> None:

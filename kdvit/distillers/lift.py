@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from kdvit.distillers.feature import FeatureDistiller
+from kdvit.distillers.feature import FeatureDistiller, Loss
 from kdvit.structures import Layer
 
 
@@ -16,7 +14,7 @@ class LiftDistiller(FeatureDistiller):
 
     Args:
         weight: Factor of this term in the total loss; 0.2 in the paper's runs.
-        loss: "mse", or "spectral" for SpectralKD; the paper's best Lift run takes "spectral".
+        loss: "mse", "smooth_l1", or "spectral" for SpectralKD; the paper's best Lift run takes "spectral".
         teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
 
     Raises:
@@ -25,7 +23,5 @@ class LiftDistiller(FeatureDistiller):
 
     way_out = "Set the width of LiftViT to {width}."
 
-    def __init__(
-        self, weight: float = 1.0, loss: Literal["mse", "spectral"] = "mse", teacher_layer: Layer = -1
-    ) -> None:
+    def __init__(self, weight: float = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1) -> None:
         super().__init__(weight, student_layers=("lift",), teacher_layers=(teacher_layer,), loss=loss)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from kdvit.distillers.feature import FeatureDistiller
+from kdvit.distillers.feature import FeatureDistiller, Loss
 from kdvit.structures import Layer
 
 
@@ -15,7 +13,7 @@ class WideLastDistiller(FeatureDistiller):
 
     Args:
         weight: Factor of this term in the total loss; 0.2 in the paper's runs.
-        loss: "mse", as in the paper's best WideLast run, or "spectral" for SpectralKD.
+        loss: "mse", as in the paper's best WideLast run, "smooth_l1", or "spectral" for SpectralKD.
         teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
 
     Raises:
@@ -25,7 +23,5 @@ class WideLastDistiller(FeatureDistiller):
 
     way_out = "Set the width of WideLastViT to {width}."
 
-    def __init__(
-        self, weight: float = 1.0, loss: Literal["mse", "spectral"] = "mse", teacher_layer: Layer = -1
-    ) -> None:
+    def __init__(self, weight: float = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1) -> None:
         super().__init__(weight, student_layers=("wide_last",), teacher_layers=(teacher_layer,), loss=loss)

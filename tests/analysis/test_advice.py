@@ -83,7 +83,7 @@ def test_heads_are_found_for_a_width_that_the_head_dimension_does_not_divide() -
 
 
 def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
-    spec = {"class_path": "my.Feature", "init_args": {"weight": 3.0}}
+    spec = {"class_path": "my.FeatureDistiller", "init_args": {"weight": 3.0}}
     feature = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.7, "loss": "spectral", "projector": "pool"}}
     model = {
         "student": {"class_path": "TimmStudent", "init_args": {"arch": "deit_tiny_patch16_224", "pretrained": True}},
