@@ -14,6 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from kdvit.errors import UserError
 from kdvit.files import write_whole
+from kdvit.tables import text_table
 
 SCRIPT = """\
 #!/bin/bash
@@ -193,15 +194,15 @@ def submit(script: str, root: Path, seeds: list[int]) -> None:
     write_whole(file, script.encode())
     job = _answer("sbatch", "--parsable", str(file)).partition(";")[0]
     print(f"Job {job} is submitted.")
-    for what, how in {
-        "run directory": root,
-        "script": file,
+    told = {
+        "run directory": str(root),
+        "script": str(file),
         "log": log_pattern(str(root), seeds, job, "*"),
         "follow": f"tail -F {log_pattern(shlex.quote(str(root)), seeds, job, '*')}",
         "stop": f"scancel {job} (the run is saved, and the job is not requeued)",
         "go on": "the same command again, once the job has ended",
-    }.items():
-        print(f"{what:<14} {how}")
+    }
+    print(text_table((), list(told.items()), left=2))
 
 
 def require_no_shell(name: str) -> None:
