@@ -27,14 +27,36 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine of each token's two features, averaged.
+
+    Args:
+        student: ``[B, C, H, W]``.
+        teacher: ``[B, C, H, W]``.
+    """
+    return 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(teacher), dim=1).mean()
+
+
+def cosine_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half `cosine_distance` and half smooth L1 (RADIO, arXiv:2312.06709; UNIC, arXiv:2408.05088).
+
+    Args:
+        student: ``[B, C, H, W]``.
+        teacher: ``[B, C, H, W]``.
+    """
+    return 0.5 * cosine_distance(student, teacher) + 0.5 * F.smooth_l1_loss(student, teacher)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": feature_mse,
     "spectral": spectral_mse,
     "smooth_l1": F.smooth_l1_loss,
+    "cosine": cosine_distance,
+    "cosine_smooth_l1": cosine_smooth_l1,
 }
 FIXED = {"pca": pca_projection, "phi_s": phi_s_projection}
 """Projections of the teacher's tokens that are measured once."""
-Loss = Literal["mse", "spectral", "smooth_l1"]
+Loss = Literal["mse", "spectral", "smooth_l1", "cosine", "cosine_smooth_l1"]
 Projector = Literal["pool", "linear", "orthogonal", "pca", "phi_s"]
 
 
@@ -129,7 +151,7 @@ class FeatureDistiller(Distiller):
         student_layers: Layers of the student: block index (-1 is the last), fraction of the depth (0.5), or a
             name that the student offers.
         teacher_layers: Layers of the teacher, one for each of `student_layers`.
-        loss: "mse", "smooth_l1", or "spectral" for SpectralKD (arXiv:2412.19055).
+        loss: "mse", "smooth_l1", "cosine", "cosine_smooth_l1", or "spectral" for SpectralKD (arXiv:2412.19055).
         projector: What bridges unequal widths, always at no cost at inference. "pool" averages the channels of the
             wider map (the naive baseline of arXiv:2511.15572). "linear" trains a projector to the teacher's width.
             "orthogonal" trains one with orthonormal rows, against the LayerNorm of the teacher's tokens (VkD,

@@ -7,10 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from kdvit.distillers import (
+    AttentionTransferDistiller,
+    DISTDistiller,
     Distiller,
+    DKDDistiller,
     FeatureDistiller,
     LiftDistiller,
     LogitDistiller,
+    RKDDistiller,
+    TokenRelationDistiller,
     WideLastDistiller,
     feature_mse,
     hard_kd,
@@ -86,6 +91,14 @@ def _fresh() -> list[tuple[Distiller, dict]]:
         (FeatureDistiller(projector="phi_s", loss="smooth_l1"), narrow),
         (FeatureDistiller(projector="orthogonal", loss="smooth_l1"), narrow),
         (FeatureDistiller(student_layers=(0, -1), teacher_layers=(0.5, 1.0), projector="linear"), coarse),
+        (FeatureDistiller(loss="cosine", projector="linear"), narrow),
+        (FeatureDistiller(loss="cosine_smooth_l1", projector="pca"), narrow),
+        (LogitDistiller(standardize=True, temperature=2.0), {}),
+        (DKDDistiller(), {}),
+        (DISTDistiller(), {}),
+        (RKDDistiller(), narrow),
+        (AttentionTransferDistiller(), {"student": ((8, 4, 4),), "teacher": ((12, 7, 7),)}),
+        (TokenRelationDistiller(), {"student": ((8, 4, 4),), "teacher": ((12, 7, 7),)}),
         (LiftDistiller(loss="spectral"), {}),
         (WideLastDistiller(teacher_layer=-2), {}),
     ]

@@ -1,0 +1,78 @@
+"""Distillation of relations within a map, which asks for no equal widths: attention, and similarities of tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdvit.distillers.base import Distiller
+from kdvit.distillers.feature import same_grid
+from kdvit.structures import Layer, ViTOutput
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the maps of mean squared activation, each of length 1 (arXiv:1612.03928, equation 2).
+
+    Args:
+        student: ``[B, C_s, H, W]``.
+        teacher: ``[B, C_t, H, W]``.
+    """
+    ours, theirs = (F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (student, teacher))
+    return F.mse_loss(ours, theirs)
+
+
+def token_relations(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosine similarities of all pairs of an image's tokens (DINOv3's Gram loss).
+
+    Args:
+        student: ``[B, C_s, H, W]``.
+        teacher: ``[B, C_t, H, W]``.
+    """
+    ours, theirs = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    return F.mse_loss(ours.mT @ ours, theirs.mT @ theirs)
+
+
+class RelationDistiller(Distiller):
+    """What the relations of a map's tokens have in common: one layer of each network, the finer grid resized.
+
+    Args:
+        weight: Factor of this term in the total loss.
+        student_layer: Layer of the student.
+        teacher_layer: Layer of the teacher.
+    """
+
+    needs_teacher_logits: ClassVar[bool] = False
+
+    def __init__(self, weight: float = 1.0, student_layer: Layer = -1, teacher_layer: Layer = -1) -> None:
+        super().__init__(weight)
+        self.student_layers, self.teacher_layers = (student_layer,), (teacher_layer,)
+
+
+class AttentionTransferDistiller(RelationDistiller):
+    """Attention transfer: where in the image the activations are strong. Widths may differ.
+
+    Args:
+        weight: Factor of this term in the total loss; about 1,000 in the paper, as the loss is small.
+        student_layer: Layer of the student.
+        teacher_layer: Layer of the teacher.
+    """
+
+    def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
+        """Returns `attention_transfer` of the pair."""
+        return attention_transfer(*same_grid(student.features[0], teacher.features[0]))
+
+
+class TokenRelationDistiller(RelationDistiller):
+    """Token relations: which tokens of an image are alike. Widths may differ: natural under an encoding mismatch.
+
+    Args:
+        weight: Factor of this term in the total loss.
+        student_layer: Layer of the student.
+        teacher_layer: Layer of the teacher.
+    """
+
+    def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
+        """Returns `token_relations` of the pair."""
+        return token_relations(*same_grid(student.features[0], teacher.features[0]))
