@@ -1,14 +1,16 @@
-"""The contract of a distiller as one call, for kdvit's own tests and those of other projects."""
+"""The contracts of a distiller and of a network, a call each, for kdvit's own tests and those of other projects."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kdvit.distillers import Distiller
-from kdvit.structures import OutputShapes, SharedBasis, ViTOutput
+from kdvit.models import Network
+from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput
 
 
 def check_distiller(
@@ -83,6 +85,85 @@ def _calibrate(distiller: Distiller, teacher: OutputShapes) -> None:
         bases.append(SharedBasis(torch.linspace(2, 0.1, width).double(), axes, torch.ones(width).double()))
     distiller.calibrate(bases)
     _promise(distiller.is_calibrated(), "calibrate must be remembered by is_calibrated, so that a run calls it once")
+
+
+def check_network(network: Network, layers: Sequence[Layer] = (0, -1)) -> None:
+    """Runs a network on random images and checks every promise that training, analysis and export rely on.
+
+    Logits ``[B, K]`` and one map ``[B, C, H, W]`` a layer, in the order asked; shapes as `output_shapes` says; in eval
+    the same for the same image, alone or in a batch; no edit of the input; a gradient for every parameter; deep copies
+    and state dicts that go round; bfloat16; an error for a layer that is not there.
+
+    Args:
+        network: The network. It is left in eval.
+        layers: Layers to ask for, at least two different ones where the network has them.
+
+    Raises:
+        AssertionError: If a promise is broken; the message says which.
+
+    Example:
+        >>> from kdvit.models import TimmStudent
+        >>> check_network(TimmStudent("vit_tiny_patch16_224", num_classes=3, img_size=32))
+    """
+    _promise(isinstance(network, Network), f"a network is a subclass of kdvit.models.Network, got {type(network)}")
+    network.eval()
+    image = torch.randn(2, 3, *network.image_format.size, generator=torch.Generator().manual_seed(0))
+    before = image.clone()
+    output = network(image, layers)
+    _promise(isinstance(output, ViTOutput), f"forward must return a ViTOutput, got {type(output).__name__}")
+    _promise(torch.equal(image, before), "forward must not edit its input in place")
+    _check_shapes(network, output, layers)
+    with torch.no_grad():
+        _check_repeats(network, image, output, layers)
+    if output.logits is not None:
+        output.logits.square().sum().backward()
+        idle = [name for name, each in network.named_parameters() if each.requires_grad and each.grad is None]
+        _promise(not idle, f"logits must depend on every parameter, for DDP waits for all gradients; not on {idle}")
+        network.zero_grad()
+    network.load_state_dict(network.state_dict())
+    try:
+        network.resolve(network.depth + 99)
+    except ValueError:
+        return
+    raise AssertionError("resolve must raise ValueError for a layer that does not exist")
+
+
+def _check_shapes(network: Network, output: ViTOutput, layers: Sequence[Layer]) -> None:
+    logits, features = output
+    _promise(
+        logits is None or (logits.ndim == 2 and len(logits) == 2),
+        f"logits must be [B, K] or None, got {None if logits is None else list(logits.shape)}",
+    )
+    _promise(len(features) == len(layers), f"{len(layers)} layers must give as many maps, got {len(features)}")
+    shapes = []
+    for layer, feature in zip(layers, features, strict=True):
+        hint = " (tokens [B, N, C] become a map by x.transpose(1, 2).reshape(B, C, H, W), without class tokens)"
+        said = f"layer {layer!r} must give a map [B, C, H, W], got {list(feature.shape)}"
+        _promise(feature.ndim == 4 and len(feature) == 2, said + (hint if feature.ndim == 3 else ""))
+        shapes.append((feature.shape[1], feature.shape[2], feature.shape[3]))
+    told = network.output_shapes(layers)
+    real = OutputShapes(None if logits is None else logits.shape[1], tuple(shapes))
+    _promise(told == real, f"output_shapes says {told}, and forward gives {real}")
+
+
+def _check_repeats(network: Network, image: Tensor, output: ViTOutput, layers: Sequence[Layer]) -> None:
+    expected = _tensors(output)
+
+    def same(other: ViTOutput, ours: list[Tensor], tolerance: float = 1e-4) -> bool:
+        pairs = zip(ours, _tensors(other), strict=True)
+        return all(torch.allclose(a, b.to(a), atol=tolerance, rtol=tolerance) for a, b in pairs)
+
+    _promise(all(bool(x.isfinite().all()) for x in expected), "logits and maps must be finite")
+    _promise(same(network(image, layers), expected, 0.0), "in eval, the same images must give the same output")
+    alone = network(image[:1], layers)
+    _promise(same(alone, [x[:1] for x in expected]), "in eval, an image must give the same alone as in a batch")
+    turned = network(image, tuple(reversed(layers)), False)
+    _promise(turned.logits is None, "logits=False must give no logits")
+    _promise(same(turned, list(reversed(output.features))), "maps must come in the order in which layers are asked for")
+    copied = copy.deepcopy(network)
+    _promise(same(copied(image, layers), expected), "a deep copy must give the same output")
+    half = copied.bfloat16()(image.bfloat16(), layers)
+    _promise(all(bool(x.isfinite().all()) for x in _tensors(half)), "in bfloat16, logits and maps must be finite")
 
 
 def _check_weight(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], target: Tensor, loss: Tensor) -> None:

@@ -19,6 +19,8 @@ from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 class Network(nn.Module):
     """What kdvit needs of a student or teacher. Subclass it to bring a network that timm does not have.
 
+    `kdvit.testing.check_network` checks all that is promised here, in one call.
+
     Attributes:
         depth: Number of layers whose output can be asked for.
         image_format: Input size and normalisation that the network was made for.
