@@ -12,8 +12,10 @@ from kdvit.analysis import Report, analyze
 from kdvit.analysis.geometry import LEVEL, LayerReport, bandwidths, p99
 from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
+from kdvit.cli.fit import parse_fit
 from kdvit.cli.images import ChosenImages, Images, choose
-from kdvit.cli.lookup import read_experiment
+from kdvit.cli.lookup import build
+from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 
 IMAGES = 1000
@@ -34,7 +36,8 @@ def analysed(networks: dict[str, Any], data: Any) -> Report:
 def draw(networks: dict[str, str], config: str, folder: Path) -> None:
     """Draws ranks and SEP of exported students, on the test images of a run's config."""
     students = {name: load_student(path) for name, path in networks.items()}
-    report = analysed(students, read_experiment(config, ("data",)).data)
+    data = build("data", ImageDataModule, parse_fit(["--config", config]).data)
+    report = analysed(students, data)
     for name, figure in figures(report).items():
         if name in FIGURES:
             figure.savefig(folder / f"{name}.png", dpi=130)
