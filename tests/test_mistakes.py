@@ -55,6 +55,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "takes images of (16, 16) pixels and the data gives (8, 8)",
     ),
     "optimizer": ({"model/optimizer/name": "adamww"}, "optimizer.name: timm has no 'adamww'. Near: adamw"),
+    "no learning rate": ({"model/optimizer/lr": None}, "optimizer: lr and weight_decay must be numbers, got None"),
     "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
     "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
     "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),

@@ -188,7 +188,9 @@ class KdvitCLI(LightningCLI):
         self.datamodule.num_workers = 0
         processes = planned_processes(given.trainer.devices, given.trainer.num_nodes)
         batches = given.trainer.accumulate_grad_batches
-        print(describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second), flush=True)
+        with unforeseen("described"):
+            told = describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second)
+        print(told, flush=True)
 
 
 class PlannedFit(KdvitCLI):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,11 +111,17 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
 
 def download_whole(folder: Path) -> None:
     """Downloads beside the folder and moves each file there, so that no other process reads half a file."""
+    new = [each for each in (folder, *folder.parents[:2]) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as beside:
-        fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
-        for file in filter(None, (_file(fetched, name) for name in FILES)):
-            os.replace(file, folder / file.name)
+    try:
+        with TemporaryDirectory(dir=folder) as beside:
+            fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
+            for file in filter(None, (_file(fetched, name) for name in FILES)):
+                os.replace(file, folder / file.name)
+    finally:
+        with suppress(OSError):  # they hold something
+            for empty in new:
+                empty.rmdir()
 
 
 def read_idx(folder: Path, name: str) -> Tensor:

@@ -42,18 +42,18 @@ def require_all_processes(trainer: pl.Trainer) -> None:
         )
 
 
-def planned_processes(devices: int | str | Sequence[int | str], num_nodes: int) -> int | None:
+def planned_processes(devices: int | str | Sequence[int | str] | None, num_nodes: int) -> int | None:
     """Returns how many processes a Trainer's `devices` and `num_nodes` make; None where the machine of the run decides.
 
     Example:
-        >>> [planned_processes(devices, num_nodes=2) for devices in (4, "4", "0,3", [0, 1, 3], "auto", -1, "-1")]
+        >>> [planned_processes(devices, num_nodes=2) for devices in (4, "4", "0,3", [0, 1, 3], "auto", -1, None)]
         [8, 8, 4, 6, None, None, None]
     """
     if isinstance(devices, str) and "," in devices:
         devices = [each for each in devices.split(",") if each.strip()]
-    if not isinstance(devices, (int, str)):
+    if devices is not None and not isinstance(devices, (int, str)):
         return len(devices) * num_nodes
-    return int(devices) * num_nodes or None if str(devices).strip().isdecimal() else None
+    return int(str(devices)) * num_nodes or None if str(devices).strip().isdecimal() else None
 
 
 def require_all_tasks(planned: int | None) -> None:

@@ -45,6 +45,8 @@ class OptimizerOptions:
             near = difflib.get_close_matches(self.name, [str(name) for name in list_optimizers()], n=3)
             hint = f"Near: {', '.join(near)}." if near else "See timm.optim.list_optimizers()."
             raise ValueError(f"optimizer.name: timm has no {self.name!r}. {hint}")
+        if None in (self.lr, self.weight_decay):  # timm would take the optimizer's own
+            raise ValueError(f"optimizer: lr and weight_decay must be numbers, got {self.lr} and {self.weight_decay}.")
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)
         except TypeError as error:
