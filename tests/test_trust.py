@@ -142,7 +142,7 @@ def test_no_checkpoint_runs_code(capsys, caplog) -> None:
         assert "best.ckpt" in refused(["validate", *plain, "--trainer.default_root_dir", "run"], capsys)
         caplog.clear()
         again = ["fit", *plain, "--trainer.default_root_dir", "run"]
-        assert "From none of the checkpoints in 'run/checkpoints' can training go on" in refused(again, capsys)
+        assert "Training can go on from none of the checkpoints in 'run/checkpoints'" in refused(again, capsys)
         assert "last.ckpt is no whole checkpoint" in caplog.text
         assert not Path("pwned").exists()
 
