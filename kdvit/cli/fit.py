@@ -169,7 +169,10 @@ class KdvitCLI(LightningCLI):
     def _options(self, given: Any) -> dict[str, Any]:
         """Returns the Trainer's options that follow from the command."""
         own = given.trainer.callbacks or []
-        callbacks = [*(own if isinstance(own, list) else [own]), *filter(None, vars(given.callbacks).values())]
+        callbacks = [
+            *(own if isinstance(own, list) else [own]),
+            *filter(None, vars(given.callbacks).values() if given.callbacks else ()),
+        ]
         if self.command == "check":
             return {**ON_ONE_CPU, "callbacks": callbacks}
         callbacks.insert(0, SameCheckpoint(self.checkpoint))

@@ -100,7 +100,7 @@ def joined(
             lists.setdefault(alone, []).append(word)
         elif kind is None:
             (rest if has_rest else own).append(word)
-        elif _item(kind):
+        elif _item(kind) and name in known:
             lists.setdefault(name, []).extend([value] if equals else _values(words, known))
         elif equals or (kind is bool and words[:1] not in (["true"], ["false"])):
             own.append(f"--{name}={value if equals else 'true'}")
@@ -116,7 +116,9 @@ def joined(
 def _values(words: list[str], known: dict[str, Any]) -> list[str]:
     """Takes the words of a list from the front, up to the next option; the first may look like one of sbatch's."""
     taken: list[str] = []
-    while words and (not words[0].startswith("--") or not (taken or words[0][2:].partition("=")[0] in known)):
+    while words and (
+        not words[0].startswith("--") or not (taken or words[0][2:].partition("=")[0].replace("-", "_") in known)
+    ):
         taken.append(words.pop(0))
     return taken
 
