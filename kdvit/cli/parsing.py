@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
+
+from kdvit.errors import UserError
 
 PASSED = ("rest", "typed")
 """Parameters that are no options: the words that the function does not know, and all words."""
@@ -101,14 +103,16 @@ def joined(
         elif kind is None:
             (rest if has_rest else own).append(word)
         elif _item(kind) and name in known:
-            lists.setdefault(name, []).extend([value] if equals else _values(words, known))
-        elif equals or (kind is bool and words[:1] not in (["true"], ["false"])):
+            lists.setdefault(name, []).extend(_split(value) if equals else _values(words, known))
+        elif equals or (kind is bool and not (words and words[0].lower() in ("true", "false"))):
             own.append(f"--{name}={value if equals else 'true'}")
         else:
             own += [f"--{name}", *words[:1]]
             words = words[1:]
     for name, values in lists.items():
-        items = json.dumps(values if _item(known[name]) is str else [yaml.safe_load(each) for each in values])
+        if not values:
+            raise UserError(f"--{name} needs at least one value.")
+        items = json.dumps(values if _item(known[name]) is str else [_value(each) for each in values])
         own.append(items if name == alone else f"--{name}={items}")
     return own, rest
 
@@ -116,11 +120,25 @@ def joined(
 def _values(words: list[str], known: dict[str, Any]) -> list[str]:
     """Takes the words of a list from the front, up to the next option; the first may look like one of sbatch's."""
     taken: list[str] = []
-    while words and (
-        not words[0].startswith("--") or not (taken or words[0][2:].partition("=")[0].replace("-", "_") in known)
-    ):
+    while words and words[0] != "-h":
+        word = words[0]
+        if word.startswith("--") and (taken or word[2:].partition("=")[0].replace("-", "_") in {*known, "help"}):
+            break
         taken.append(words.pop(0))
     return taken
+
+
+def _split(text: str) -> list[str]:
+    """Returns the items of a list in brackets, or a word as it is."""
+    return [each.strip() for each in text[1:-1].split(",")] if text[:1] + text[-1:] == "[]" else [text]
+
+
+def _value(word: str) -> int | float | str:
+    """Returns the number that a word is, or the word."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word)
+    return word
 
 
 def _item(kind: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from kdvit.cli.config_files import find_config
 from kdvit.errors import UserError, shown
@@ -39,16 +39,16 @@ def analyze(
     config: str | None = None,
     data: str | None = None,
     pretrained: bool = True,
-    images: int = 1000,
+    images: PositiveInt = 1000,
     layers: list[int | float | str] | None = None,
     energies: list[float] = [0.8, 0.9, 0.95, 0.99],  # noqa: B006
     centred: bool = False,
     permutations: int = 100,
     seed: int = 0,
     out: str = "runs/analysis",
-    batch_size: int = 32,
-    num_workers: int = 2,
-    memory: float = 4.0,
+    batch_size: PositiveInt = 32,
+    num_workers: NonNegativeInt = 2,
+    memory: NonNegativeFloat = 4.0,
     trainer: Processes = Processes(),  # noqa: B008
 ) -> None:
     """Measure the features of a pair, and say what to do about it (arXiv:2511.15572).

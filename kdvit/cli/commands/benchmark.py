@@ -6,13 +6,15 @@ import json
 import platform
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from kdvit.cli.config_files import find_config
 from kdvit.tables import text_table
 
 CONFIGS = (".yaml", ".yml")
 
 
-def benchmark(networks: list[str], batch_size: int = 32, out: str | None = None) -> None:
+def benchmark(networks: list[str], batch_size: PositiveInt = 32, out: str | None = None) -> None:
     """Show parameters, FLOPs, latency and throughput of networks side by side.
 
     Args:
