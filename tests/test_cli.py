@@ -280,6 +280,16 @@ def test_every_precision_trains(precision: str, demo_teacher: str) -> None:
     assert all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in weights)
 
 
+@pytest.mark.parametrize("projector", ["linear", "orthogonal", "phi_s"])
+@pytest.mark.filterwarnings("ignore:You passed `Trainer:UserWarning")
+def test_distillers_stay_in_float32_where_the_networks_do_not(projector: str, demo_teacher: str) -> None:
+    bf16 = ["--trainer.precision", "bf16-true", "--model.distillers.feature.init_args.projector", projector]
+    fit("feature", demo_teacher, *SHORT, *bf16)
+    weights = torch.load("run/checkpoints/last.ckpt")["state_dict"]
+    kinds = {name.partition(".")[0]: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
+    assert kinds == {"student": torch.bfloat16, "distillers": torch.float32}
+
+
 def test_one_value_in_a_distiller_is_changed_from_the_command_line(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "lift.yaml", "--model.distillers.lift.weight", "2", "--print_config"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator
+from collections.abc import Callable, ItemsView, Iterator
 from typing import cast
 
 from torch import Tensor, nn
@@ -77,6 +77,16 @@ class Objectives(nn.ModuleDict):
         self.teacher_indices += tuple(map(teacher.network.resolve, distiller.teacher_layers))
         self.teacher_logits |= distiller.needs_teacher_logits
         self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(self.teacher_layers))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objectives:
+        """Moves the distillers, and keeps them in float32 at least: under bf16-true, too, losses are (as metrics are)."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(new.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def items(self) -> ItemsView[str, Distiller]:
         """Returns the distillers by name."""
