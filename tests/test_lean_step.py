@@ -16,7 +16,8 @@ from kdvit import DistillationModule, load_student
 from kdvit.callbacks import NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import avoid_slow_attention
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions
+from kdvit.training.optim import OptimizerOptions
+from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer
 
 WAITING = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "allclose")

@@ -56,7 +56,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "optimizer": ({"model/optimizer/name": "adamww"}, "optimizer.name: timm has no 'adamww'. Near: adamw"),
     "no learning rate": ({"model/optimizer/lr": None}, "optimizer: lr and weight_decay must be numbers, got None"),
-    "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of cosine"),
+    "schedule": ({"model/schedule/name": "cosin"}, "schedule.name must be one of constant, cosine"),
     "architecture": ({"model/student/init_args/arch": "deit_tny_patch16_224"}, "Did you mean deit_tiny_patch16_224"),
     "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
     "optimizer argument": ({"model/optimizer/args": {"foo": 1}}, "optimizer.args: adamw does not take {'foo': 1}"),

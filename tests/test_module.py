@@ -13,7 +13,8 @@ from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
 from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import TimmStudent
 from kdvit.structures import Batch, ImageFormat, ViTOutput
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions, global_batch, parameter_groups
+from kdvit.training.optim import OptimizerOptions, global_batch, parameter_groups
+from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
 FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}

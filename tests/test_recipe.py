@@ -20,6 +20,7 @@ from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.data.sampling import ViewSampler
 from kdvit.training.optim import parameter_groups
+from kdvit.training.schedule import RunLength
 
 RUNS = {
     "supervised": ("TimmStudent", {}, 1.0),
@@ -120,11 +121,10 @@ def _assert_learning_rates(module: Any) -> None:
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert optimizer.defaults["eps"] == 1e-8
     assert module.optimizer_options.weight_decay == 0.05
-    schedule = module.schedule_options.build(optimizer, 300)
+    schedule = module.schedule_options.build(optimizer, RunLength(300))
     peak = 5e-4 * 2048 / 512
     for epoch in range(300):
-        if epoch > 0:
-            schedule.step(epoch)
+        schedule.set(epoch, step=0)
         warm = 1e-6 + epoch * (peak - 1e-6) / 5
         cosine = 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
         assert optimizer.param_groups[0]["lr"] == pytest.approx(warm if epoch < 5 else cosine, rel=1e-9)

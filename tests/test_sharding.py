@@ -19,7 +19,7 @@ from kdvit.callbacks import StudentEMA
 from kdvit.cli import main
 from kdvit.errors import UserError
 from kdvit.models import LiftViT, TimmStudent
-from kdvit.training.optim import ScheduleOptions
+from kdvit.training.schedule import ScheduleOptions
 from tests.runs import QUIET
 from tests.several import together
 from tests.test_stopping import signal_at

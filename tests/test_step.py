@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdvit import DistillationModule
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions
+from kdvit.training.optim import OptimizerOptions
+from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer
 
 EPOCHS, LR, BATCH = 2, 1e-3, 16

@@ -33,6 +33,7 @@ from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
+from kdvit.runtime.length import RunEnd
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
@@ -108,12 +109,12 @@ class KdvitCLI(LightningCLI):
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
             parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)
-        best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "mode": "max"}
-        last: dict[str, Any] = {"filename": "last"}
+        best = {"filename": "best", "monitor": "val/acc1", "save_on_train_epoch_end": False}
+        last = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
             parser.add_lightning_class_args(StepCheckpoint, key)
-            defaults = {**defaults, "enable_version_counter": False}
-            parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
+            of_kdvit = {**defaults, "enable_version_counter": False}
+            parser.set_defaults({f"{key}.{name}": value for name, value in of_kdvit.items()})
             parser.link_arguments("trainer.default_root_dir", f"{key}.dirpath", compute_fn=_checkpoint_folder)
         parser.link_arguments("data", "model.image_format", compute_fn=_image_format, apply_on="instantiate")
         parser.link_arguments("data", "model.class_names", compute_fn=_class_names, apply_on="instantiate")
@@ -131,8 +132,9 @@ class KdvitCLI(LightningCLI):
         config = self.config[self.command]
         if config.get("weights_only") is False:
             raise UserError("weights_only: false lets a checkpoint run code. Leave it out: kdvit loads no such file.")
-        if self.command in ("fit", "check") and config.trainer.max_epochs in (None, -1):
-            raise UserError("The schedule needs the length of the run: set trainer.max_epochs.")
+        endless = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps < 1
+        if self.command in ("fit", "check") and endless:
+            raise UserError("The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps.")
         self.checkpoint = None
         if self.command not in ("check", "cache"):
             self.checkpoint = find_checkpoint(self.command, config, self._parser(self.command))
@@ -178,11 +180,19 @@ class KdvitCLI(LightningCLI):
         callbacks.insert(0, SameCheckpoint(self.checkpoint))
         if self.command != "fit":
             return {"logger": False, "callbacks": callbacks}
+        epochs, steps = given.trainer.max_epochs or -1, given.trainer.max_steps
+        callbacks.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))
         plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
         logger = given.trainer.logger
         if logger in (None, True):
             logger = run_loggers(given.trainer.default_root_dir, self.checkpoint)
-        return {"plugins": [*filter(None, plugins), WholeCheckpointIO()], "logger": logger, "callbacks": callbacks}
+        return {
+            "plugins": [*filter(None, plugins), WholeCheckpointIO()],
+            "logger": logger,
+            "callbacks": callbacks,
+            "max_epochs": epochs,
+            "max_steps": -1,
+        }
 
     def before_check(self) -> None:
         """Shows what a fit will do, as it is planned and not as it is checked."""

@@ -14,6 +14,7 @@ from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, f
 from kdvit.callbacks import BadImages, StudentExport
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError
+from kdvit.runtime.checkpoints import require_monitors
 from kdvit.training.module import DistillationModule
 
 CHECKED_IMAGES = 8
@@ -40,6 +41,7 @@ class Trainer(pl.Trainer):
             self.fit(model, datamodule=datamodule)
         except Exception as error:
             raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
+        require_monitors(callbacks, self.callback_metrics)
         said = f"A training and a validation batch of at most {CHECKED_IMAGES} images went through."
         print(f"{said} This config is ready for `kdvit fit`.")
 

@@ -83,9 +83,11 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
 
     Raises:
         FileNotFoundError: If nothing is there.
-        ValueError: If it is not a student of kdvit's, or its class has not been imported.
+        ValueError: If it is not a student of kdvit's, its class has not been imported, or it has no averaged weights.
     """
     path = Path(path)
+    if path.is_dir() and ema:
+        raise ValueError(f"{str(path)!r} is an exported folder and holds one set of weights: leave ema out.")
     if path.is_dir():
         spec, weights = _read_folder(path)
     elif path.is_file():

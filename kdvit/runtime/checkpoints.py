@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +15,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.errors import UserError
 from kdvit.files import write_whole
+from kdvit.runtime.length import is_last_epoch
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -36,10 +39,41 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which skips batches whose gradients wait for more: a checkpoint has no gradients.
+    """Lightning's ModelCheckpoint, whose best is the best and whose last is the last.
 
-    (Lightning's own saves amid accumulated batches by time, and by steps in the first ones of a run that goes on.)
+    * It skips batches whose gradients wait for more: a checkpoint has no gradients. (Lightning's own saves amid
+      accumulated batches by time, and by steps in the first ones of a run that goes on.)
+    * With `save_top_k` above 1 the files are FILENAME-epoch=E-step=S.ckpt, and FILENAME.ckpt is a copy of the best.
+    * Without `monitor` it saves at the end of the run, too, whatever its interval.
+
+    Args:
+        monitor: The metric whose best is kept; null to keep the last.
+        mode: Which is better, min or max; by default what the metric's name says.
+        filename: Name of the file.
+        save_top_k: How many to keep; -1 for all.
+        kwargs: Lightning's.
+
+    Raises:
+        ValueError: If `monitor` does not say which is better, and `mode` neither.
     """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        filename: str | None = None,
+        save_top_k: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self._alias = filename if monitor and save_top_k not in (0, 1) and "{" not in str(filename) else None
+        self._copied = ""
+        mode = mode or better(monitor)
+        filename = filename if self._alias is None else f"{filename}-{{epoch}}-{{step}}"
+        super().__init__(monitor=monitor, mode=mode, filename=filename, save_top_k=save_top_k, **kwargs)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises if a callback waits for a metric of the validation that has not been logged."""
+        require_monitors(trainer.callbacks, trainer.callback_metrics)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,6 +81,63 @@ class StepCheckpoint(ModelCheckpoint):
         """Saves if it is time to."""
         if gradients_are_taken(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._copy_best(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves if it is time to."""
+        super().on_validation_end(trainer, pl_module)
+        self._copy_best(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves if it is time to, and at the end of the run."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._copy_best(trainer)
+        due = self.every_n_epochs == 1 or is_last_epoch(trainer)
+        if self.monitor is None and self.save_top_k and due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+    def _copy_best(self, trainer: pl.Trainer) -> None:
+        if self._alias is not None and self.best_model_path != self._copied:
+            self._copied = self.best_model_path
+            if trainer.is_global_zero:
+                best = Path(self.best_model_path)
+                write_whole(best.with_name(f"{self._alias}.ckpt"), best.read_bytes())
+
+
+def better(monitor: str | None) -> str:
+    """Returns which values of a metric are better, min or max.
+
+    Example:
+        >>> better("val/loss"), better("val/acc1_ema")
+        ('min', 'max')
+    """
+    name = (monitor or "loss").rpartition("/")[2]
+    if any(word in name for word in ("loss", "error", "nll", "mse")):
+        return "min"
+    if any(word in name for word in ("acc", "f1", "auroc", "cosine", "explained_variance", "map", "knn")):
+        return "max"
+    raise ValueError(f"checkpoint.mode: say which is better of {monitor!r}, min or max.")
+
+
+def require_monitors(callbacks: Iterable[pl.Callback], logged: Iterable[str]) -> None:
+    """Raises if a callback waits for a metric of the validation that nobody logs.
+
+    Args:
+        callbacks: Those of the run.
+        logged: Names of the metrics that a validation has logged.
+
+    Raises:
+        UserError: If one does.
+    """
+    names = sorted(logged)
+    for each in callbacks:
+        monitor = getattr(each, "monitor", None)
+        if monitor and monitor.startswith("val") and monitor not in names:
+            near = difflib.get_close_matches(monitor, names, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{type(each).__name__} waits for {monitor!r}, and the validation logs {', '.join(names)}.{hint}"
+            )
 
 
 def gradients_are_taken(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +18,8 @@ from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.calibration import calibrate
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions, gradient_norm, optimizer_and_schedule
+from kdvit.training.optim import OptimizerOptions, gradient_norm, optimizer_and_schedule
+from kdvit.training.schedule import LearningRate, ScheduleOptions
 from kdvit.training.sharding import split
 
 
@@ -121,7 +121,8 @@ class DistillationModule(pl.LightningModule):
         return {"task": self.task_weight, **self.distillers.weights()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds dropout and stochastic depth by step and rank: a resumed run draws what it would have drawn."""
+        """Sets the learning rate, and seeds dropout by step and rank: a resumed run does what it would have done."""
+        self.lr_schedulers().set(self.current_epoch, self.trainer.global_step)  # type: ignore[union-attr]
         seed_torch(mixed_seed(self._run_seed, self.trainer.global_step, batch_idx, self.global_rank), self.device)
 
     def on_train_start(self) -> None:
@@ -159,9 +160,7 @@ class DistillationModule(pl.LightningModule):
         probability, predicted = self(batch.image).float().softmax(dim=1).max(dim=1)
         return batch.index, predicted, probability
 
-    def _is_logged_step(
-        self,
-    ) -> bool:  # those that the Trainer writes: a call of self.log costs as much as a small kernel
+    def _is_logged_step(self) -> bool:  # a call of self.log costs as much as a small kernel
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
@@ -186,9 +185,9 @@ class DistillationModule(pl.LightningModule):
         options = self.optimizer_options, self.schedule_options
         return optimizer_and_schedule(self.trainer, (self.student, self.distillers), *options)
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
-        """Moves timm's schedule to the coming epoch."""
-        scheduler.step(epoch=self.current_epoch + 1)
+    def lr_scheduler_step(self, scheduler: LearningRate, metric: Any) -> None:  # type: ignore[override]
+        """Moves the learning rate to the coming epoch or step."""
+        scheduler.set(self.current_epoch + 1, self.trainer.global_step)
 
     def spec(self) -> dict[str, Any]:
         """Describes the student in plain types, and how it fares; see `kdvit.models.checkpoint.student_spec`."""

@@ -79,7 +79,7 @@ class Objectives(nn.ModuleDict):
         self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(self.teacher_layers))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objectives:
-        """Moves the distillers, and keeps them in float32 at least: under bf16-true, too, losses are (as metrics are)."""
+        """Moves the distillers, and keeps them in float32 at least, under bf16-true too: losses need it."""
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)

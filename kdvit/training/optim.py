@@ -1,8 +1,9 @@
-"""Optimizer and schedule: timm's, with what the recipe fixes as plain options."""
+"""The optimizer: timm's, with what the recipe fixes as plain options."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
+from kdvit.runtime.length import RunEnd
+from kdvit.training.schedule import RunLength, ScheduleOptions
+
 FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -71,57 +72,54 @@ class OptimizerOptions:
         return create_optimizer_v2(parameters, opt=self.name, lr=lr, weight_decay=self.weight_decay, **args)
 
 
-@dataclass
-class ScheduleOptions:
-    """The learning rate over epochs, stepped once an epoch.
-
-    Attributes:
-        name: timm's name of the schedule.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate of the first epoch of the warm-up.
-        min_lr: Learning rate at the end.
-        args: More arguments of timm's `create_scheduler_v2`.
-    """
-
-    name: str = "cosine"
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    args: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.name not in SCHEDULES:
-            raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
-
-    def build(self, optimizer: torch.optim.Optimizer, epochs: int | None) -> Scheduler:
-        """Builds the schedule for a run of so many epochs.
-
-        Raises:
-            ValueError: If the number is not known.
-        """
-        if epochs is None or epochs < 1:
-            raise ValueError(f"The schedule needs the number of epochs: set trainer.max_epochs (it is {epochs}).")
-        scheduler: Scheduler
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=self.name,
-            num_epochs=epochs,
-            warmup_epochs=self.warmup_epochs,
-            warmup_lr=self.warmup_lr,
-            min_lr=self.min_lr,
-            **self.args,
-        )
-        return scheduler
-
-
 def optimizer_and_schedule(
     trainer: pl.Trainer, modules: Iterable[nn.Module], optimizer: OptimizerOptions, schedule: ScheduleOptions
 ) -> Any:
     """Builds what `LightningModule.configure_optimizers` returns, over the parameters of student and distillers."""
     images = 1 if optimizer.lr_base_batch is None else global_batch(trainer)
     built = optimizer.build(parameter_groups(modules, optimizer.weight_decay), images, may_fuse(trainer))
-    steps = {"scheduler": schedule.build(built, trainer.max_epochs), "interval": "epoch"}
-    return {"optimizer": built, "lr_scheduler": steps}
+    rate = schedule.build(built, run_length(trainer, schedule.interval == "step"))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": schedule.interval}}
+
+
+def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
+    """Returns how long a run is planned to be.
+
+    Raises:
+        ValueError: If nothing limits it, or its steps are to be counted and its loader has no length.
+    """
+    ends = [each.steps for each in trainer.callbacks if isinstance(each, RunEnd)]  # type: ignore[attr-defined]
+    steps = next(filter(None, ends), trainer.max_steps)
+    epochs = trainer.max_epochs or -1
+    if epochs < 1 and steps < 1:
+        raise ValueError(
+            f"The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps (they are "
+            f"{trainer.max_epochs} and {trainer.max_steps})."
+        )
+    if epochs > 0 and not by_steps:
+        return RunLength(epochs)
+    try:
+        batches = len(training_loader(trainer))
+    except TypeError as error:
+        raise ValueError(
+            "The training loader has no length, so the steps of an epoch are not known. Set trainer.max_epochs and "
+            "schedule.interval: epoch."
+        ) from error
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    if epochs > 0:
+        return RunLength(epochs, epochs * an_epoch, an_epoch)
+    return RunLength(math.ceil(steps / an_epoch), steps, an_epoch)
+
+
+def training_loader(trainer: pl.Trainer) -> Any:
+    """Returns a training loader of its own: the Trainer's, if built before a resume, would not go on."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is not None:
+        return data.train_dataloader()
+    _ = trainer.estimated_stepping_batches  # builds the loader
+    return trainer.train_dataloader
 
 
 def global_batch(trainer: pl.Trainer) -> int:
@@ -130,13 +128,7 @@ def global_batch(trainer: pl.Trainer) -> int:
     Raises:
         ValueError: If the training loader does not say its batch size.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None:
-        _ = trainer.estimated_stepping_batches  # builds the loader
-        loader: Any = trainer.train_dataloader
-    else:
-        loader = data.train_dataloader()  # of its own: the Trainer's, if built before a resume, would not go on
-    size = getattr(loader, "batch_size", None)
+    size = getattr(training_loader(trainer), "batch_size", None)
     if size is None:
         raise ValueError(
             "The training loader has no batch_size by which to scale the learning rate. Set optimizer.lr_base_batch: "

@@ -21,7 +21,8 @@ from kdvit.callbacks import StudentEMA, Throughput
 from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.models import LiftViT, TimmTeacher
 from kdvit.structures import Batch
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions
+from kdvit.training.optim import OptimizerOptions
+from kdvit.training.schedule import ScheduleOptions
 from tests.bench.fit import WARM, batches, seconds_a_step
 from tests.bench.rounds import Row, interleave, row, speed_up
 

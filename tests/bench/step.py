@@ -14,7 +14,8 @@ from kdvit.callbacks import Throughput
 from kdvit.distillers import LiftDistiller
 from kdvit.models import FrozenTeacher, LiftViT, Network, TimmTeacher, avoid_slow_attention
 from kdvit.structures import Batch, ImageFormat
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.training.optim import OptimizerOptions, parameter_groups
+from kdvit.training.schedule import ScheduleOptions
 from tests import tiny as small
 from tests.bench.fit import EVERY, WARM, batches, seconds_a_step
 from tests.bench.rounds import Row, cost, interleave, milliseconds, row

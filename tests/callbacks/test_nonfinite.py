@@ -23,7 +23,8 @@ from kdvit.callbacks import NonFiniteError, NonFiniteGuard, StudentEMA, nonfinit
 from kdvit.data import Digits
 from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.structures import Batch
-from kdvit.training.optim import OptimizerOptions, ScheduleOptions, parameter_groups
+from kdvit.training.optim import OptimizerOptions, parameter_groups
+from kdvit.training.schedule import ScheduleOptions
 from tests.runs import SHORT, fit
 from tests.several import PATHS
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer

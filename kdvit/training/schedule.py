@@ -1,0 +1,164 @@
+"""The learning rate over a run: timm's schedules, as a function of epoch or step and of the config alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
+IN_EPOCHS = ("decay_epochs", "decay_milestones", "cooldown_epochs")
+"""Arguments of timm's that are numbers of epochs."""
+OWN = {
+    "num_epochs": "trainer.max_epochs or trainer.max_steps",
+    "step_on_epochs": "schedule.interval",
+    "updates_per_epoch": "schedule.interval",
+    **{name: f"schedule.{name}" for name in ("warmup_epochs", "warmup_lr", "min_lr")},
+    "sched": "schedule.name",
+}
+"""Arguments of timm's that kdvit sets, with the option that says them."""
+
+
+class RunLength(NamedTuple):
+    """How long a run is planned to be.
+
+    Attributes:
+        epochs: Epochs, the last one perhaps not whole.
+        steps: Steps of the optimizer; None where they are not counted.
+        steps_an_epoch: The same of an epoch.
+    """
+
+    epochs: int
+    steps: int | None = None
+    steps_an_epoch: int | None = None
+
+
+@dataclass
+class ScheduleOptions:
+    """The learning rate over a run. It follows from the epoch or step and these options, and is never restored.
+
+    Attributes:
+        name: timm's name of the schedule.
+        interval: What moves it. By steps, all that is given in epochs counts as that many steps.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_steps: Steps of the warm-up, instead of `warmup_epochs`; for `interval: step`.
+        warmup_share: Share of the run that is warm-up, instead of `warmup_epochs`.
+        warmup_lr: Learning rate at the start of the warm-up.
+        min_lr: Learning rate at the end.
+        args: More arguments of timm's `create_scheduler_v2`. The run is shared by `cycle_limit` cycles and
+            `cooldown_epochs`.
+
+    Raises:
+        ValueError: If there is no such schedule or argument, or options contradict each other.
+    """
+
+    name: str = "cosine"
+    interval: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: float = 5
+    warmup_steps: int | None = None
+    warmup_share: float | None = None
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
+        if self.warmup_steps is not None and (self.interval == "epoch" or self.warmup_share is not None):
+            raise ValueError("schedule.warmup_steps goes with schedule.interval: step, and without warmup_share.")
+        if not 0 <= (self.warmup_share or 0) < 1:
+            raise ValueError(f"schedule.warmup_share must be at least 0 and below 1, got {self.warmup_share}.")
+        for name in self.args:
+            if name in OWN:
+                raise ValueError(f"schedule.args: {name} is set by {OWN[name]}.")
+        for name, needed in {"decay_epochs": "step", "decay_milestones": "multistep"}.items():
+            if name in self.args and self.name != needed:
+                raise ValueError(f"schedule.args: {name} has no effect on {self.name}; it goes with {needed}.")
+        known = sorted({*inspect.signature(create_scheduler_v2).parameters} - {*OWN, "optimizer"})
+        if unknown := sorted({*self.args} - {*known}):
+            raise ValueError(f"schedule.args: timm's schedules do not take {unknown[0]}. They take {', '.join(known)}.")
+
+    def build(self, optimizer: torch.optim.Optimizer, length: RunLength) -> LearningRate:
+        """Builds the schedule of an optimizer for a run of some length."""
+        total, unit = length.epochs, 1
+        if self.interval == "step":
+            assert length.steps is not None
+            assert length.steps_an_epoch is not None
+            total, unit = length.steps, length.steps_an_epoch
+        args = {
+            name: ([each * unit for each in value] if isinstance(value, (list, tuple)) else value * unit)
+            if name in IN_EPOCHS
+            else value
+            for name, value in self.args.items()
+        }
+        if self.name == "constant":
+            args |= {"decay_epochs": total, "decay_rate": 1.0}
+        warmup = self._warmup(total, unit)
+        left = total - args.get("cooldown_epochs", 0) - (warmup if args.get("warmup_prefix") else 0)
+        cycles = sum(args.get("cycle_mul", 1) ** i for i in range(args.get("cycle_limit", 1)))
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched="step" if self.name == "constant" else self.name,
+            num_epochs=max(1, math.ceil(left / cycles)),
+            warmup_epochs=warmup,
+            warmup_lr=self.warmup_lr,
+            min_lr=self.min_lr,
+            step_on_epochs=self.interval == "epoch",
+            updates_per_epoch=1,
+            **args,
+        )
+        return LearningRate(schedule)
+
+    def _warmup(self, total: int, unit: int) -> int:
+        """Returns the length of the warm-up in epochs or steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round(self.warmup_epochs * unit if self.warmup_share is None else self.warmup_share * total)
+
+    def rates(self, lr: float, length: RunLength) -> list[float]:
+        """Returns the learning rate of every epoch of a run, or of every step.
+
+        Args:
+            lr: The highest.
+            length: How long the run is.
+
+        Example:
+            >>> ScheduleOptions(warmup_epochs=2, warmup_lr=0.0, min_lr=0.0).rates(1.0, RunLength(4))
+            [0.0, 0.5, 0.5, 0.14644660940672627]
+        """
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
+        rate = self.build(optimizer, length)
+        values = []
+        for i in range(length.epochs if self.interval == "epoch" else length.steps or 0):
+            rate.set(epoch=i, step=i)
+            values.append(float(optimizer.param_groups[0]["lr"]))
+        return values
+
+
+class LearningRate:
+    """Sets the learning rate of an optimizer. It has no state: a run that goes on has the rates of its own command.
+
+    Args:
+        schedule: timm's schedule.
+    """
+
+    def __init__(self, schedule: Scheduler) -> None:
+        self.schedule, self.optimizer = schedule, schedule.optimizer
+
+    def set(self, epoch: int, step: int) -> None:
+        """Sets the rate of an epoch or, for a schedule by steps, of a step."""
+        self.schedule.step(epoch)
+        self.schedule.step_update(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores nothing."""

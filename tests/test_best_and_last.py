@@ -1,0 +1,86 @@
+"""best.ckpt is the best, last.ckpt is the end of the run, and what nobody measures is not waited for."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdvit.cli import main
+from tests.runs import QUIET, assert_same_end, demo_fit, fit
+
+EPOCHS = [*QUIET, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=0"]
+CHECKPOINTS = Path("run/checkpoints")
+
+
+def by_epoch(name: str) -> list[float]:
+    with Path("run/metrics.csv").open() as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
+
+
+def of(file: str) -> tuple[int, int]:
+    content = torch.load(CHECKPOINTS / file, weights_only=True)
+    return content["epoch"], content["global_step"]
+
+
+def test_of_several_checkpoints_best_is_a_copy_of_the_best() -> None:
+    more = ["--model.optimizer.lr=0.3", "--trainer.max_epochs=5", "--checkpoint.save_top_k=2"]
+    fit("plain", "", *EPOCHS, *more)
+    scores = by_epoch("val/acc1")
+    best = scores.index(max(scores))
+    assert of("best.ckpt")[0] == best
+    kept = sorted(CHECKPOINTS.glob("best-epoch=*.ckpt"))
+    assert len(kept) == 2
+    assert (CHECKPOINTS / "best.ckpt").read_bytes() in [file.read_bytes() for file in kept]
+
+
+def test_the_lower_loss_is_the_better_one() -> None:
+    fit("plain", "", *EPOCHS, "--model.optimizer.lr=0.3", "--trainer.max_epochs=4", "--checkpoint.monitor=val/loss")
+    losses = by_epoch("val/loss")
+    assert of("best.ckpt")[0] == losses.index(min(losses))
+
+
+@pytest.mark.parametrize("rare", ["--trainer.check_val_every_n_epoch=2", "--last_checkpoint.every_n_epochs=2"])
+def test_last_is_the_end_of_the_run(rare: str) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=3", rare)
+    assert of("last.ckpt") == (2, 9)
+
+
+def test_a_run_goes_on_from_its_best_checkpoint_as_from_its_last(demo_teacher: str) -> None:
+    more = [*EPOCHS, "--ema.decay=0.9"]
+    fit("lift", demo_teacher, *more, "--trainer.max_epochs=4", "--trainer.default_root_dir=whole")
+    fit("lift", demo_teacher, *more, "--trainer.max_epochs=4", "--trainer.max_steps=6", "--checkpoint.save_top_k=-1")
+    for name in ("last", "best"):
+        (CHECKPOINTS / f"{name}.ckpt").unlink()
+    (CHECKPOINTS / "best-epoch=1-step=6.ckpt").rename(CHECKPOINTS / "best.ckpt")
+    (CHECKPOINTS / "best-epoch=0-step=3.ckpt").unlink()
+    fit("lift", demo_teacher, *more, "--trainer.max_epochs=4")
+    assert of("last.ckpt") == (3, 12)
+    assert len(by_epoch("val/acc1")) == 4
+    assert_same_end("whole", "run")
+
+
+STOPPING = "{class_path: EarlyStopping, init_args: {monitor: val_loss}}"
+
+
+@pytest.mark.parametrize("command", ["fit", "check"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--checkpoint.monitor=val/acc", "StepCheckpoint waits for 'val/acc', and the validation logs val/acc1, "),
+        (f"--trainer.callbacks={STOPPING}", "EarlyStopping waits for 'val_loss', and the validation logs val/acc1"),
+        ("--checkpoint.monitor=val/speed", "checkpoint.mode: say which is better of 'val/speed', min or max."),
+    ],
+)
+def test_a_metric_that_nobody_logs_is_named_before_the_first_step(
+    command: str, option: str, message: str, capsys
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, *demo_fit("plain", "", *QUIET, option)[1:]])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert "Did you mean" in error or "speed" in error
+    assert not CHECKPOINTS.exists()

@@ -1,0 +1,137 @@
+"""How long a run is: lengthened, shortened, cut amid an epoch, given by steps alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kdvit.training.schedule import RunLength, ScheduleOptions
+from tests.runs import QUIET, assert_same_end, column, fit
+
+EPOCHS = [*QUIET, "--trainer.limit_train_batches=5", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
+EPOCHS += ["--ema.decay=0.9", "--model.schedule.warmup_epochs=1"]
+PEAK, WARMUP_LR, MIN_LR = 4e-3, 1e-5, 1e-5
+
+
+def rows(root: str = "run") -> list[dict[str, str]]:
+    with Path(root, "metrics.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def trained_steps() -> list[int]:
+    return [int(float(row["step"])) for row in rows() if row["train/lr"]]
+
+
+def cosine(t: float, length: float, warmup: float) -> float:
+    """The rate of the demo's schedule, warmed up linearly."""
+    if t < warmup:
+        return WARMUP_LR + t * (PEAK - WARMUP_LR) / warmup
+    return MIN_LR + (PEAK - MIN_LR) * (1 + math.cos(math.pi * t / length)) / 2
+
+
+def assert_rates(first: int, length: int) -> None:
+    """Asserts that the steps from the epoch `first` on have the rates of a run of so many epochs."""
+    for row in rows():
+        if row["train/lr"] and (epoch := int(float(row["step"])) // 5) >= first:
+            assert float(row["train/lr"]) == pytest.approx(cosine(epoch, length, warmup=1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_a_run_that_is_lengthened_has_the_learning_rates_of_its_new_length(first: int, second: int) -> None:
+    fit("plain", "", *EPOCHS, f"--trainer.max_epochs={first}")
+    assert_rates(0, first)
+    fit("plain", "", *EPOCHS, f"--trainer.max_epochs={second}")
+    assert trained_steps() == list(range(second * 5))
+    assert_rates(first, second)
+
+
+def test_a_run_that_is_shortened_amid_an_epoch_comes_down() -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=8", "--trainer.max_steps=7")
+    assert_rates(0, 8)
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=3")
+    assert trained_steps() == list(range(15))
+    assert_rates(2, 3)
+    by_step = [float(row["train/lr"]) for row in rows() if row["train/lr"]]
+    assert by_step[7] == pytest.approx(cosine(1, 3, warmup=1), rel=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [(7,), pytest.param((3, 5, 9, 11), marks=pytest.mark.slow)])
+def test_an_epoch_that_was_cut_goes_on_at_its_next_batch(cuts: tuple[int, ...], demo_teacher: str) -> None:
+    more = [*EPOCHS, "--trainer.max_epochs=3", "--model.student.init_args.drop_path_rate=0.2"]
+    fit("lift", demo_teacher, *more, "--trainer.default_root_dir=whole")
+    for cut in cuts:
+        fit("lift", demo_teacher, *more, f"--trainer.max_steps={cut}")
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == cut
+    fit("lift", demo_teacher, *more)
+    assert_same_end("whole", "run")
+    names = ("step", "epoch", "train/loss", "train/lr", "val/acc1", "val/acc1_ema")
+    assert column("whole", names) == column("run", names)
+
+
+def test_a_run_by_steps_alone_ends_at_its_step_with_a_validation() -> None:
+    by_steps = [*EPOCHS, "--trainer.max_epochs=-1", "--model.schedule.interval=step"]
+    by_steps += ["--model.schedule.warmup_epochs=0.4"]
+    fit("plain", "", *by_steps, "--trainer.max_steps=7")
+    assert trained_steps() == list(range(7))
+    assert [row["step"] for row in rows() if row["val/acc1"]] == ["4", "6"]
+    for row in rows():
+        if row["train/lr"]:
+            assert float(row["train/lr"]) == pytest.approx(cosine(int(row["step"]), 7, warmup=2), rel=1e-6)
+    fit("plain", "", *by_steps, "--trainer.max_steps=12")
+    assert trained_steps() == list(range(12))
+    assert [int(float(row["step"])) for row in rows() if row["val/acc1"]] == [4, 6, 9, 11]
+    last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert (last["global_step"], last["epoch"]) == (12, 2)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["max_steps"] == 12
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(caplog) -> None:
+    callback = "{class_path: EarlyStopping, init_args: {monitor: val/acc1, mode: max, min_delta: 2, patience: 1}}"
+    stopping = [*EPOCHS, f"--trainer.callbacks={callback}", "--trainer.max_epochs=6"]
+    fit("plain", "", *stopping)
+    assert trained_steps() == list(range(10))
+    fit("plain", "", *stopping)
+    assert trained_steps() == list(range(10))
+    assert "EarlyStopping has ended this run in epoch 1, and nothing is left to train." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "expected"),
+    [
+        ({"name": "constant", "warmup_epochs": 2}, RunLength(4), [0, 0.5, 1, 1]),
+        ({"warmup_epochs": 9}, RunLength(3), [0, 1 / 9, 2 / 9]),
+        ({"warmup_epochs": 0, "args": {"cycle_limit": 2, "cycle_decay": 0.5}}, RunLength(4), [1, 0.5, 0.5, 0.25]),
+        ({"warmup_epochs": 0, "args": {"cooldown_epochs": 2}}, RunLength(4), [1, 0.5, 0, 0]),
+        ({"warmup_share": 0.5}, RunLength(4), [0, 0.5, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ({"interval": "step", "warmup_steps": 1}, RunLength(2, 4, 2), [0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.1464466]),
+        (
+            {"name": "multistep", "interval": "step", "warmup_epochs": 0, "args": {"decay_milestones": [1]}},
+            RunLength(2, 4, 2),
+            [1, 0.1, 0.1, 0.1],  # timm decays one before the milestone
+        ),
+    ],
+)
+def test_schedules_have_the_rates_of_their_formula(options: dict, length: RunLength, expected: list[float]) -> None:
+    rates = ScheduleOptions(**{"warmup_lr": 0.0, "min_lr": 0.0, **options}).rates(1.0, length)
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": {"step_on_epochs": False}}, "step_on_epochs is set by schedule.interval"),
+        ({"args": {"decay_epochs": 3}}, "decay_epochs has no effect on cosine; it goes with step"),
+        ({"name": "multistep", "args": {"decay_epochs": 3}}, "no effect on multistep"),
+        ({"args": {"cicle_limit": 3}}, "timm's schedules do not take cicle_limit. They take .*cycle_limit"),
+        ({"warmup_steps": 3}, "warmup_steps goes with schedule.interval: step"),
+        ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleOptions(**options)
