@@ -20,7 +20,7 @@ import torch
 from kdvit import load_student
 from kdvit.cli import main
 from kdvit.data.sampling import ShareError
-from kdvit.runtime.checkpoints import training_step
+from kdvit.runtime.checkpoints import progress
 from tests.runs import QUIET, column
 from tests.several import PATHS, together
 from tests.tiny import STUDENT, SizedData
@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_other_processes_from_an_epochs_end_and_not_amid_one(
         in capsys.readouterr().err
     )
     assert Path("run/checkpoints/last.ckpt").read_bytes() == trained
-    steps = training_step(Path("run/checkpoints/best.ckpt"))
+    steps = progress(Path("run/checkpoints/best.ckpt")).step
     main(["fit", *one, "--ckpt_path", "best"])
     rows = [row for row in column("run", ("step", "val/acc1")) if "nan" not in row]
     assert rows[-1].startswith(f"({steps + 8 * (3 - steps // 4) - 1}.0,")

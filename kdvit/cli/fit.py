@@ -27,7 +27,8 @@ from kdvit.callbacks import (
 from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
-from kdvit.cli.resuming import SaveConfig, find_checkpoint, require_plain
+from kdvit.cli.resuming import Start, find_start, require_plain, require_same_student
+from kdvit.cli.run_config import SaveConfig
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
@@ -109,8 +110,8 @@ class KdvitCLI(LightningCLI):
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
             parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)
-        best = {"filename": "best", "monitor": "val/acc1", "save_on_train_epoch_end": False}
-        last = {"filename": "last"}
+        best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "save_on_train_epoch_end": False}
+        last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
             parser.add_lightning_class_args(StepCheckpoint, key)
             of_kdvit = {**defaults, "enable_version_counter": False}
@@ -135,9 +136,10 @@ class KdvitCLI(LightningCLI):
         endless = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps < 1
         if self.command in ("fit", "check") and endless:
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps.")
-        self.checkpoint = None
+        self.start = Start()
         if self.command not in ("check", "cache"):
-            self.checkpoint = find_checkpoint(self.command, config, self._parser(self.command))
+            self.start = find_start(self.command, config, self._parser(self.command))
+            self.save_config_kwargs = {**self.save_config_kwargs, "changes": self.start.changes}
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
@@ -151,8 +153,10 @@ class KdvitCLI(LightningCLI):
             super().instantiate_classes()
             if self.command in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
                 self.datamodule.require("train")
+            if self.start.checkpoint is not None:
+                require_same_student(self.start.checkpoint, self.model)
         if self.command not in ("check", "cache"):
-            self.config_init[self.command]["ckpt_path"] = self.checkpoint
+            self.config_init[self.command]["ckpt_path"] = self.start.checkpoint
             self.config_init[self.command]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -177,7 +181,7 @@ class KdvitCLI(LightningCLI):
         ]
         if self.command == "check":
             return {**ON_ONE_CPU, "callbacks": callbacks}
-        callbacks.insert(0, SameCheckpoint(self.checkpoint))
+        callbacks.insert(0, SameCheckpoint(self.start.checkpoint))
         if self.command != "fit":
             return {"logger": False, "callbacks": callbacks}
         epochs, steps = given.trainer.max_epochs or -1, given.trainer.max_steps
@@ -185,7 +189,7 @@ class KdvitCLI(LightningCLI):
         plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
         logger = given.trainer.logger
         if logger in (None, True):
-            logger = run_loggers(given.trainer.default_root_dir, self.checkpoint)
+            logger = run_loggers(given.trainer.default_root_dir, self.start.checkpoint)
         return {
             "plugins": [*filter(None, plugins), WholeCheckpointIO()],
             "logger": logger,

@@ -1,45 +1,38 @@
-"""What a run goes on from, and what it leaves for the next start: its checkpoints and its config."""
+"""What a command starts from: a checkpoint of its run, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-import yaml
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.cli.messages import explain
+from kdvit.cli.run_config import changes, differing
 from kdvit.errors import UserError, shown
-from kdvit.files import write_whole
 from kdvit.models.released import read_weights_only
-from kdvit.runtime.checkpoints import newest_checkpoint, require_whole, training_step
-
-COMPARED = ("model", "data", "seed_everything")
-MAY_CHANGE = ("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error")
-"""A run may go on elsewhere, and past a damaged image."""
-CACHE = "data.init_args.cache"
-"""May move, too: what it holds is compared when it is opened."""
+from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
+from kdvit.training.module import DistillationModule
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes ``RUN/config.yaml`` in one piece, when training starts and not when a trained run is read."""
+class Start(NamedTuple):
+    """Where a command starts.
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes the config before fit."""
-        if stage == "fit" and trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_whole(Path(trainer.default_root_dir) / self.config_filename, text.encode())
+    Attributes:
+        checkpoint: What it starts from; None for the student as the config builds it.
+        changes: What of a run's settings is new, a text each.
+    """
+
+    checkpoint: str | None = None
+    changes: tuple[str, ...] = ()
 
 
-def find_checkpoint(command: str, config: Any, parser: LightningArgumentParser) -> str | None:
-    """Returns the checkpoint that a command starts from, None for none.
+def find_start(command: str, config: Any, parser: LightningArgumentParser) -> Start:
+    """Finds the checkpoint that a command starts from.
 
     `best` and `last` are the run's own. By default a fit goes on from the newest whole one of its run directory, and
-    other commands read the best.
+    other commands read the best, or the newest where no best is there.
 
     Args:
         command: fit, validate, test or predict.
@@ -48,19 +41,43 @@ def find_checkpoint(command: str, config: Any, parser: LightningArgumentParser) 
 
     Raises:
         UserError: If the checkpoint is missing or damaged, holds more than tensors and plain values, or is of another
-            run.
+            run, or there is no trained student to read.
     """
     folder = Path(config.last_checkpoint.dirpath)
     if config.ckpt_path is not None:
-        return _named(config.ckpt_path, folder, command)
-    if command == "fit":
-        return _newest(folder, config, parser)
-    file = folder / "best.ckpt"
-    if not file.is_file():
-        rank_zero_info(f"There is no {file}: the student is taken as the config builds it.")
-        return None
-    require_plain(file)
-    return str(file)
+        named = _named(config.ckpt_path, folder, command)
+        own = command == "fit" and named.resolve().parent == folder.resolve()
+        return _go_on(named, config, parser) if own else Start(str(named))
+    if command != "fit":
+        return Start(_to_read(folder, config))
+    file = newest_checkpoint(folder)
+    if file is not None:
+        return _go_on(file, config, parser)
+    if any(folder.glob("*.ckpt")):
+        raise UserError(
+            f"Training can go on from none of the checkpoints in {str(folder)!r} (the lines above say why), and a run "
+            "from the start would overwrite them. Restore one, remove them, or choose another "
+            "--trainer.default_root_dir."
+        )
+    return Start()
+
+
+def _to_read(folder: Path, config: Any) -> str | None:
+    """Returns the checkpoint of a run that is scored; None for a student that starts from weights of its own."""
+    best = folder / "best.ckpt"
+    file = best if best.is_file() else newest_checkpoint(folder)
+    if file is not None:
+        require_plain(file)
+        rank_zero_info(f"The student is that of {file}.")
+        return str(file)
+    given = config.model.student.get("init_args") or {}
+    if not (given.get("checkpoint") or given.get("pretrained")):
+        raise UserError(
+            f"There is no checkpoint in {str(folder)!r}, and an untrained student has no score. Train first, say where "
+            "the run is by --trainer.default_root_dir, or give --ckpt_path."
+        )
+    rank_zero_info(f"There is no checkpoint in {folder}: the student has the weights that the config names.")
+    return None
 
 
 def require_plain(file: Path) -> None:
@@ -74,7 +91,29 @@ def require_plain(file: Path) -> None:
         )
 
 
-def _named(name: str, folder: Path, command: str) -> str:
+def require_same_student(file: str, module: DistillationModule) -> None:
+    """Raises UserError if a checkpoint is of another student than a module's, or of other classes than its data's."""
+    content = read_weights_only(Path(file))
+    spec = content.get("kdvit") or {}
+    names, own = spec.get("class_names"), module.class_names
+    if names and own and names != own:
+        first, ours = next(pair for pair in zip_longest(names, own) if pair[0] != pair[1])
+        raise UserError(
+            f"The student of {file!r} was trained on other classes, or on these in another order: where it has "
+            f"{first!r}, the data has {ours!r}. Give the data that it was trained on."
+        )
+    theirs = {name: value.shape for name, value in content["state_dict"].items() if name.startswith("student.")}
+    built = {f"student.{name}": value.shape for name, value in module.student.state_dict().items()}
+    if theirs != built:
+        args = differing(getattr(module.student, "init_args", None), spec.get("init_args"), "student")
+        weights = differing(built, theirs, "")
+        said = [
+            f"{key.lstrip('.')} is {here!r} in the config and {there!r} there" for key, here, there in (*args, *weights)
+        ]
+        raise UserError(f"{file!r} holds another student than the config builds: {'; '.join(said[:3])}.")
+
+
+def _named(name: str, folder: Path, command: str) -> Path:
     own = name in ("best", "last")
     file = folder / f"{name}.ckpt" if own else Path(name)
     if not file.is_file():
@@ -83,78 +122,33 @@ def _named(name: str, folder: Path, command: str) -> str:
         require_plain(file)
     if command == "fit":
         try:
-            training_step(file)
+            progress(file)
         except ValueError as error:
             raise UserError(f"{error} Training goes on from a checkpoint of `kdvit fit`.") from error
-    return str(file)
+    return file
 
 
-def _newest(folder: Path, config: Any, parser: LightningArgumentParser) -> str | None:
-    file = newest_checkpoint(folder)
-    if file is not None:
-        _refuse_another_run(Path(config.trainer.default_root_dir), config, parser)
-        rank_zero_info(
-            f"Going on from {file}, step {training_step(file)}. "
-            "(To start anew, choose another --trainer.default_root_dir.)"
-        )
-        return str(file)
-    if any(folder.glob("*.ckpt")):
-        raise UserError(
-            f"Training can go on from none of the checkpoints in {str(folder)!r} (the lines above say why), and a run "
-            "from the start would overwrite them. Restore one, remove them, or choose another "
-            "--trainer.default_root_dir."
-        )
-    return None
+def _go_on(file: Path, config: Any, parser: LightningArgumentParser) -> Start:
+    """Compares the run in a folder with the config, and says what is new.
 
-
-def _refuse_another_run(root: Path, config: Any, parser: LightningArgumentParser) -> None:
-    """Raises UserError if the run to go on with was of another model or other data.
-
-    The parser reads the old config, too: an option that is newer than it has its default there.
+    Raises:
+        UserError: If it is another run, or has come further than the config goes.
     """
-    file = root / "config.yaml"
-    if not file.is_file():
-        return
-    written = _read_config(file)
-    try:
-        old = parser.parse_object({key: written[key] for key in COMPARED if key in written})
-    except ArgumentError as error:
+    root, trainer = config.trainer.default_root_dir, config.trainer
+    changed = changes(Path(root), config, parser)
+    step, epochs = progress(file)
+    elsewhere = "choose another --trainer.default_root_dir"
+    if trainer.fast_dev_run:
+        raise UserError(f"{root!r} holds a run, which fast_dev_run would overwrite: {elsewhere}, or take kdvit check.")
+    if 0 < (trainer.max_epochs or -1) < epochs or 0 < trainer.max_steps < step:
         raise UserError(
-            f"{str(file)!r} has what this version of kdvit does not take: {explain(error)} Go on with the version that "
-            "its first line names, or choose another --trainer.default_root_dir."
-        ) from error
-    ours, theirs = (yaml.safe_load(parser.dump(each, skip_none=False)) for each in (config, old))
-    differing = [
-        f"{key} is {new!r} and was {before!r}"
-        for part in COMPARED
-        for key, new, before in _differing(ours.get(part), theirs.get(part), part)
-        if key not in MAY_CHANGE and not (key == CACHE and new and before)
-    ]
-    if differing:
-        raise UserError(
-            f"{str(root)!r} holds a run with other settings: {'; '.join(differing[:5])}. Go on with its own "
-            "config.yaml, or choose another --trainer.default_root_dir."
+            f"{root!r} holds a run of {epochs} epochs and {step} steps, and max_epochs is {trainer.max_epochs}, "
+            f"max_steps {trainer.max_steps}. Raise them, or {elsewhere}."
         )
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {type(config).__name__}, no mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{str(file)!r} is damaged, so nobody can say whether the run in this folder is the one of your config "
-            f"({reason}). If you know that it is, remove the file and give the same command again: it is written anew."
-        ) from error
-    return config
-
-
-def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yields each key in which two configs differ, with both values."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for name in sorted({*ours, *theirs}):
-            yield from _differing(ours.get(name), theirs.get(name), f"{key}.{name}")
-    elif ours != theirs:
-        yield key, ours, theirs
+    if epochs == trainer.max_epochs or step == trainer.max_steps:
+        rank_zero_info(f"{file} has {epochs} epochs and {step} steps: nothing is left to train. (Raise max_epochs.)")
+    else:
+        rank_zero_info(f"Going on from {file}, step {step}. (To start anew, {elsewhere}.)")
+    if changed:
+        rank_zero_info(f"New since the last start: {'; '.join(changed)}.")
+    return Start(str(file), changed)

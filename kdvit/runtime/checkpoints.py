@@ -7,7 +7,7 @@ import io
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -67,9 +67,9 @@ class StepCheckpoint(ModelCheckpoint):
     ) -> None:
         self._alias = filename if monitor and save_top_k not in (0, 1) and "{" not in str(filename) else None
         self._copied = ""
-        mode = mode or better(monitor)
-        filename = filename if self._alias is None else f"{filename}-{{epoch}}-{{step}}"
-        super().__init__(monitor=monitor, mode=mode, filename=filename, save_top_k=save_top_k, **kwargs)
+        name = filename if self._alias is None else f"{filename}-{{epoch}}-{{step}}"
+        which = mode or better(monitor)
+        super().__init__(monitor=monitor, mode=which, filename=name, save_top_k=save_top_k, **kwargs)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises if a callback waits for a metric of the validation that has not been logged."""
@@ -167,8 +167,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     steps = {}
     for file in sorted(folder.glob("*.ckpt"), key=lambda each: each.name == "last.ckpt", reverse=True):
-        if (step := _or_none(training_step, file)) is not None:
-            steps[file] = step
+        if (come := _or_none(progress, file)) is not None:
+            steps[file] = come.step
     newest_first = sorted(steps, key=lambda each: steps[each], reverse=True)
     return next((file for file in newest_first if _or_none(require_whole, file)), None)
 
@@ -216,8 +216,15 @@ def move_checkpoints(states: dict[str, Any], folder: str) -> None:
         state["dirpath"] = folder
 
 
-def training_step(file: Path) -> int:
-    """Returns the optimizer step at which a checkpoint was saved, without reading its tensors.
+class Progress(NamedTuple):
+    """How far a run has come: steps of the optimizer, and whole epochs."""
+
+    step: int
+    epochs: int
+
+
+def progress(file: Path) -> Progress:
+    """Returns how far the run of a checkpoint had come, without reading its tensors.
 
     Raises:
         ValueError: If it is damaged, or holds weights alone.
@@ -226,7 +233,8 @@ def training_step(file: Path) -> int:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         missing = {"optimizer_states", "loops", "global_step"} - set(checkpoint)
         if not missing:
-            return int(checkpoint["global_step"])
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            return Progress(int(checkpoint["global_step"]), int(epochs))
     except Exception as error:  # damaged bytes can lead the unpickler anywhere
         raise ValueError(f"{file} is no whole checkpoint ({_said(error)}).") from error
     raise ValueError(f"{file} is no whole checkpoint (it has no {', '.join(sorted(missing))}).")

@@ -64,5 +64,4 @@ def is_cut(trainer: pl.Trainer) -> bool:
 def is_last_epoch(trainer: pl.Trainer) -> bool:
     """Tells, at the end of an epoch, whether the run ends with it."""
     epochs = trainer.max_epochs or -1
-    done = trainer.fit_loop.epoch_progress.current.processed
-    return trainer.should_stop or is_cut(trainer) or 0 < epochs <= done
+    return trainer.should_stop or is_cut(trainer) or 0 < epochs <= trainer.current_epoch + 1

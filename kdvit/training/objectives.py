@@ -85,7 +85,7 @@ class Objectives(nn.ModuleDict):
             new = fn(tensor)
             return new if new.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(new.device)
 
-        super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def items(self) -> ItemsView[str, Distiller]:

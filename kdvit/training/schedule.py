@@ -91,7 +91,7 @@ class ScheduleOptions:
             assert length.steps is not None
             assert length.steps_an_epoch is not None
             total, unit = length.steps, length.steps_an_epoch
-        args = {
+        args: dict[str, Any] = {
             name: ([each * unit for each in value] if isinstance(value, (list, tuple)) else value * unit)
             if name in IN_EPOCHS
             else value

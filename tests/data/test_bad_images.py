@@ -69,6 +69,9 @@ def test_a_bad_validation_image_is_never_passed_over(capfd) -> None:
     message = last_line(command("fit", *SKIP), capfd)
     assert "images/val/cat/1.jpg'" in message
     assert "skip" not in message
+    image_folder(Path("images"))
+    main(command("fit"))
+    spoil("val/cat/1.jpg")
     assert "images/val/cat/1.jpg'" in last_line(command("validate", *SKIP, workers=2), capfd)
     network = ["--model", "vit_tiny_patch16_224", "--pretrained", "false", "--images", "6"]
     assert "images/val/cat/1.jpg'" in last_line(["analyze", *network, "--data", "images"], capfd)

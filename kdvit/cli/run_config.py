@@ -1,0 +1,116 @@
+"""The config of a run directory: what the run was trained with, and what its next start may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from kdvit.cli.messages import explain
+from kdvit.errors import UserError
+from kdvit.files import write_whole
+
+FIXED = ("model", "data", "seed_everything")
+"""Parts of a config that say which run it is."""
+MAY_CHANGE = ("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error")
+"""A run may go on elsewhere, and past a damaged image."""
+SAID = ("data.init_args.batch_size", "model.compile")
+"""May change, and the log says so, as of everything outside the fixed parts."""
+CACHE = "data.init_args.cache"
+"""May move, too: what it holds is compared when it is opened."""
+UNSAID = ("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar")
+HISTORY = "# from step "
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``RUN/config.yaml`` in one piece, when a training starts that has something left to train.
+
+    Lines on top of it say what has changed at which step.
+    """
+
+    def __init__(self, *args: Any, changes: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.changes = changes
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Waits for the training."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the config."""
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / self.config_filename
+            lines = file.read_text().splitlines() if file.is_file() and trainer.global_step else []
+            lines = [line for line in lines if line.startswith(HISTORY)]
+            lines += [f"{HISTORY}{trainer.global_step}: {change}" for change in self.changes]
+            text = self.parser.dump(self.config, skip_none=False)
+            write_whole(file, "".join(f"{line}\n" for line in [*lines, text.rstrip()]).encode())
+
+
+def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[str, ...]:
+    """Compares a config with that of the run in a folder.
+
+    The parser reads the old one, too: an option that is newer than it has its default there.
+
+    Returns:
+        What differs and may, a text each.
+
+    Raises:
+        UserError: If the run in the folder was of another model or other data.
+    """
+    file = root / "config.yaml"
+    if not file.is_file():
+        return ()
+    written = _read_config(file)
+    try:
+        old = parser.parse_object({key: written[key] for key in FIXED if key in written})
+    except ArgumentError as error:
+        raise UserError(
+            f"{str(file)!r} has what this version of kdvit does not take: {explain(error)} Go on with the version that "
+            "its first line names, or choose another --trainer.default_root_dir."
+        ) from error
+    ours, theirs = (yaml.safe_load(parser.dump(each, skip_none=False)) for each in (config, old))
+    refused, said = [], []
+    for part in FIXED:
+        for key, new, before in differing(ours.get(part), theirs.get(part), part):
+            if key in SAID:
+                said.append(f"{key} is {new!r} and was {before!r}")
+            elif key not in MAY_CHANGE and not (key == CACHE and new and before):
+                refused.append(f"{key} is {new!r} and was {before!r}")
+    if refused:
+        raise UserError(
+            f"{str(root)!r} holds a run with other settings: {'; '.join(refused[:5])}. Go on with its own "
+            "config.yaml, or choose another --trainer.default_root_dir."
+        )
+    for part in {**ours}.keys() & written.keys() - {*FIXED}:
+        for key, new, before in differing(ours[part], written[part], part):
+            if key not in UNSAID:
+                said.append(f"{key} is {new!r} and was {before!r}")
+    return tuple(sorted(said))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}, no mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{str(file)!r} is damaged, so nobody can say whether the run in this folder is the one of your config "
+            f"({reason}). If you know that it is, remove the file and give the same command again: it is written anew."
+        ) from error
+    return config
+
+
+def differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields each key in which two configs differ, with both values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in sorted({*ours, *theirs}):
+            yield from differing(ours.get(name), theirs.get(name), f"{key}.{name}")
+    elif ours != theirs:
+        yield key, ours, theirs

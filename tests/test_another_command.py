@@ -1,0 +1,107 @@
+"""A run that goes on under another command: what may change is said and written down, what may not is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kdvit.cli import main
+from tests.runs import QUIET, demo_fit, fit
+
+EPOCHS = [*QUIET, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
+CONFIG = Path("run/config.yaml")
+
+
+def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_new_is_said_and_stands_on_top_of_the_config(caplog) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    new = [
+        "--trainer.max_epochs=2",
+        "--trainer.gradient_clip_val=1",
+        "--ema.decay=0.9",
+        "--data.init_args.batch_size=32",
+    ]
+    fit("plain", "", *EPOCHS, *new)
+    said = [
+        "data.init_args.batch_size is 32 and was 64",
+        "ema.decay is 0.9 and was None",
+        "trainer.gradient_clip_val is 1.0 and was None",
+        "trainer.max_epochs is 2 and was 1",
+    ]
+    assert f"New since the last start: {'; '.join(said)}." in caplog.text
+    fit("plain", "", *EPOCHS, *new, "--trainer.max_epochs=3")
+    lines = CONFIG.read_text().splitlines()
+    assert lines[:5] == [
+        *(f"# from step 3: {each}" for each in said),
+        "# from step 6: trainer.max_epochs is 3 and was 2",
+    ]
+    assert yaml.safe_load(CONFIG.read_text())["trainer"]["max_epochs"] == 3
+
+
+def test_a_finished_run_stays_what_it_was(caplog) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    before = CONFIG.read_text(), Path("run/checkpoints/last.ckpt").read_bytes()
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1", "--ema.decay=0.9", "--trainer.gradient_clip_val=1")
+    assert (CONFIG.read_text(), Path("run/checkpoints/last.ckpt").read_bytes()) == before
+    assert "has 1 epochs and 3 steps: nothing is left to train." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--trainer.max_epochs=1",
+            "'run' holds a run of 2 epochs and 6 steps, and max_epochs is 1, max_steps -1. Raise",
+        ),
+        ("--trainer.max_steps=4", "'run' holds a run of 2 epochs and 6 steps, and max_epochs is 2, max_steps 4. Raise"),
+        ("--trainer.fast_dev_run=true", "'run' holds a run, which fast_dev_run would overwrite: choose another"),
+    ],
+)
+def test_a_run_is_not_taken_back(option: str, message: str, capsys) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=2")
+    before = sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file())
+    assert message in refused(capsys, demo_fit("plain", "", *EPOCHS, "--trainer.max_epochs=2", option))
+    assert sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file()) == before
+
+
+def test_a_student_without_a_best_checkpoint_is_scored_by_its_last_and_an_untrained_one_not_at_all(
+    capsys, caplog
+) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    Path("run/checkpoints/best.ckpt").unlink()
+    main(["validate", *demo_fit("plain", "", *QUIET)[1:]])
+    assert "The student is that of run/checkpoints/last.ckpt." in caplog.text
+    Path("run/checkpoints/last.ckpt").unlink()
+    for command in ("validate", "test", "predict"):
+        message = refused(capsys, [command, *demo_fit("plain", "", *QUIET)[1:]])
+        assert "There is no checkpoint in 'run/checkpoints', and an untrained student has no score." in message
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_another_student_is_named(command: str, capsys) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    more = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "other"]
+    wide = ["--model.student.init_args.model_args.embed_dim=32"]
+    message = refused(capsys, [command, *demo_fit("plain", "", *QUIET)[1:], *more, *wide])
+    assert "'run/checkpoints/last.ckpt' holds another student than the config builds: " in message
+    assert "student.model_args.embed_dim is 32 in the config and 16 there" in message
+
+
+def test_a_student_of_other_classes_has_no_score(capsys) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    names = checkpoint["kdvit"]["class_names"]
+    checkpoint["kdvit"]["class_names"] = [names[1], names[0], *names[2:]]
+    torch.save(checkpoint, "run/checkpoints/best.ckpt")
+    message = refused(capsys, ["validate", *demo_fit("plain", "", *QUIET)[1:]])
+    assert "was trained on other classes, or on these in another order: where it has '1', the data has '0'." in message
