@@ -340,7 +340,7 @@ def test_a_run_goes_on_with_other_processes_from_an_epochs_end_and_not_amid_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     amid = ["--last_checkpoint.every_n_train_steps", "5"]  # an epoch of two processes has 4 steps, of one 8
-    together(2, ["fit", *_sized(2, "run", 32, 4, "--trainer.max_epochs", "2", *amid)])
+    together(2, ["fit", *_sized(2, "run", 32, 4, "--trainer.max_epochs", "2", "--trainer.max_steps", "5", *amid)])
     one = _sized(1, "run", 32, 4, "--trainer.max_epochs", "3", "--trainer.strategy", "auto", *amid)
     trained = Path("run/checkpoints/last.ckpt").read_bytes()
     with pytest.raises(SystemExit):

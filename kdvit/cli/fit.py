@@ -110,7 +110,7 @@ class KdvitCLI(LightningCLI):
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
             parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)
-        best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1", "save_on_train_epoch_end": False}
+        best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1"}
         last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
             parser.add_lightning_class_args(StepCheckpoint, key)

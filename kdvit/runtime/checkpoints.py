@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.errors import UserError
 from kdvit.files import write_whole
-from kdvit.runtime.length import is_last_epoch
+from kdvit.runtime.length import is_cut, is_last_epoch
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -90,8 +90,9 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves if it is time to, and at the end of the run."""
-        super().on_train_epoch_end(trainer, pl_module)
-        self._copy_best(trainer)
+        if self.monitor is None or trainer.should_stop or not is_cut(trainer):  # else the score is of other weights
+            super().on_train_epoch_end(trainer, pl_module)
+            self._copy_best(trainer)
         due = self.every_n_epochs == 1 or is_last_epoch(trainer)
         if self.monitor is None and self.save_top_k and due and not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
