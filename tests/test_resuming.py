@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from kdvit.runtime.checkpoints import newest_checkpoint
+from kdvit.runtime.loggers import read_table
 from tests.runs import SHORT, column, fit
 
 LONGER = [*SHORT, "--trainer.max_epochs", "3"]
@@ -163,6 +166,19 @@ def test_a_config_is_in_the_run_wherever_the_logs_are() -> None:
     fit("plain", "", *SHORT, "--trainer.logger", logger)
     assert Path("run/config.yaml").is_file()
     assert not list(Path("run/logs").rglob("config.yaml"))
+    fit("plain", "", *LONGER, "--trainer.logger", logger)
+    steps = [float(row["step"]) for row in read_table(Path("run/metrics.csv")) if "val/acc1" in row]
+    assert steps == [2, 5, 8]
+
+
+def test_settings_and_best_score_reach_the_logs() -> None:
+    fit("plain", "", *SHORT)
+    assert yaml.safe_load(Path("run/hparams.yaml").read_text())["model"]["optimizer"]["lr"] == 4e-3
+    events = EventAccumulator("run").Reload()
+    content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    assert content.session_start_info.hparams["model/optimizer/lr"].number_value == 4e-3
+    (best,) = events.Scalars("best/val/acc1")
+    assert best.value == pytest.approx(max(row.value for row in events.Scalars("val/acc1")))
 
 
 def test_a_torn_table_loses_the_torn_rows_alone() -> None:

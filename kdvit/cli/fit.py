@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit.analysis import GeometryMonitor
@@ -188,8 +189,9 @@ class KdvitCLI(LightningCLI):
         callbacks.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))
         plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
         logger = given.trainer.logger
-        if logger in (None, True):
-            logger = run_loggers(given.trainer.default_root_dir, self.start.checkpoint)
+        if logger is not False:
+            ours = run_loggers(given.trainer.default_root_dir, self.start.checkpoint)
+            logger = [*ours, *(logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else [])]
         return {
             "plugins": [*filter(None, plugins), WholeCheckpointIO()],
             "logger": logger,

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from kdvit.cli.messages import explain
 from kdvit.errors import UserError
@@ -49,6 +50,17 @@ class SaveConfig(SaveConfigCallback):
             lines += [f"{HISTORY}{trainer.global_step}: {change}" for change in self.changes]
             text = self.parser.dump(self.config, skip_none=False)
             write_whole(file, "".join(f"{line}\n" for line in [*lines, text.rstrip()]).encode())
+            for logger in trainer.loggers:
+                logger.log_hyperparams(yaml.safe_load(text))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives TensorBoard's table of settings the run's best score, as ``best/METRIC``: without one it has no row."""
+        monitored = [each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None)]
+        scores = {f"best/{each.monitor}": each.best_model_score for each in monitored}  # type: ignore[attr-defined]
+        known = {name: float(score) for name, score in scores.items() if score is not None}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and known:
+                logger.log_hyperparams(logger.hparams, known, step=trainer.global_step)
 
 
 def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
         table.experiment.metrics.extend(_rows_before(before, resumed_from))
         table.save()
         before.unlink()
-    return [TensorBoardLogger(root, name="", version=""), table]
+    return [TensorBoardLogger(root, name="", version="", default_hp_metric=False), table]
 
 
 def read_table(file: Path) -> list[dict[str, float]]:
