@@ -127,8 +127,8 @@ def test_a_teacher_stops_nowhere_before_its_end() -> None:
 def test_an_analysis_of_one_token_is_refused_at_once(capsys) -> None:
     with pytest.raises(ValueError, match="'pooled' has one token an image, whose rank is 1 whatever the network"):
         analyze(student(), [], ["pooled"])
+    named = ["--model", "vit_tiny_patch16_224", "--pretrained=false", "--data", "Digits"]
     with pytest.raises(SystemExit) as end:
-        named = ["--model", "vit_tiny_patch16_224", "--pretrained=false", "--data", "Digits"]
         main(["analyze", *named, "--layers", "class_token"])
     assert end.value.code == 2
     assert "'class_token' has one token an image" in capsys.readouterr().err.splitlines()[-1]
