@@ -228,7 +228,16 @@ class _Broken(Distiller):
         return self.weight * F.mse_loss(student.logits, teacher.logits)
 
 
+class _Unseeded(Distiller):
+    generator = torch.Generator()
+
+    def forward(self, student: ViTOutput, teacher: ViTOutput, target: torch.Tensor) -> torch.Tensor:
+        return torch.rand((), generator=self.generator) * F.mse_loss(student.logits, teacher.logits)
+
+
 def test_the_contract_check_can_fail() -> None:
+    with pytest.raises(AssertionError, match="the same inputs and the same global seed must give the same loss"):
+        check_distiller(_Unseeded())
     with pytest.raises(AssertionError, match="must not apply the weight"):
         check_distiller(_Broken(weight=0.5))
 
