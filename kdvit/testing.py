@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdvit.distillers import Distiller
 from kdvit.models import Network
+from kdvit.seeding import seeded
 from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput
 
 
@@ -21,9 +23,9 @@ def check_distiller(
 ) -> None:
     """Builds a distiller on random outputs and checks every promise that `DistillationModule` relies on.
 
-    A float32 scalar, finite and repeatable; unweighted; a gradient for the student and its own parameters and none for
-    the teacher; no parameter made after `build`; inputs left as they were; target probabilities accepted as well as
-    indices; a state dict that goes round.
+    A float32 scalar, finite and repeatable with the same global seed; unweighted; a gradient for the student and its
+    own parameters and none for the teacher; no parameter made after `build`; inputs left as they were; target
+    probabilities accepted as well as indices; a state dict that goes round.
 
     Args:
         distiller: A fresh distiller, not built yet.
@@ -50,11 +52,12 @@ def check_distiller(
     target = torch.arange(4) % classes
     before = copy.deepcopy([_tensors(output) for output in inputs])
 
-    loss = distiller(*inputs, target)
+    loss = _loss(distiller, inputs, target)
     _promise(isinstance(loss, Tensor) and loss.ndim == 0, "forward must return a scalar tensor")
     _promise(loss.dtype == torch.float32, f"the loss must be float32, it is {loss.dtype}")
     _promise(bool(torch.isfinite(loss)), f"the loss must be finite, it is {loss}")
-    _promise(torch.equal(loss, distiller(*inputs, target)), "the same inputs must give the same loss")
+    again = _loss(distiller, inputs, target)
+    _promise(torch.equal(loss, again), "the same inputs and the same global seed must give the same loss")
     _promise(len(list(distiller.parameters())) == len(parameters), "parameters must be made in build, not in forward")
     for output, old in zip(inputs, before, strict=True):
         same = all(torch.equal(a, b) for a, b in zip(_tensors(output), old, strict=True))
@@ -74,6 +77,11 @@ def check_distiller(
     distiller.load_state_dict(distiller.state_dict())
 
 
+def _loss(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], target: Tensor) -> Any:
+    with seeded(0):
+        return distiller(*inputs, target)
+
+
 def _calibrate(distiller: Distiller, teacher: OutputShapes) -> None:
     """Gives a distiller random axes of the teacher, if it wants any, as a run does before its first step."""
     if distiller.is_calibrated():
@@ -90,7 +98,8 @@ def _calibrate(distiller: Distiller, teacher: OutputShapes) -> None:
 def check_network(network: Network, layers: Sequence[Layer] = (0, -1)) -> None:
     """Runs a network on random images and checks every promise that training, analysis and export rely on.
 
-    Logits ``[B, K]`` and one map ``[B, C, H, W]`` a layer, in the order asked; shapes as `output_shapes` says; in eval
+    Logits ``[B, K]`` and one map ``[B, C, H, W]`` a layer, in the order asked, ``[B, C, 1, 1]`` for each of
+    `token_layers`, which are asked for too; shapes as `output_shapes` says; in eval
     the same for the same image, alone or in a batch; no edit of the input; a gradient for every parameter; deep copies
     and state dicts that go round; bfloat16; an error for a layer that is not there.
 
@@ -107,6 +116,7 @@ def check_network(network: Network, layers: Sequence[Layer] = (0, -1)) -> None:
     """
     _promise(isinstance(network, Network), f"a network is a subclass of kdvit.models.Network, got {type(network)}")
     network.eval()
+    layers = (*layers, *network.token_layers())
     image = torch.randn(2, 3, *network.image_format.size, generator=torch.Generator().manual_seed(0))
     before = image.clone()
     output = network(image, layers)
@@ -140,6 +150,8 @@ def _check_shapes(network: Network, output: ViTOutput, layers: Sequence[Layer]) 
         hint = " (tokens [B, N, C] become a map by x.transpose(1, 2).reshape(B, C, H, W), without class tokens)"
         said = f"layer {layer!r} must give a map [B, C, H, W], got {list(feature.shape)}"
         _promise(feature.ndim == 4 and len(feature) == 2, said + (hint if feature.ndim == 3 else ""))
+        fits = layer not in network.token_layers() or feature.shape[2:] == (1, 1)
+        _promise(fits, f"layer {layer!r} is one of token_layers and must give [B, C, 1, 1], got {list(feature.shape)}")
         shapes.append((feature.shape[1], feature.shape[2], feature.shape[3]))
     told = network.output_shapes(layers)
     real = OutputShapes(None if logits is None else logits.shape[1], tuple(shapes))
@@ -169,7 +181,7 @@ def _check_repeats(network: Network, image: Tensor, output: ViTOutput, layers: S
 def _check_weight(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], target: Tensor, loss: Tensor) -> None:
     weight, distiller.weight = distiller.weight, 1000.0
     _promise(
-        torch.equal(loss, distiller(*inputs, target)),
+        torch.equal(loss, _loss(distiller, inputs, target)),
         "forward must not apply the weight: DistillationModule does, once",
     )
     distiller.weight = weight

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kdvit import load_student
+from kdvit import distillers, load_student
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.runtime.loggers import run_loggers
@@ -25,15 +25,22 @@ from tests.runs import QUIET, SHORT, column, fit
 CONFIGS = packaged_configs()
 IMAGENET = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 METHODS = ["plain", "soft_kd", "feature", "lift", "wide_last"]
+OBJECTIVES = ["fixed_target", "vkd", "pooled", "standardized", "dkd", "dist", "distillation_token"]
+OBJECTIVES += ["token_relations", "attention_transfer", "rkd", "vitkd"]
 
 
 def test_there_are_the_configs_of_the_published_runs() -> None:
     remedies = {"lift", "wide_last", "lift_no_teacher", "wide_last_no_teacher", "uniform_wide"}
     assert set(IMAGENET) == remedies | {"logit", "feature", "supervised"}
-    for folder in ("demo", "fashion_mnist"):
-        assert {file.stem for file in (CONFIGS / folder).glob("*.yaml")} == {"teacher", *METHODS}
-    replication = {file.stem for file in (CONFIGS / "replication").glob("*.yaml")}
-    assert replication == {"teacher", "uniform_wide", *METHODS}
+    more = {"demo": OBJECTIVES, "fashion_mnist": [], "replication": ["uniform_wide"]}
+    for folder, others in more.items():
+        assert {file.stem for file in (CONFIGS / folder).glob("*.yaml")} == {"teacher", *METHODS, *others}
+
+
+def test_there_is_a_demo_of_every_objective() -> None:
+    configs = [yaml.safe_load(file.read_text())["model"] for file in (CONFIGS / "demo").glob("*.yaml")]
+    shown = {each["class_path"] for config in configs for each in config.get("distillers", {}).values()}
+    assert shown == {name for name in distillers.__all__ if name.endswith("Distiller")} - {"Distiller"}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
@@ -75,7 +82,7 @@ def test_every_fashion_mnist_config_goes_through_a_step(name: str, capsys) -> No
     assert "went through" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *OBJECTIVES])
 def test_every_demo_config_trains(method: str, demo_teacher: str) -> None:
     fit(method, demo_teacher, *SHORT)
     assert load_student("run/student")(torch.randn(2, 3, 8, 8)).logits.shape == (2, 10)

@@ -55,6 +55,18 @@ def test_every_published_config_is_in_its_table() -> None:
     assert {file.name for file in packaged_configs().glob("*.yaml")} - named == {"logit.yaml"}
 
 
+def test_the_table_of_objectives_names_each_and_its_demo() -> None:
+    page = (Path(kdvit.distillers.__file__).parent / "README.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and "Distiller` |" in line]
+    named = {re.findall(r"`(\w+)`", row)[0]: row for row in rows}
+    assert set(named) == {name for name in kdvit.distillers.__all__ if name.endswith("Distiller")} - {"Distiller"}
+    demos = {demo: name for name, row in named.items() for demo in re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])}
+    files = {file.stem: yaml.safe_load(file.read_text())["model"] for file in (packaged_configs() / "demo").iterdir()}
+    assert set(demos) == set(files) - {"teacher", "plain"}
+    for demo, name in demos.items():
+        assert name in {each["class_path"] for each in files[demo]["distillers"].values()}
+
+
 def test_the_recipe_for_contributors_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = (Path(__file__).parent.parent / ".github" / "CONTRIBUTING.md").read_text()
     distiller, tests = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)

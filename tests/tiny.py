@@ -26,8 +26,8 @@ WIDE = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
 def student(remedy: str | None = None, **more: Any) -> TimmNetwork:
     """Returns a student 16 wide, plain or with a remedy to 24."""
     if remedy is None:
-        return TimmStudent(**STUDENT, **more)
-    return {"lift": LiftViT, "wide_last": WideLastViT}[remedy](**STUDENT, width=24, **more)
+        return TimmStudent(**{**STUDENT, **more})
+    return {"lift": LiftViT, "wide_last": WideLastViT}[remedy](**{**STUDENT, "width": 24, **more})
 
 
 def teacher(**more: Any) -> TimmNetwork:

@@ -44,9 +44,14 @@ def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tup
         layers: More layers as a user names them; "all"; None for no more.
 
     Raises:
-        ValueError: If a layer does not exist.
+        ValueError: If a layer does not exist, or has one token an image.
     """
     more: Sequence[Layer] = range(network.depth) if layers == "all" else layers or ()
+    if alone := [layer for layer in more if layer in network.token_layers()]:
+        raise ValueError(
+            f"The layer {alone[0]!r} has one token an image, whose rank is 1 whatever the network: an analysis would "
+            "say nothing. Name blocks. (For the axes that such tokens of many images share: kdvit.analysis.DatasetPCA.)"
+        )
     by_index: dict[int, Layer] = {}
     for layer in (*network.named_layers(), *more, -1):
         by_index.setdefault(network.resolve(layer), layer)
@@ -233,7 +238,8 @@ def analyze(
             of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case.)
 
     Raises:
-        ValueError: If a layer or an option does not exist, there is no image, or tokens are not finite or zero.
+        ValueError: If a layer or an option does not exist, a layer has one token an image, there is no image, or
+            tokens are not finite or zero.
         TypeError: If a network is none, or the images can be read only once.
     """
     options = options or Options()

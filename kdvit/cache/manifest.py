@@ -12,7 +12,7 @@ from kdvit.errors import WorkerError
 from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.structures import View
+from kdvit.structures import Layer, View
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -32,7 +32,7 @@ class Manifest:
         images: Number of training images.
         views: Views of an image; epoch e of a training uses view ``e % views``.
         repeats: Repeats of an image in an epoch (repeated augmentation), each a view of its own.
-        layers: Teacher layers whose maps are stored, by index.
+        layers: Teacher layers whose maps are stored: blocks by index, those behind them by name.
         shapes: ``(C, H, W)`` of each of them.
         classes: Number of classes K, or None where no logits are stored.
         topk: Number of the most probable classes that are stored; None for the logits of all.
@@ -44,7 +44,7 @@ class Manifest:
     images: int
     views: int
     repeats: int
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     shapes: tuple[tuple[int, int, int], ...]
     classes: int | None
     topk: int | None

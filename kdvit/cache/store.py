@@ -13,7 +13,7 @@ from torch import Tensor
 from kdvit.cache.manifest import CacheError, Manifest, describe_origin, differing
 from kdvit.files import put_in_place
 from kdvit.models import FrozenTeacher
-from kdvit.structures import View, ViTOutput
+from kdvit.structures import Layer, View, ViTOutput
 
 ROWS = 1024
 """Records of a shard."""
@@ -145,7 +145,7 @@ class CacheReader:
         logits: Whether to read logits.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, layers: Sequence[int], logits: bool) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, layers: Sequence[Layer], logits: bool) -> None:
         self.folder, self.manifest = folder.absolute(), manifest
         self.layers, self.logits = tuple(layers), logits
         self._maps: dict[int, np.ndarray[Any, Any]] = {}
@@ -200,14 +200,14 @@ def _gather(records: list[tuple[np.ndarray[Any, Any], int]], name: str) -> Tenso
 
 
 def open_cache(
-    folder: Path, teacher: FrozenTeacher | None, layers: Sequence[int], logits: bool, data: dict[str, Any]
+    folder: Path, teacher: FrozenTeacher | None, layers: Sequence[Layer], logits: bool, data: dict[str, Any]
 ) -> CacheReader:
     """Opens a cache for a run, if it was made for just that.
 
     Args:
         folder: The cache.
         teacher: The run's teacher.
-        layers: Teacher layers that the run wants, by index.
+        layers: Teacher layers that the run wants, as the manifest names them.
         logits: Whether it wants logits.
         data: Fingerprint of its training data.
 

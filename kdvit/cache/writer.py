@@ -19,7 +19,7 @@ from kdvit.cache.manifest import FILE, CacheError, Manifest, describe_origin, di
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
-from kdvit.structures import Batch, View, ViTOutput
+from kdvit.structures import Batch, Layer, View, ViTOutput
 
 Stored = Literal["auto", "logits", "features", "both"]
 LoaderOf = Callable[["RowBatches"], DataLoader[Any]]
@@ -176,7 +176,7 @@ class CacheComparison(TeacherPass):
 
 def plan(
     teacher: FrozenTeacher | None,
-    wanted: tuple[Sequence[int], bool],
+    wanted: tuple[Sequence[Layer], bool],
     data: dict[str, Any],
     *,
     views: int,
@@ -188,7 +188,7 @@ def plan(
 
     Args:
         teacher: The run's teacher.
-        wanted: Teacher layers by index, and whether logits, as the distillers want them.
+        wanted: Teacher layers as the manifest names them, and whether logits, as the distillers want them.
         data: Fingerprint of the training data.
         views: Views of an image.
         store: What to store; "auto" is what the distillers want.
@@ -202,7 +202,7 @@ def plan(
         raise CacheError("This config has no teacher whose outputs could be stored.")
     if views < 1:
         raise CacheError(f"--views must be 1 or more, got {views}.")
-    layers = () if store == "logits" else tuple(sorted(set(wanted[0])))
+    layers = () if store == "logits" else tuple(sorted(set(wanted[0]), key=teacher.network.resolve))
     logits = wanted[1] if store == "auto" else store != "features"
     if store in ("features", "both") and not layers:
         raise CacheError(f"--store {store}: no distiller of this config wants a feature map of the teacher.")

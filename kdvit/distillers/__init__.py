@@ -2,6 +2,7 @@
 
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.dist import DISTDistiller, dist
+from kdvit.distillers.distillation_token import DistillationTokenDistiller
 from kdvit.distillers.dkd import DKDDistiller, dkd
 from kdvit.distillers.feature import FeatureDistiller, feature_mse
 from kdvit.distillers.lift import LiftDistiller
@@ -14,18 +15,21 @@ from kdvit.distillers.relations import (
 )
 from kdvit.distillers.rkd import RKDDistiller
 from kdvit.distillers.spectral import spectral_mse
+from kdvit.distillers.vitkd import ViTKDDistiller
 from kdvit.distillers.wide_last import WideLastDistiller
 
 __all__ = [
     "AttentionTransferDistiller",
     "DISTDistiller",
     "DKDDistiller",
+    "DistillationTokenDistiller",
     "Distiller",
     "FeatureDistiller",
     "LiftDistiller",
     "LogitDistiller",
     "RKDDistiller",
     "TokenRelationDistiller",
+    "ViTKDDistiller",
     "WideLastDistiller",
     "attention_transfer",
     "dist",

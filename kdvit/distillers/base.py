@@ -15,7 +15,9 @@ class Distiller(nn.Module, ABC):
     """One loss between a student and a frozen teacher. Subclass it, override `forward`, and name it in a YAML file.
 
     A distiller declares the layers that it wants, may create parameters in `build`, and returns an unweighted scalar.
-    It never holds or runs a network, never logs, never changes the student, and is gone at inference.
+    It never holds or runs a network, never logs, never changes the student, and is gone at inference. What it draws at
+    random comes from torch's global generator: a run seeds it for each step and rank, so that a resumed run draws what
+    it would have drawn.
 
     Args:
         weight: Factor of this term in the total loss. `DistillationModule` applies it, once.

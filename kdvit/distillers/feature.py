@@ -58,6 +58,7 @@ FIXED = {"pca": pca_projection, "phi_s": phi_s_projection}
 """Projections of the teacher's tokens that are measured once."""
 Loss = Literal["mse", "spectral", "smooth_l1", "cosine", "cosine_smooth_l1"]
 Projector = Literal["pool", "linear", "orthogonal", "pca", "phi_s"]
+Normalize = Literal["layer_norm", "unit_norm"]
 
 
 def same_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,11 @@ def same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = min(student.shape[1], teacher.shape[1])
     return _pool_channels(student, width), _pool_channels(teacher, width)
+
+
+def layer_normed(feature: Tensor) -> Tensor:
+    """Returns the LayerNorm of each token of a map ``[B, C, H, W]`` over its channels, without affine part."""
+    return F.layer_norm(feature.movedim(1, -1), feature.shape[1:2]).movedim(-1, 1)
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:
@@ -144,7 +150,11 @@ class FeatureDistiller(Distiller):
     """Feature-map distillation between pairs of layers, averaged over the pairs.
 
     Unequal grids are bridged by resizing the finer map; unequal widths only by a `projector` that the user names.
-    Features are taken before the final norm.
+    Features are taken before the final norm. With the layers "pooled" or "class_token", maps of one pixel behind it,
+    single vectors are distilled (`kdvit.models.one_token`).
+
+    VkD (arXiv:2403.06213) is ``projector: orthogonal, normalize: layer_norm, loss: smooth_l1``: between blocks token by
+    token. Its classification runs compare mean tokens, which are the layer "pooled" of networks that pool by average.
 
     Args:
         weight: Factor of this term in the total loss; 0.2 in the paper's runs.
@@ -154,11 +164,16 @@ class FeatureDistiller(Distiller):
         loss: "mse", "smooth_l1", "cosine", "cosine_smooth_l1", or "spectral" for SpectralKD (arXiv:2412.19055).
         projector: What bridges unequal widths, always at no cost at inference. "pool" averages the channels of the
             wider map (the naive baseline of arXiv:2511.15572). "linear" trains a projector to the teacher's width.
-            "orthogonal" trains one with orthonormal rows, against the LayerNorm of the teacher's tokens (VkD,
-            arXiv:2403.06213, with loss smooth_l1). "pca" and "phi_s" project the teacher to its leading principal axes
+            "orthogonal" trains one with orthonormal rows (VkD), and comes with layer_norm unless `normalize` says
+            otherwise. "pca" and "phi_s" project the teacher to its leading principal axes
             in the student's width, see `kdvit.distillers.bases`; their targets have the mean variance 1, for which a
             weight of 0.1 to 0.5 is a good start.
         calibration_images: Training images on which the axes of "pca" and "phi_s" are measured.
+        normalize: What is done to the tokens of a pair of maps, over their channels, right before the loss.
+            "layer_norm" gives the teacher's mean 0 and variance 1 and leaves the student's alone: every token counts
+            alike in the target, whatever the teacher's scale, and it is the student that comes to it. "unit_norm" gives
+            those of both the length 1: a direction is compared, and a length that only one side had would be an error
+            that no direction can mend.
 
     Raises:
         ValueError: If the lists differ in length, are empty or an option is unknown; at `build`, if widths differ and
@@ -179,6 +194,7 @@ class FeatureDistiller(Distiller):
         loss: Loss = "mse",
         projector: Projector | None = None,
         calibration_images: int = 1000,
+        normalize: Normalize | None = None,
     ) -> None:
         super().__init__(weight)
         if not student_layers or len(student_layers) != len(teacher_layers):
@@ -192,12 +208,17 @@ class FeatureDistiller(Distiller):
         if projector not in (None, *get_args(Projector)):
             known = ", ".join(get_args(Projector))
             raise ValueError(f"{type(self).__name__}: projector must be one of {known} or null, got {projector!r}.")
+        if normalize not in (None, *get_args(Normalize)):
+            raise ValueError(
+                f"{type(self).__name__}: normalize must be layer_norm, unit_norm or null, got {normalize!r}."
+            )
         if calibration_images < 2:
             raise ValueError(f"{type(self).__name__}: calibration_images must be 2 or more, got {calibration_images}.")
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
         self.loss = loss
         self.projector = projector
+        self.normalize = normalize or ("layer_norm" if projector == "orthogonal" else None)
         self.projectors = nn.ModuleList()
         self.calibration_images = calibration_images if projector in FIXED else 0
 
@@ -255,11 +276,14 @@ class FeatureDistiller(Distiller):
                 ours = self.projectors[i](ours)
             elif self.projector == "orthogonal":
                 ours = self.projectors[i](ours.movedim(1, -1)).movedim(-1, 1)
-                theirs = F.layer_norm(theirs.movedim(1, -1), theirs.shape[1:2]).movedim(-1, 1)
             elif self.projector in FIXED:
                 theirs = self.projectors[i](theirs)
             elif self.projector == "pool":
                 ours, theirs = same_width(ours, theirs)
+            if self.normalize == "layer_norm":
+                theirs = layer_normed(theirs)
+            elif self.normalize == "unit_norm":
+                ours, theirs = F.normalize(ours), F.normalize(theirs)
             pairs.append((ours, theirs))
         return pairs
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.feature import same_grid
-from kdvit.structures import Layer, ViTOutput
+from kdvit.structures import Layer, OutputShapes, ViTOutput
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,6 +41,9 @@ class RelationDistiller(Distiller):
         weight: Factor of this term in the total loss.
         student_layer: Layer of the student.
         teacher_layer: Layer of the teacher.
+
+    Raises:
+        ValueError: At `build`, if a map has one token, as "pooled" has.
     """
 
     needs_teacher_logits: ClassVar[bool] = False
@@ -48,6 +51,18 @@ class RelationDistiller(Distiller):
     def __init__(self, weight: float = 1.0, student_layer: Layer = -1, teacher_layer: Layer = -1) -> None:
         super().__init__(weight)
         self.student_layers, self.teacher_layers = (student_layer,), (teacher_layer,)
+
+    def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
+        """Checks that there are tokens to relate."""
+        for whose, shapes, (layer,) in (
+            ("student", student, self.student_layers),
+            ("teacher", teacher, self.teacher_layers),
+        ):
+            if shapes.features[0][1:] == (1, 1):
+                raise ValueError(
+                    f"{type(self).__name__}: the {whose}'s layer {layer!r} has one token an image, which has no other "
+                    "to relate to. Take a block; for relations of images by one vector each take RKDDistiller."
+                )
 
 
 class AttentionTransferDistiller(RelationDistiller):

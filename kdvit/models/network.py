@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from kdvit.models.one_token import DISTILLATION_LOGITS, NAMES, WAYS_OUT, class_logits, offered, one_token_map
 from kdvit.models.timm_model import create_timm_model
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 
@@ -55,7 +56,7 @@ class Network(nn.Module):
 
         Returns:
             Logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` (patch tokens only, before any final norm) for each
-            of `layers`, in their order.
+            of `layers`, in their order; ``[B, C, 1, 1]`` for those of `token_layers`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override forward(image, layers, logits).")
 
@@ -64,7 +65,11 @@ class Network(nn.Module):
         return set()
 
     def named_layers(self) -> dict[str, int]:
-        """Layers that have a name of their own, with their index."""
+        """Maps that have a name of their own, with their index: what a remedy is distilled at."""
+        return {}
+
+    def token_layers(self) -> dict[str, int]:
+        """Layers of one token an image, with their index, which is beyond `depth`; see `kdvit.models.one_token`."""
         return {}
 
     @property
@@ -99,20 +104,32 @@ class Network(nn.Module):
             >>> [network.resolve(layer) for layer in (0, -1, 0.5, 1.0)]
             [0, 11, 5, 11]
         """
+        named = {**self.named_layers(), **self.token_layers()}
         if isinstance(layer, str):
-            if layer in self.named_layers():
-                return self.named_layers()[layer]
+            if layer in named:
+                return named[layer]
+            if layer in WAYS_OUT:
+                raise ValueError(f"{type(self).__name__} has no layer {layer!r}: {WAYS_OUT[layer]}")
         elif isinstance(layer, float):
             if 0 < layer <= 1:
                 return max(math.ceil(round(layer * self.depth, 6)) - 1, 0)
         elif -self.depth <= layer < self.depth:
             return layer % self.depth
-        names = "".join(f", {name!r}" for name in self.named_layers())
+        names = "".join(f", {name!r}" for name in named)
         raise ValueError(
             f"{type(self).__name__} has no layer {layer!r}. Its layers: 0 to {self.depth - 1} (or -{self.depth} to "
             f"-1), a fraction of the depth in (0, 1]{names}. (The layer 'lift' comes with LiftViT, "
             "unless it is folded, and 'wide_last' with WideLastViT.)"
         )
+
+    def canonical(self, layer: Layer) -> Layer:
+        """Returns the one name of a layer that tells it from all others: its index, or behind the blocks its name.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        index = self.resolve(layer)
+        return index if index < self.depth else layer
 
     @torch.no_grad()
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
@@ -152,10 +169,15 @@ class TimmNetwork(Network):
         self.model = model
 
     def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
-        """Runs the model once; without `logits` only up to the last block that is needed."""
+        """Runs the model once; without `logits` only up to the last block that is needed.
+
+        A student with two heads predicts by the mean of both. In training, where "distillation_logits" are asked for,
+        its `logits` are those of the class head alone, so that each head learns from its own labels (as timm's
+        `distilled_training`).
+        """
         wanted = [self.resolve(layer) for layer in layers]
         blocks = sorted({index for index in wanted if index < self.depth})
-        needs_end = logits or any(index == self.depth for index in wanted)
+        needs_end = logits or any(index >= self.depth for index in wanted)
         model: Any = self.model
         maps: list[Tensor] = []
         end = None
@@ -166,8 +188,20 @@ class TimmNetwork(Network):
         elif blocks:
             maps = model.forward_intermediates(image, indices=blocks, stop_early=True, intermediates_only=True)
         found = dict(zip(blocks, maps, strict=True))
-        features = tuple(found[i] if i < self.depth else self.end_map(image, end) for i in wanted)
-        return ViTOutput(model.forward_head(end) if logits else None, features)
+        features = tuple(found[i] if i < self.depth else self._behind_blocks(i, image, end) for i in wanted)
+        if not logits:
+            return ViTOutput(None, features)
+        apart = self.training and self.token_layers().get(DISTILLATION_LOGITS) in wanted
+        return ViTOutput(class_logits(model, end) if apart else model.forward_head(end), features)
+
+    def token_layers(self) -> dict[str, int]:
+        """What the model has of "pooled", "class_token" and "distillation_logits"."""
+        return {name: self.depth + 1 + NAMES.index(name) for name in offered(self.model)}
+
+    def _behind_blocks(self, index: int, image: Tensor, end: Tensor | None) -> Tensor:
+        if index == self.depth:
+            return self.end_map(image, end)
+        return one_token_map(NAMES[index - self.depth - 1], self.model, end)
 
     def end_map(self, image: Tensor, end: Tensor | None) -> Tensor:
         """Returns the map ``[B, C, H, W]`` behind the layer with index `depth`, which only some remedies have."""

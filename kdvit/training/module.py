@@ -14,7 +14,7 @@ from kdvit.distillers import Distiller
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data
 from kdvit.models.checkpoint import student_spec
 from kdvit.seeding import mixed_seed, seed_torch
-from kdvit.structures import Batch, ImageFormat, ViTOutput
+from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
 from kdvit.training.calibration import calibrate
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
@@ -99,8 +99,8 @@ class DistillationModule(pl.LightningModule):
         """Returns the student's logits ``[B, K]``: the deployed path."""
         return self.student(image).logits  # type: ignore[no-any-return]
 
-    def teacher_request(self) -> tuple[tuple[int, ...], bool]:
-        """Returns the teacher's layers that the distillers want, by index, and whether logits too."""
+    def teacher_request(self) -> tuple[tuple[Layer, ...], bool]:
+        """Returns the teacher's layers that the distillers want, as `Objectives` names them, and whether logits too."""
         return self.distillers.teacher_indices, self.distillers.teacher_logits
 
     def teacher_output(self, batch: Batch) -> ViTOutput | None:

@@ -25,7 +25,7 @@ class Objectives(nn.ModuleDict):
     Attributes:
         student_layers: The student's layers that the distillers want, in the order of the distillers.
         teacher_layers: The same for the teacher.
-        teacher_indices: `teacher_layers` by index.
+        teacher_indices: `teacher_layers`, each block by its index; layers behind the blocks keep their name.
         teacher_logits: Whether a distiller wants the teacher's logits.
         conversions: What is converted on the way, in words: the teacher's input, and maps of unequal grids.
 
@@ -38,7 +38,7 @@ class Objectives(nn.ModuleDict):
         super().__init__()
         self.student_layers: tuple[Layer, ...] = ()
         self.teacher_layers: tuple[Layer, ...] = ()
-        self.teacher_indices: tuple[int, ...] = ()
+        self.teacher_indices: tuple[Layer, ...] = ()
         self.teacher_logits = False
         self.conversions = [] if teacher is None else teacher.conversions()
         self._slices: dict[str, tuple[slice, slice]] = {}
@@ -74,7 +74,7 @@ class Objectives(nn.ModuleDict):
         before = len(self.student_layers), len(self.teacher_layers)
         self.student_layers += distiller.student_layers
         self.teacher_layers += distiller.teacher_layers
-        self.teacher_indices += tuple(map(teacher.network.resolve, distiller.teacher_layers))
+        self.teacher_indices += tuple(map(teacher.network.canonical, distiller.teacher_layers))
         self.teacher_logits |= distiller.needs_teacher_logits
         self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(self.teacher_layers))
 

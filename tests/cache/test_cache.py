@@ -34,6 +34,10 @@ def cache(teacher: str, *more: str, method: str = "lift", out: str = "cache") ->
     main(["cache", "--config", f"demo/{method}.yaml", *QUIET, *arch, "--out", out, *more])
 
 
+def check_of(method: str, teacher: str) -> list[str]:
+    return ["check", "--config", f"demo/{method}.yaml", "--model.teacher.init_args.arch", teacher]
+
+
 def cached(out: str = "cache") -> list[str]:
     return ["--data.init_args.cache", out]
 
@@ -84,7 +88,8 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    "method", ["lift", "soft_kd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wide_last", "feature"))]
+    "method",
+    ["lift", "soft_kd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wide_last", "feature", "pooled"))],
 )
 def test_a_cached_run_ends_where_the_online_run_on_rounded_outputs_ends(
     method: str, demo_teacher: str, monkeypatch
@@ -258,6 +263,20 @@ def test_what_is_stored_is_what_is_asked_for(demo_teacher: str, capsys) -> None:
         capsys, demo_teacher, "--store", "features", method="soft_kd", run=cache
     )
     assert "--topk must be between 1 and" in refusal(capsys, demo_teacher, "--topk", "10", out="k", run=cache)
+
+
+def test_layers_of_one_token_are_stored_by_their_name(demo_teacher: str, capsys) -> None:
+    cache(demo_teacher, method="pooled")
+    manifest = Manifest.load(Path("cache"))
+    assert (manifest.layers, manifest.shapes) == (("pooled",), ((64, 1, 1),))
+    assert record_type(manifest).names == ("image", "layerpooled")
+    capsys.readouterr()
+    main([*check_of("pooled", demo_teacher), *cached()])
+    shown = capsys.readouterr().out
+    assert "FeatureDistiller x 1; student pooled [16, 1, 1] <- teacher pooled [64, 1, 1]" in shown
+    other = ["--model.distillers.pooled.teacher_layers", "[class_token]"]
+    said = refusal(capsys, "pooled", demo_teacher, *EPOCHS, *cached(), *other)
+    assert "The distillers want layer class_token of the teacher, which the cache 'cache' does not hold." in said
 
 
 def test_a_value_beyond_half_precision_is_an_error() -> None:

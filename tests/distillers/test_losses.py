@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kdvit.distillers import (
     AttentionTransferDistiller,
     DISTDistiller,
+    DistillationTokenDistiller,
     Distiller,
     DKDDistiller,
     FeatureDistiller,
@@ -16,6 +17,7 @@ from kdvit.distillers import (
     LogitDistiller,
     RKDDistiller,
     TokenRelationDistiller,
+    ViTKDDistiller,
     WideLastDistiller,
     feature_mse,
     hard_kd,
@@ -79,6 +81,8 @@ def test_losses_are_zero_only_when_equal(loss) -> None:
 
 def _fresh() -> list[tuple[Distiller, dict]]:
     narrow = {"student": ((8, 4, 4),), "teacher": ((12, 4, 4),)}
+    pooled = {"student": ((8, 1, 1),), "teacher": ((12, 1, 1),)}
+    two_heads = {"student": ((10, 1, 1),)}
     coarse = {"student": ((8, 4, 4),) * 2, "teacher": ((12, 7, 7), (8, 2, 2))}
     return [
         (LogitDistiller(), {}),
@@ -99,6 +103,14 @@ def _fresh() -> list[tuple[Distiller, dict]]:
         (RKDDistiller(), narrow),
         (AttentionTransferDistiller(), {"student": ((8, 4, 4),), "teacher": ((12, 7, 7),)}),
         (TokenRelationDistiller(), {"student": ((8, 4, 4),), "teacher": ((12, 7, 7),)}),
+        (FeatureDistiller(projector="orthogonal", normalize="layer_norm", loss="smooth_l1"), pooled),
+        (FeatureDistiller(projector="phi_s", loss="spectral"), pooled),
+        (FeatureDistiller(normalize="unit_norm"), {}),
+        (RKDDistiller(), pooled),
+        (DistillationTokenDistiller(), two_heads),
+        (DistillationTokenDistiller(mode="soft", temperature=3.0), two_heads),
+        (ViTKDDistiller(), {}),
+        (ViTKDDistiller(), {"student": ((8, 4, 4),) * 3, "teacher": ((12, 4, 4), (12, 4, 4), (12, 7, 7))}),
         (LiftDistiller(loss="spectral"), {}),
         (WideLastDistiller(teacher_layer=-2), {}),
     ]
@@ -151,6 +163,18 @@ def test_metrics_tell_a_scaled_copy_from_noise() -> None:
             lambda: FeatureDistiller(projector="mlp"),
             "projector must be one of pool, linear, orthogonal, pca, phi_s or null, got 'mlp'",
         ),
+        (
+            lambda: FeatureDistiller(normalize="batch_norm"),
+            "normalize must be layer_norm, unit_norm or null, got 'batch_norm'",
+        ),
+        (lambda: DistillationTokenDistiller(mode="mean"), "mode must be hard or soft, got 'mean'"),
+        (
+            lambda: DistillationTokenDistiller(temperature=2.0),
+            "hard labels have no temperature; got mode 'hard' and 2.0",
+        ),
+        (lambda: DistillationTokenDistiller(mode="soft", temperature=0), "temperature must be greater than 0, got 0"),
+        (lambda: ViTKDDistiller(student_layers=[-1]), r"lists of one length of 2 or more; got \[-1\] and \[0, 1, -1\]"),
+        (lambda: ViTKDDistiller(masked=1.0), "masked between 0 and 1; got 3e-05, 3e-06 and 1.0"),
     ],
 )
 def test_bad_options_say_what_was_expected(make, text: str) -> None:
@@ -167,6 +191,18 @@ def test_bad_options_say_what_was_expected(make, text: str) -> None:
             OutputShapes(10, ((192, 14, 14),)),
             OutputShapes(None, ((384, 14, 14),)),
             "192 channels wide and the teacher's layer -1 384.*projector: phi_s.*pool.*linear",
+        ),
+        (
+            TokenRelationDistiller(student_layer="pooled"),
+            OutputShapes(10, ((192, 1, 1),)),
+            OutputShapes(None, ((384, 14, 14),)),
+            "student's layer 'pooled' has one token an image, which has no other to relate to.*RKDDistiller",
+        ),
+        (
+            AttentionTransferDistiller(teacher_layer="class_token"),
+            OutputShapes(10, ((192, 14, 14),)),
+            OutputShapes(None, ((384, 1, 1),)),
+            "AttentionTransferDistiller: the teacher's layer 'class_token' has one token",
         ),
         (
             LiftDistiller(),
@@ -192,7 +228,16 @@ class _Broken(Distiller):
         return self.weight * F.mse_loss(student.logits, teacher.logits)
 
 
+class _Unseeded(Distiller):
+    generator = torch.Generator()
+
+    def forward(self, student: ViTOutput, teacher: ViTOutput, target: torch.Tensor) -> torch.Tensor:
+        return torch.rand((), generator=self.generator) * F.mse_loss(student.logits, teacher.logits)
+
+
 def test_the_contract_check_can_fail() -> None:
+    with pytest.raises(AssertionError, match="the same inputs and the same global seed must give the same loss"):
+        check_distiller(_Unseeded())
     with pytest.raises(AssertionError, match="must not apply the weight"):
         check_distiller(_Broken(weight=0.5))
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kdvit.cli import main
 from kdvit.distillers import (
     AttentionTransferDistiller,
     DISTDistiller,
@@ -20,8 +16,7 @@ from kdvit.distillers import (
     RKDDistiller,
     TokenRelationDistiller,
 )
-from kdvit.structures import ViTOutput
-from tests.runs import SHORT, demo_fit
+from kdvit.structures import OutputShapes, ViTOutput
 
 
 def drawn(*shape: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +38,7 @@ TARGET = torch.tensor([1, 0, 4, 4])
 def value(distiller, student: Tensor, teacher: Tensor, target: Tensor = TARGET) -> float:
     logits = student.ndim == 2
     pair = (ViTOutput(x) if logits else ViTOutput(None, (x,)) for x in (student, teacher))
-    return float(distiller(*pair, target))
+    return float(distiller(*pair, target).detach())
 
 
 def test_dkd_weighs_the_target_class_apart() -> None:
@@ -128,6 +123,46 @@ def test_cosine_losses_of_maps() -> None:
     assert value(FeatureDistiller(loss="cosine_smooth_l1"), student, teacher) == pytest.approx(expected, rel=1e-5)
 
 
+def test_unit_norm_compares_directions_of_both_sides() -> None:
+    student, teacher = drawn(4, 3, 2, 2)
+    s, t = (x.double().numpy() for x in (student, teacher))
+    s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+    distiller = FeatureDistiller(normalize="unit_norm")
+    assert value(distiller, student, teacher) == pytest.approx(((s - t) ** 2).mean(), rel=1e-5)
+    cosine = value(FeatureDistiller(loss="cosine"), student, teacher)
+    assert value(distiller, 7 * student, teacher) == pytest.approx(2 * cosine / 3, rel=1e-5)
+
+
+def layer_norm(x: np.ndarray) -> np.ndarray:
+    """Returns tokens ``[..., D]`` with mean 0 and variance 1."""
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def test_layer_norm_is_of_the_teachers_tokens_alone() -> None:
+    student, teacher = drawn(4, 6, 2, 2)
+    s, t = (x.double().numpy().transpose(0, 2, 3, 1) for x in (student, teacher))
+    expected = ((s - layer_norm(t)) ** 2).mean()
+    distiller = FeatureDistiller(normalize="layer_norm")
+    assert value(distiller, student, teacher) == pytest.approx(expected, rel=1e-5)
+    assert value(distiller, student, 9 * teacher + 3) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("grid", "layer"), [(2, -1), (1, "pooled")])
+def test_vkd_is_an_orthogonal_projector_a_normed_teacher_and_smooth_l1(grid: int, layer: int | str) -> None:
+    student, teacher = drawn(4, 3, grid, grid)[0], drawn(4, 6, grid, grid)[1]
+    given = {"student_layers": [layer], "teacher_layers": [layer], "projector": "orthogonal", "loss": "smooth_l1"}
+    distiller = FeatureDistiller(**given, normalize="layer_norm")
+    distiller.build(OutputShapes(None, ((3, grid, grid),)), OutputShapes(None, ((6, grid, grid),)))
+    weight = distiller.projectors[0].weight.detach().double().numpy()
+    assert weight.T @ weight == pytest.approx(np.eye(3), abs=1e-5)
+    s, t = (x.double().numpy().transpose(0, 2, 3, 1) for x in (student, teacher))
+    expected = huber(s @ weight.T - layer_norm(t))
+    assert value(distiller, student, teacher) == pytest.approx(expected, rel=1e-5)
+    bare = FeatureDistiller(**given)  # the projector brings the norm
+    bare.projectors = distiller.projectors
+    assert value(bare, student, teacher) == value(distiller, student, teacher)
+
+
 def test_out_of_range() -> None:
     for make, text in (
         (lambda: DKDDistiller(beta=-1), "alpha and beta must be 0 or more"),
@@ -138,12 +173,3 @@ def test_out_of_range() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             make()
-
-
-def test_all_together_train_by_their_short_names(demo_teacher: str) -> None:
-    names = ["DKDDistiller", "DISTDistiller", "RKDDistiller", "AttentionTransferDistiller", "TokenRelationDistiller"]
-    distillers = json.dumps({name.removesuffix("Distiller").lower(): {"class_path": name} for name in names})
-    log = ["--trainer.log_every_n_steps", "1", "--model.distillers", distillers]
-    main([*demo_fit("soft_kd", demo_teacher, *SHORT), *log])
-    head = Path("run/metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"train/dkd", "train/dist", "train/rkd", "train/attentiontransfer", "train/tokenrelation"} <= set(head)

@@ -20,6 +20,8 @@ OURS: dict[str, Callable[[], Network]] = {
     "folded": lambda: LiftViT(**STUDENT, width=24).folded(),
     "wide_last": lambda: student("wide_last"),
     "teacher": teacher,
+    "two_heads": lambda: student(arch="deit_tiny_distilled_patch16_224"),
+    "wide_two_heads": lambda: student("wide_last", arch="deit_tiny_distilled_patch16_224"),
     "cnn": lambda: TimmTeacher("resnet10t", pretrained=False, model_args={"num_classes": 3}),
 }
 
@@ -40,6 +42,22 @@ class Good(Network):
         maps.append(self.block(maps[0]))
         wanted = tuple(maps[self.resolve(layer)] for layer in layers)
         return ViTOutput(self.head(maps[1].mean((2, 3))) if logits else None, wanted)
+
+
+class Pooled(Good):
+    def token_layers(self) -> dict[str, int]:
+        return {"pooled": 2}
+
+    def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> Any:
+        last = super().forward(image, (-1,)).features[0].mean((2, 3), keepdim=True)
+        output = super().forward(image, [layer for layer in layers if layer != "pooled"], logits)
+        maps = iter(output.features)
+        return output._replace(features=tuple(last if layer == "pooled" else next(maps) for layer in layers))
+
+
+class NotPooled(Good):
+    def token_layers(self) -> dict[str, int]:
+        return {"pooled": 1}
 
 
 class Tokens(Good):
@@ -94,10 +112,12 @@ class Dead(Good):
         (Random, "in eval, the same images must give the same output"),
         (OverTheBatch, "an image must give the same alone as in a batch"),
         (InPlace, "must not edit its input"),
+        (NotPooled, r"'pooled' is one of token_layers and must give \[B, C, 1, 1\], got \[2, 8, 4, 4\]"),
         (Dead, r"logits must depend on every parameter.*'unused.weight', 'unused.bias'"),
     ],
 )
 def test_a_broken_promise_is_named(network: Callable[[], Network], message: str) -> None:
     check_network(Good())
+    check_network(Pooled())
     with pytest.raises(AssertionError, match=message):
         check_network(network())
