@@ -187,7 +187,7 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
     if len(by_remedy) == 1:
         return "none", (
             f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
-            "VisionTransformer, and this student is none. Distil logits (LogitDistiller), or take a vision transformer."
+            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or take one."
         )
     if wide is None:
         return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."
@@ -219,7 +219,7 @@ def remedy_costs(student: Network, width: int) -> list[Cost]:
             args = {**remedy_args(student), "width": width, **({} if num_heads is None else {"num_heads": num_heads})}
             try:
                 remedied = remedy(**args)
-            except (ValueError, TypeError):  # heads that do not divide the width, or no VisionTransformer of timm's
+            except (ValueError, TypeError):  # heads that do not divide the width, or another family of timm's
                 continue
             costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
             if isinstance(remedied, LiftViT):

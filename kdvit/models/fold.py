@@ -10,6 +10,8 @@ and, as pooling and head are linear, with head W and bias b::
 
     logits = mean_n[ x_n / sqrt(||x_n L||^2 + eps) ] (P_c diag(gamma) W^T) + (b + W beta)
 
+A DeiT with distillation token has two heads, each on a token of its own: both fold like this, without the mean.
+
 So for classification a trained Lift is a plain vision transformer with a Mahalanobis norm of its tokens and a head of
 rank at most D_S: what it brings, it brings through training, its parametrisation and its feature loss, and not through
 capacity at inference. (kdvit's own; it is not in the paper.) WideLast cannot be folded: its wide block is not linear.
@@ -64,17 +66,20 @@ def fold_lift(model: Any) -> None:
     """Folds the lift of a timm model into its final norm and head, in place and in float64.
 
     Args:
-        model: As `LiftViT` builds it: norm is Linear and LayerNorm, the pooling is avg, head is Linear.
+        model: As `LiftViT` builds it: norm is Linear and LayerNorm, heads are Linear, and read the mean of the patch
+            tokens or a token each.
 
     Raises:
-        ValueError: If norm or head is another.
+        ValueError: If norm or a head is another.
     """
-    norm, head = model.norm, model.head
+    norm = model.norm
     lifts = isinstance(norm, nn.Sequential) and [type(each) for each in norm] == [nn.Linear, nn.LayerNorm]
     if not lifts or norm[0].bias is not None:
         raise ValueError(f"There is no lift to fold: expected Linear without bias and LayerNorm as norm, got {norm}.")
-    if type(head) is not nn.Linear or head.out_features == 0:
-        raise ValueError(f"A lift folds into a linear head, and this student has {head}.")
+    heads = {name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)}
+    for head in heads.values():
+        if type(head) is not nn.Linear or head.out_features == 0:
+            raise ValueError(f"A lift folds into a linear head, and this student has {head}.")
     project, layer_norm = norm
     projector = project.weight.double().T  # [D_S, D_T]
     width, wide = projector.shape
@@ -82,15 +87,14 @@ def fold_lift(model: Any) -> None:
     upper = torch.linalg.qr(centred.T / wide**0.5, mode="r").R  # upper^T upper = P_c P_c^T / D_T, of any rank
     root = projector.new_zeros(width, width)
     root[:, : len(upper)] = upper.T
-    weight, bias = head.weight.double(), 0.0 if head.bias is None else head.bias.double()
-    kind: dict[str, Any] = {
-        "device": head.weight.device,
-        "dtype": torch.promote_types(head.weight.dtype, torch.float32),
-    }
-    model.norm = MahalanobisNorm(width, layer_norm.eps).to(**kind)
+    dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
+    model.norm = MahalanobisNorm(width, layer_norm.eps).to(model.head.weight.device, dtype)
     model.norm.set_root(root)
-    model.head = nn.Linear(width, head.out_features, **kind)
-    model.head.weight.copy_(weight * layer_norm.weight.double() @ centred.T)
-    model.head.bias.copy_(bias + weight @ layer_norm.bias.double())
+    for name, head in heads.items():
+        weight, bias = head.weight.double(), 0.0 if head.bias is None else head.bias.double()
+        folded = nn.Linear(width, head.out_features, device=head.weight.device, dtype=dtype)
+        folded.weight.copy_(weight * layer_norm.weight.double() @ centred.T)
+        folded.bias.copy_(bias + weight @ layer_norm.bias.double())
+        setattr(model, name, folded)
     model.num_features = model.head_hidden_size = width
     model.train(model.training)

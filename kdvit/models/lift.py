@@ -5,25 +5,30 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from kdvit.models.families import check_family
 from kdvit.models.fold import fold_lift
 from kdvit.models.network import TimmStudent
 
 
 class LiftViT(TimmStudent):
-    """A plain or DeiT vision transformer whose patch tokens are lifted to the teacher's width before the head.
+    """A vision transformer of timm's whose patch tokens are lifted to the teacher's width before the head.
 
     ``X_hat = LayerNorm(X P)`` on the un-normed tokens of the last block, P of shape ``[D_S, width]`` without bias;
     ``logits = head(mean over patch tokens of X_hat)``. In timm's terms: the final norm is replaced by Linear and
-    LayerNorm, the pooling is "avg", the head has the new width. Every parameter is used. The layer "lift" is X_hat.
+    LayerNorm, the pooling is "avg" (whatever `arch` pools by), the head has the new width. Every parameter is used.
+    The layer "lift" is X_hat.
+
+    A DeiT with distillation token keeps its two heads: class and distillation token are lifted like the patch tokens,
+    and each head reads its own. (kdvit's own; the paper lifts plain DeiT.)
 
     Once trained, it costs nothing: `folded` returns the same classifier in the student's own width; see
     `kdvit.models.fold`, also for what that says about the method.
 
     Args:
-        arch: timm's name of the narrow architecture, a VisionTransformer without distillation token.
+        arch: timm's name of the narrow architecture, a VisionTransformer or Eva (`kdvit.models.families`).
         width: Width after the lift: the teacher's.
         num_classes: Number of classes.
         folded: Train in the folded form from the start, as a control: from the same initial function, without a map to
@@ -31,26 +36,23 @@ class LiftViT(TimmStudent):
         kwargs: Those of TimmStudent; weights that it starts from are of `arch` as it is in timm.
 
     Raises:
-        ValueError: If the architecture is not a plain VisionTransformer, or `width` is not positive.
+        ValueError: If the architecture is neither a VisionTransformer nor an Eva, or `width` is not positive.
     """
 
     def __init__(self, arch: str, width: int, num_classes: int = 1000, folded: bool = False, **kwargs: Any) -> None:
         if width < 1:
             raise ValueError(f"LiftViT: width must be positive, got {width}.")
         super().__init__(arch, num_classes, **kwargs)
-        model = self.model
-        if type(model) is not VisionTransformer or model.attn_pool is not None:
-            raise ValueError(
-                f"LiftViT lifts timm's plain VisionTransformer; {arch} is a {type(model).__name__}. Use a plain one, "
-                "such as deit_tiny_patch16_224, or distill this one with FeatureDistiller."
-            )
+        check_family("LiftViT", arch, self.model)
+        model: Any = self.model
         model.norm = nn.Sequential(nn.Linear(model.embed_dim, width, bias=False), nn.LayerNorm(width, eps=1e-5))
         model.fc_norm = nn.Identity()
-        model.global_pool = "avg"
-        model.pool_include_prefix = False
-        model.head = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(model.head.weight, std=0.02)
-        nn.init.zeros_(model.head.bias)
+        model.head = _head(width, num_classes)
+        if isinstance(model, VisionTransformerDistilled):
+            model.head_dist = _head(width, num_classes)
+        else:
+            model.global_pool, model.attn_pool = "avg", None
+            model.pool_include_prefix = False
         model.num_features = model.head_hidden_size = width
         self.init_args["width"] = width
         if folded:
@@ -60,7 +62,7 @@ class LiftViT(TimmStudent):
         """Returns a copy with the same logits, to rounding, in the student's own width (`kdvit.models.fold`).
 
         Raises:
-            ValueError: If there is no lift any more, or the head is no linear one.
+            ValueError: If there is no lift any more, or a head is no linear one.
         """
         folded = copy.deepcopy(self)
         folded._fold()
@@ -83,3 +85,10 @@ class LiftViT(TimmStudent):
         height, width = model.patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))
         tokens: Tensor = end[:, model.num_prefix_tokens :].transpose(1, 2)
         return tokens.reshape(*tokens.shape[:2], height, width)
+
+
+def _head(width: int, num_classes: int) -> nn.Linear:
+    head = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head

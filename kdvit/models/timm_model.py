@@ -55,7 +55,7 @@ def create_timm_model(
     except TypeError as error:
         raise ValueError(f"{arch} does not take these arguments: {args}. timm says: {error}") from error
     except (AssertionError, RuntimeError, ZeroDivisionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"timm cannot build {arch} with {args}: {error or type(error).__name__}") from error
+        raise ValueError(f"timm cannot build {arch} with {args}: {str(error) or type(error).__name__}") from error
     except OSError as error:
         raise RuntimeError(
             f"The published weights of {arch} cannot be fetched ({type(error).__name__}: {error}). Fetch them where "

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from kdvit.models.families import check_family
 from kdvit.models.network import TimmStudent
 from kdvit.models.timm_model import create_timm_model
 
 
+class WideBlock(nn.Sequential):
+    """Linear, LayerNorm and a block of timm's, which gets all that timm gives a block beside the tokens (RoPE)."""
+
+    def forward(self, input: Tensor, **context: Any) -> Tensor:
+        """Returns tokens ``[B, N, width]`` of tokens ``[B, N, D]``."""
+        projection, norm, block = self
+        tokens: Tensor = block(norm(projection(input)), **context)
+        return tokens
+
+
 class WideLastViT(TimmStudent):
-    """A plain or DeiT vision transformer whose last block, final norm and head have the teacher's width.
+    """A vision transformer of timm's whose last block, final norm and head have the teacher's width.
 
     The last block is preceded by Linear (without bias) and LayerNorm (eps 1e-6) to the new width; class and register
     tokens go through like the others. Several widths widen as many last blocks, step by step. The wide blocks are
-    timm's own for `arch`, so layer scale, MLP ratio and the like carry over. The layer "wide_last" is the last block's
-    output.
+    timm's own for `arch`, so layer scale, MLP ratio, kind of block and the like carry over. Rotary position embeddings
+    (RoPE) reach them as they reach the narrow ones, and so fix their head dimension. The layer "wide_last" is the last
+    block's output.
 
     The schedules of the authors' code, for DeiT-Tiny: ``width: 384`` (6 heads, the published one); ``width: 384,
     num_heads: 3``; ``width: [256, 320, 384]`` (4, 5, 6 heads); ``width: [240, 312, 384], num_heads: 3``.
 
     Args:
-        arch: timm's name of the narrow architecture, a VisionTransformer.
+        arch: timm's name of the narrow architecture, a VisionTransformer or Eva (`kdvit.models.families`).
         width: Width of the last block, the teacher's; or widths of as many last blocks.
         num_heads: Attention heads of the wide blocks, one number for all or one each. By default as many as keep the
             head dimension of `arch`.
@@ -32,7 +43,8 @@ class WideLastViT(TimmStudent):
         kwargs: Those of TimmStudent; weights that it starts from are those of the narrow blocks.
 
     Raises:
-        ValueError: If the architecture is not a VisionTransformer, or widths and heads do not fit together.
+        ValueError: If the architecture is neither a VisionTransformer nor an Eva, timm has no blocks of it at such a
+            width, or widths and heads do not fit together.
     """
 
     def __init__(
@@ -44,23 +56,18 @@ class WideLastViT(TimmStudent):
         **kwargs: Any,
     ) -> None:
         super().__init__(arch, num_classes, **kwargs)
+        check_family("WideLastViT", arch, self.model)
         model: Any = self.model
-        if not isinstance(model, VisionTransformer):
-            raise ValueError(
-                f"WideLastViT widens timm's VisionTransformer; {arch} is a {type(model).__name__}. Use a plain or DeiT "
-                "one, such as deit_tiny_patch16_224, or distill this one with FeatureDistiller."
-            )
-        blocks: Any = model.blocks
+        blocks = model.blocks
         widths = [width] if isinstance(width, int) else list(width)
-        head_dim = model.embed_dim // blocks[-1].attn.num_heads
+        head_dim = model.embed_dim // _head_count(blocks[-1])
         heads = _heads(widths, num_heads, head_dim, len(blocks))
+        if getattr(model, "rope", None) is not None:
+            _check_rope(arch, model.rope_mixed, widths, heads, head_dim)
         before: int = model.embed_dim
         for i, (wide, count) in enumerate(zip(widths, heads, strict=True), start=len(blocks) - len(widths)):
-            sizes = {**(self.init_args["model_args"] or {}), "embed_dim": wide, "num_heads": count}
-            donor: Any = create_timm_model(**{**self.init_args, "model_args": sizes})
-            blocks[i] = nn.Sequential(
-                nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i]
-            )
+            donor = self._donor(wide, count)
+            blocks[i] = WideBlock(nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i])
             before = wide
         for name in ("norm", "fc_norm", "attn_pool", "head", "head_dist"):
             if getattr(donor, name, None) is not None:
@@ -68,9 +75,26 @@ class WideLastViT(TimmStudent):
         model.num_features = model.head_hidden_size = before
         self.init_args |= {"width": width, "num_heads": num_heads}
 
+    def _donor(self, width: int, num_heads: int) -> Any:
+        """Returns timm's network of the student's `arch` at another width."""
+        sizes = {**(self.init_args["model_args"] or {}), "embed_dim": width, "num_heads": num_heads}
+        try:
+            return create_timm_model(**{**self.init_args, "model_args": sizes})
+        except ValueError as error:
+            arch = self.init_args["arch"]
+            raise ValueError(
+                f"WideLastViT: timm has no blocks of {arch} at width {width} with {num_heads} heads; choose another "
+                f"width, or LiftViT. ({error})"
+            ) from error
+
     def named_layers(self) -> dict[str, int]:
         """The wide last block."""
         return {"wide_last": self.depth - 1}
+
+
+def _head_count(block: Any) -> int:
+    count: int = next(each.num_heads for each in block.modules() if hasattr(each, "num_heads"))
+    return count
 
 
 def _heads(widths: Sequence[int], num_heads: int | list[int] | None, head_dim: int, depth: int) -> list[int]:
@@ -90,3 +114,17 @@ def _heads(widths: Sequence[int], num_heads: int | list[int] | None, head_dim: i
                 f"multiple of the head dimension {head_dim}."
             )
     return heads
+
+
+def _check_rope(arch: str, mixed: bool, widths: Sequence[int], heads: Sequence[int], head_dim: int) -> None:
+    if mixed:
+        raise ValueError(
+            f"WideLastViT: {arch} learns a rotary position embedding for each head of each block, and wide blocks have "
+            "other heads. Choose LiftViT, or a network with another position embedding."
+        )
+    for wide, count in zip(widths, heads, strict=True):
+        if wide != count * head_dim:
+            raise ValueError(
+                f"WideLastViT: the rotary position embedding of {arch} is made for heads of {head_dim} channels, and "
+                f"width {wide} has {count} of {wide // count}. Choose multiples of {head_dim}, and leave num_heads out."
+            )

@@ -49,6 +49,17 @@ def test_logits_stay_for_any_width_and_eps(seed: int) -> None:
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "arch", ["deit_tiny_distilled_patch16_224", "vit_small_patch16_dinov3", "vit_pe_core_tiny_patch16_384"]
+)
+def test_logits_stay_for_other_families(arch: str) -> None:
+    network = trained(arch=arch).double()
+    with torch.no_grad():
+        torch.testing.assert_close(network.folded()(images().double()).logits, network(images().double()).logits)
+    assert network.folded().init_args["folded"] is True
+    assert LiftViT(**network.folded().init_args).double().load_state_dict(network.folded().state_dict())
+
+
 def test_a_projector_of_lower_rank_folds() -> None:
     network = trained().double()
     with torch.no_grad():

@@ -67,6 +67,7 @@ def test_flops_are_those_measured_for_the_published_models() -> None:
 
 
 TINY: dict[str, Any] = {"img_size": 32, "num_classes": 5}
+ROPE = "vit_small_patch16_dinov3"
 SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
 
@@ -77,10 +78,18 @@ SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_head
         (LiftViT, "deit3_small_patch16_224", {"width": 40}),
         (LiftViT, "vit_base_patch16_clip_224", {"width": 17}),
         (LiftViT, "vit_small_patch14_reg4_dinov2", {"width": 40}),
+        (LiftViT, "deit_tiny_distilled_patch16_224", {"width": 40}),
+        (LiftViT, "vit_base_patch16_siglip_224", {"width": 40}),
+        (LiftViT, "vit_small_patch16_dinov3", {"width": 40}),
+        (LiftViT, "eva02_tiny_patch14_224", {"width": 40}),
         (WideLastViT, "deit_tiny_patch16_224", {"width": 36}),
         (WideLastViT, "deit_tiny_distilled_patch16_224", {"width": 36}),
         (WideLastViT, "deit3_small_patch16_224", {"width": [28, 36], "num_heads": [2, 3]}),
         (WideLastViT, "vit_small_patch14_reg4_dinov2", {"width": [28, 32, 36], "num_heads": 2}),
+        (WideLastViT, "vit_small_patch16_18x2_224", {"width": 36}),
+        (WideLastViT, "vit_pwee_patch16_reg1_gap_256", {"width": 36}),
+        (WideLastViT, "vit_small_patch16_dinov3", {"width": [36, 48]}),
+        (WideLastViT, "eva02_tiny_patch14_224", {"width": 36}),
     ],
 )
 def test_every_parameter_of_every_remedy_gets_a_gradient(cls, arch: str, more: dict) -> None:
@@ -100,6 +109,44 @@ def test_lift_is_layer_norm_of_the_projected_unnormed_patch_tokens() -> None:
     lifted = norm(output.features[1].flatten(2).transpose(1, 2) @ projection.weight.T)
     torch.testing.assert_close(output.features[0].flatten(2).transpose(1, 2), lifted)
     torch.testing.assert_close(output.logits, network.model.head(lifted.mean(1)))
+
+
+ROTARY = ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
+
+
+@pytest.mark.parametrize("arch", ["vit_base_patch16_siglip_224", *ROTARY])
+def test_lift_pools_the_patch_tokens_whatever_the_architecture_pools_by(arch: str) -> None:
+    network = LiftViT(arch, 40, **TINY, model_args={**SMALL, "embed_dim": 32}).eval()
+    output = network(torch.randn(2, 3, 32, 32), ["lift", -1])
+    projection, norm = network.model.norm
+    lifted = norm(output.features[1].flatten(2).transpose(1, 2) @ projection.weight.T)
+    torch.testing.assert_close(output.features[0].flatten(2).transpose(1, 2), lifted)
+    torch.testing.assert_close(output.logits, network.model.head(lifted.mean(1)))
+
+
+def test_lift_keeps_both_heads_of_a_distilled_deit_on_their_tokens() -> None:
+    network = LiftViT("deit_tiny_distilled_patch16_224", 40, **TINY, model_args=SMALL).eval()
+    seen = []
+    network.model.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    output = network(torch.randn(2, 3, 32, 32), ["lift"])
+    projection, norm = network.model.norm
+    lifted = norm(seen[0] @ projection.weight.T)
+    torch.testing.assert_close(output.features[0].flatten(2).transpose(1, 2), lifted[:, 2:])
+    heads = network.model.head(lifted[:, 0]), network.model.head_dist(lifted[:, 1])
+    torch.testing.assert_close(output.logits, sum(heads) / 2)
+
+
+@pytest.mark.parametrize("arch", ROTARY)
+def test_a_wide_block_gets_the_rotary_position_embedding_of_the_narrow_ones(arch: str) -> None:
+    network = WideLastViT(arch, 48, **TINY, model_args={**SMALL, "embed_dim": 32, "init_values": 1.0}).eval()
+    wide, seen = network.model.blocks[-1], []
+    wide.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    (feature,) = network(torch.randn(2, 3, 32, 32), ["wide_last"]).features
+    tokens = wide[1](seen[0] @ wide[0].weight.T)
+    with_rope = wide[2](tokens, rope=network.model.rope.get_embed((4, 4)))[:, network.model.num_prefix_tokens :]
+    torch.testing.assert_close(feature.flatten(2).transpose(1, 2), with_rope)
+    without = wide[2](tokens)[:, network.model.num_prefix_tokens :]
+    assert not torch.allclose(with_rope, without, atol=1e-4)
 
 
 def test_wide_last_keeps_head_dimension_and_drop_path_of_the_last_block() -> None:
@@ -185,13 +232,24 @@ def test_without_logits_the_network_stops_after_the_last_layer_needed() -> None:
         (lambda: TimmStudent("resnet18", model_args={"embed": 3}), ValueError, "does not take these arguments"),
         (lambda: TimmStudent("resnet18", checkpoint="no.pth"), FileNotFoundError, "no checkpoint file '.*no.pth'"),
         (lambda: TimmStudent("local-dir:nowhere"), FileNotFoundError, "no exported network in '.*nowhere'"),
-        (lambda: LiftViT("resnet18", 64), ValueError, "plain VisionTransformer; resnet18 is a ResNet"),
-        (lambda: LiftViT("deit_tiny_distilled_patch16_224", 64), ValueError, "is a VisionTransformerDistilled"),
+        (lambda: LiftViT("resnet18", 64), ValueError, "VisionTransformer and Eva; resnet18 is a ResNet"),
         (lambda: LiftViT("deit_tiny_patch16_224", 0), ValueError, "width must be positive, got 0"),
         (lambda: WideLastViT("cait_xxs24_224", 64), ValueError, "cait_xxs24_224 is a Cait"),
         (lambda: WideLastViT(**STUDENT, width=25), ValueError, "25 does not divide into 3 heads"),
         (lambda: WideLastViT(**STUDENT, width=[1, 2, 3, 4]), ValueError, "1 to 3 positive widths for 3 blocks"),
         (lambda: WideLastViT(**STUDENT, width=[24, 32], num_heads=[2]), ValueError, "as many num_heads"),
+        (
+            lambda: WideLastViT(ROPE, 28, **TINY, model_args=SMALL),
+            ValueError,
+            "heads of 12 channels, and width 28 has 2",
+        ),
+        (
+            lambda: WideLastViT(ROPE, 36, 2, **TINY, model_args=SMALL),
+            ValueError,
+            "width 36 has 2 of 18. Choose multiples",
+        ),
+        (lambda: WideLastViT("vit_small_patch16_rope_mixed_224", 768), ValueError, "for each head of each block"),
+        (lambda: WideLastViT("vitamin_small_224", 768), ValueError, "no blocks of vitamin_small_224 at width 768"),
         (lambda: TimmNetwork(torch.nn.Linear(1, 1)), TypeError, "subclass of kdvit.models.Network"),
     ],
 )
