@@ -57,8 +57,8 @@ def test_words_become_the_values_that_they_say(words: list[str], expected: dict[
     ("words", "message"),
     [
         (["analyze", "--layers"], "--layers needs at least one value"),
-        (["analyze", "--memory", "-1"], "memory"),
-        (["analyze", "--batch_size", "0"], "batch_size"),
+        (["analyze", "--memory", "-1"], "memory: must be 0 or more, got -1."),
+        (["analyze", "--batch_size", "0"], "batch_size: must be above 0, got 0."),
         (["analyze", "--num_workers", "-1"], "num_workers"),
         (["analyze", "--images", "0"], "images"),
         (["benchmark", "vit_tiny_patch16_224", "--batch_size", "0"], "batch_size"),

@@ -66,8 +66,6 @@ class ChosenImages(pl.LightningDataModule):
 
 def choose(images: Images, count: int, seed: int) -> list[int]:
     """Chooses images at random: one of each class first, then a second of each, and so on; in the data set's order."""
-    if count < 1:
-        raise UserError(f"--images must be 1 or more, got {count}.")
     size = len(images.dataset)  # type: ignore[arg-type]
     order = np.random.default_rng(seed).permutation(size)
     if images.targets is not None:

@@ -186,7 +186,7 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
         (["--config", "demo/lift.yaml"], "There is no exported network in"),
         (
             ["--model", "resnet18", "--data", "Digits", "--images", "0", "--pretrained", "false"],
-            "--images must be 1 or more",
+            "images: must be above 0, got 0.",
         ),
         (["--model", "resnet18", "--energies", "95"], "energies must be shares above 0 and below 1"),
         (["--teacher", "a.ckpt", "--student", "resnet18", "--data", "Digits"], "kdvit export --ckpt a.ckpt"),
