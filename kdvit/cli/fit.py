@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit.analysis import GeometryMonitor
@@ -36,6 +38,7 @@ from kdvit.distillers.plugins import load_plugins
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
 from kdvit.runtime.length import RunEnd
+from kdvit.runtime.lock import run_lock
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
@@ -81,19 +84,20 @@ class KdvitCLI(LightningCLI):
         self.command = command
         set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value goes, a class_path is plain text
         load_plugins()
-        super().__init__(
-            DistillationModule,
-            pl.LightningDataModule,
-            save_config_callback=SaveConfig,
-            trainer_class=Trainer,
-            trainer_defaults={"default_root_dir": "runs/default"},
-            seed_everything_default=0,
-            parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: {"exit_on_error": False}},
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=[command, *args],
-        )
+        with ExitStack() as self.held:
+            super().__init__(
+                DistillationModule,
+                pl.LightningDataModule,
+                save_config_callback=SaveConfig,
+                trainer_class=Trainer,
+                trainer_defaults={"default_root_dir": "runs/default"},
+                seed_everything_default=0,
+                parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: {"exit_on_error": False}},
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=[command, *args],
+            )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Names this command alone: to build the parser of one takes a second."""
@@ -144,6 +148,9 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
+        if self.command == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            with shown((OSError,), prefix="trainer.default_root_dir: "):
+                self.held.enter_context(run_lock(self.config["fit"].trainer.default_root_dir))
         if self.command != "check":
             trainer = self.config[self.command].trainer
             require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))

@@ -1,0 +1,120 @@
+"""One run, one folder: who trains in a run directory, as long as it does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kdvit.errors import UserError
+
+LOCK = "run.lock"
+BEAT = 20.0  # seconds between two signs of life
+SILENCE = 180.0  # seconds without one, after which a process on another machine counts as gone
+
+
+@contextlib.contextmanager
+def run_lock(root: str | Path) -> Iterator[None]:
+    """Locks a run directory, so that no second training writes into it.
+
+    The lock names host, process, Slurm job and time, and is touched every 20 seconds. It counts as left behind if its
+    process is gone, if it is of this Slurm job (which was requeued), or, of another machine, after three minutes of
+    silence by the clock of the file system.
+
+    Raises:
+        UserError: If another process trains there; the message says which.
+    """
+    file, ended = Path(root) / LOCK, threading.Event()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    ours = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    if not _create(file, ours):
+        held = _read(file)
+        if held is not None and _is_held(held, file):
+            raise UserError(
+                f"{str(root)!r} is in use: process {held['process']} on {held['host']} trains there since "
+                f"{held['since']}. Wait for it, end it, or choose another --trainer.default_root_dir. (If it is gone "
+                f"for sure, remove {str(file)!r}.)"
+            )
+        file.unlink(missing_ok=True)
+        if not _create(file, ours):
+            raise UserError(f"Another process has just begun to train in {str(root)!r}.")
+    threading.Thread(target=_beat, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if _read(file) == ours:
+            file.unlink(missing_ok=True)
+
+
+def _create(file: Path, content: dict[str, Any]) -> bool:
+    """Writes a file whole, unless it is there."""
+    new = file.with_name(f"{LOCK}.{os.getpid()}")
+    new.write_text(json.dumps(content))
+    try:
+        os.link(new, file)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with file.open("x") as stream:
+                stream.write(json.dumps(content))
+        except FileExistsError:
+            return False
+    finally:
+        new.unlink()
+    return True
+
+
+def _identity() -> dict[str, Any]:
+    """Says which process this is on which machine, told from a later one of the same number by its start."""
+    own = os.getpid()
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"host": socket.gethostname(), "process": own, "start": _start_of(own), "job": job}
+
+
+def _start_of(process: int) -> str:
+    """Returns when a process was started, in ticks of the machine; nothing where that is not told."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _is_held(held: dict[str, Any], file: Path) -> bool:
+    if held["host"] == socket.gethostname():
+        try:
+            os.kill(held["process"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return held["start"] == _start_of(held["process"])
+    if held["job"] is not None and held["job"] == os.environ.get("SLURM_JOB_ID"):
+        return False
+    now = file.with_name(f"{LOCK}.{os.getpid()}")  # its time is of the clock that the lock's time is of
+    now.touch()
+    silent = now.stat().st_mtime - file.stat().st_mtime
+    now.unlink()
+    return silent < SILENCE
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Returns who holds a lock; None if it is gone, or torn by a full disk."""
+    try:
+        held: dict[str, Any] = json.loads(file.read_text())
+        return held if {"host", "process", "start", "job", "since"} <= {*held} else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _beat(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(file)
