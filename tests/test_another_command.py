@@ -87,6 +87,24 @@ def test_a_student_without_a_best_checkpoint_is_scored_by_its_last_and_an_untrai
         assert "There is no checkpoint in 'run/checkpoints', and an untrained student has no score." in message
 
 
+def test_a_seed_that_is_drawn_is_written_down_and_kept(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # of an earlier process
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    for epochs in (1, 2):
+        fit("plain", "", *EPOCHS, f"--trainer.max_epochs={epochs}", "--seed_everything", "false")
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        if epochs == 1:
+            drawn = yaml.safe_load(CONFIG.read_text())["seed_everything"]
+    assert isinstance(drawn, int)
+    assert yaml.safe_load(CONFIG.read_text())["seed_everything"] == drawn
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    other = ["--trainer.default_root_dir=other", "--seed_everything=false"]
+    assert "seed_everything: give a number, for each of these processes would draw another one." in refused(
+        capsys, demo_fit("plain", "", *EPOCHS, *other)
+    )
+
+
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_checkpoint_of_another_student_is_named(command: str, capsys) -> None:
     fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")

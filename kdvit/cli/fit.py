@@ -31,7 +31,7 @@ from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
 from kdvit.cli.resuming import Start, find_start, require_plain, require_same_student
-from kdvit.cli.run_config import SaveConfig
+from kdvit.cli.run_config import SaveConfig, settled_seed
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
@@ -129,9 +129,11 @@ class KdvitCLI(LightningCLI):
         """Parses, and reads the checkpoint that is given before Lightning looks into it for changes of the config."""
         with unforeseen("read"):
             super().parse_arguments(parser, args)
-        given = self.config[self.command].get("ckpt_path") if self.command in self.config else None
-        if given and Path(given).is_file():
-            require_plain(Path(given))
+        config = self.config.get(self.command)
+        if config is not None:
+            config.seed_everything = settled_seed(config.seed_everything, Path(config.trainer.default_root_dir))
+            if config.get("ckpt_path") and Path(config.ckpt_path).is_file():
+                require_plain(Path(config.ckpt_path))
 
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""

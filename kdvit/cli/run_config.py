@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,26 @@ def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[s
             if key not in UNSAID:
                 said.append(f"{key} is {new!r} and was {before!r}")
     return tuple(sorted(said))
+
+
+def settled_seed(given: bool | int, root: Path) -> int:
+    """Returns the seed of a run. Where a switch is given, it is that of the run in the folder, or one that is drawn.
+
+    All processes need the same: those that Lightning starts inherit it, and others cannot.
+
+    Raises:
+        UserError: If several processes that Slurm or torchrun has started would each draw their own.
+    """
+    if not isinstance(given, bool):
+        return given
+    file = root / "config.yaml"
+    if file.is_file() and not isinstance(before := _read_config(file).get("seed_everything", given), bool):
+        return int(before)
+    if "PL_GLOBAL_SEED" not in os.environ:
+        if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1:
+            raise UserError("seed_everything: give a number, for each of these processes would draw another one.")
+        os.environ["PL_GLOBAL_SEED"] = str(random.SystemRandom().randrange(2**31))
+    return int(os.environ["PL_GLOBAL_SEED"])
 
 
 def _read_config(file: Path) -> dict[str, Any]:
