@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from kdvit.files import write_whole
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.released import load_released, read_weights_only
+from kdvit.models.timm_model import WEIGHTS
 from kdvit.structures import ImageFormat, subclasses
 
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 REGISTERED = {"LiftViT": "lift_vit", "WideLastViT": "wide_last_vit"}
 

@@ -220,7 +220,7 @@ class TimmStudent(TimmNetwork):
         arch: timm's model name, as in `timm.list_models()`.
         num_classes: Number of classes.
         pretrained: Start from timm's published weights.
-        checkpoint: Start from a local file of timm's or DeiT's format.
+        checkpoint: Start from a file of timm's, DeiT's or `kdvit fit`'s, or from an exported folder.
         img_size: Input size in pixels, where it differs from the architecture's.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the timm model, such as `embed_dim`, `depth`, `patch_size`.

@@ -13,6 +13,11 @@ import timm
 from timm.models import load_state_dict
 from torch import nn
 
+WEIGHTS = "model.safetensors"
+"""The weights in an exported folder."""
+OF_A_RUN = "student.model."
+"""What stands before a student's keys in a checkpoint of `kdvit fit`."""
+
 
 def create_timm_model(
     arch: str,
@@ -30,7 +35,7 @@ def create_timm_model(
         arch: timm's model name, or ``local-dir:FOLDER`` for an exported folder.
         num_classes: Number of classes; None leaves the architecture's own head.
         pretrained: Load timm's published weights.
-        checkpoint: Load weights from a local file instead.
+        checkpoint: Load weights from a local file instead, of timm or `kdvit fit`, or from an exported folder.
         img_size: Input size in pixels; None leaves the architecture's own.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the model.
@@ -46,6 +51,8 @@ def create_timm_model(
         raise ValueError(
             f"{arch}: give either pretrained: true or a checkpoint, not both; got checkpoint {checkpoint!r}."
         )
+    if checkpoint and Path(checkpoint).is_dir():
+        checkpoint = str(Path(checkpoint) / WEIGHTS)
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"{arch}: there is no checkpoint file {str(Path(checkpoint).absolute())!r}.")
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate or None}
@@ -85,6 +92,8 @@ def _load(model: nn.Module, arch: str, checkpoint: str, new_head: bool) -> None:
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         weights = load_state_dict(checkpoint, use_ema=False)
+        if trained := {key.removeprefix(OF_A_RUN): value for key, value in weights.items() if key.startswith(OF_A_RUN)}:
+            weights = trained
         weights = filter_fn(weights, model) if filter_fn else weights
         own = model.state_dict()
         found = [key for key in own if key.startswith("head") and key in weights]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdvit.models import LiftViT, Network, TimmNetwork, TimmStudent, TimmTeacher, WideLastViT
+from kdvit.models.checkpoint import export_student, student_spec
 from kdvit.models.cost import forward_flops, parameter_count
 from tests.reference import ARRAYS, NUMBERS, reference_image, reference_weights
 from tests.tiny import FORMAT, STUDENT, student
@@ -314,3 +315,19 @@ def test_flops_of_a_network_with_batch_norm_leave_it_as_it_was() -> None:
 def test_fractions_of_depth_are_not_moved_by_rounding() -> None:
     network = Network(depth=25, image_format=FORMAT)
     assert [network.resolve(layer) for layer in (0.28, 0.56, 0.04)] == [6, 13, 0]
+
+
+@pytest.mark.parametrize("form", ["exported folder", "checkpoint of a run"])
+def test_a_student_starts_from_one_that_kdvit_trained(form: str, tmp_path) -> None:
+    source = TimmStudent(**STUDENT)
+    start = tmp_path / "student"
+    if form == "exported folder":
+        export_student(source, student_spec(source, FORMAT), start)
+    else:
+        state = {f"student.{name}": value for name, value in source.state_dict().items()}
+        torch.save({"state_dict": {**state, "distillers.a.weight": torch.ones(2)}, "kdvit": {}}, start)
+    again = TimmStudent(**STUDENT, checkpoint=str(start))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in source.state_dict().items())
+    with pytest.warns(UserWarning, match="is of other classes: head.weight, head.bias are left out"):
+        other = TimmStudent(**{**STUDENT, "num_classes": 6}, checkpoint=str(start))
+    assert torch.equal(other.model.pos_embed, source.model.pos_embed)
