@@ -40,7 +40,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "width mismatch": ({"model/student/init_args/width": 32}, "Set the width of LiftViT to 64."),
     "missing teacher": ({"model/teacher/init_args/arch": "local-dir:nowhere"}, "no exported network in '"),
     "missing checkpoint": ({"model/student/init_args/checkpoint": "no.pth"}, "no checkpoint file '"),
-    "unknown data root": ({"data": {"class_path": "ImageFolder", "init_args": {"root": "nowhere"}}}, "no folder '"),
+    "unknown data root": (
+        {"data": {"class_path": "ImageFolder", "init_args": {"root": "nowhere"}}},
+        "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg. In '",
+    ),
     "negative weight": ({"model/distillers/lift/init_args/weight": -1}, "weight must be 0 or more, got -1.0"),
     "class count": (
         {"model/student/init_args/num_classes": 12},

@@ -33,7 +33,6 @@ from kdvit.cli.messages import unforeseen
 from kdvit.cli.resuming import Start, find_start, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed
 from kdvit.cli.trainer import Trainer
-from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
@@ -161,8 +160,6 @@ class KdvitCLI(LightningCLI):
             shown((ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)),
         ):
             super().instantiate_classes()
-            if self.command in ("fit", "check", "cache") and isinstance(self.datamodule, ImageDataModule):
-                self.datamodule.require("train")
             if self.start.checkpoint is not None:
                 require_same_student(self.start.checkpoint, self.model)
         if self.command not in ("check", "cache"):

@@ -93,9 +93,6 @@ class ImageDataModule(pl.LightningDataModule):
         """
         raise NotImplementedError
 
-    def require(self, split: Split) -> None:
-        """Raises if the images of a split are not there, without building its data set. Here, all splits are."""
-
     def fingerprint(self) -> dict[str, Any]:
         """Returns in plain types all that the pixels of the training views follow from: a cache is made for just that.
 

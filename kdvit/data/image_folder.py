@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
 from kdvit.data.transforms import Transform, train_transform
+from kdvit.errors import UserError
 from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
@@ -66,8 +67,14 @@ class ImageFolder(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.on_error = Path(root).absolute(), on_error
-        self.samples = {split: list_images(self.root / split) for split in _splits(self.root)}
-        self.class_names = _same_classes(self.root, {split: each.class_names for split, each in self.samples.items()})
+        splits = ("train", "val") if (self.root / "train").is_dir() else ("val",)
+        self.samples = {split: list_images(self.root / split) for split in splits}
+        train, self.class_names = self.samples[splits[0]].class_names, self.samples["val"].class_names
+        if train != self.class_names:
+            raise ValueError(
+                f"train and val in {root!r} have different classes ({len(train)} and {len(self.class_names)}); only in "
+                f"one of them: {', '.join(sorted({*train} ^ {*self.class_names})[:5])}."
+            )
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
         self.augmentation: dict[str, Any] = {
             "auto_augment": auto_augment,
@@ -77,23 +84,22 @@ class ImageFolder(ImageDataModule):
         self.train_transform = train_transform(self.image_format, **self.augmentation)
         self.eval_transform = eval_transform(self.image_format)
 
-    def require(self, split: Split) -> None:
-        """Raises FileNotFoundError for training images where the root has validation images alone."""
-        if split == "train" and split not in self.samples:
-            raise FileNotFoundError(f"There is no folder {str(self.root / split)!r}. {LAYOUT}")
-
     def fingerprint(self) -> dict[str, Any]:
         """Returns also the arguments of the training transform, so that a difference can be named."""
         more = {"interpolation": self.image_format.interpolation, "on_error": self.on_error}
         return {**super().fingerprint(), **self.augmentation, **more}
 
     def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of train, or of val for every evaluation."""
-        split = "val" if split == "test" else split
-        self.require(split)
-        seed = self.seed if split == "train" else None
-        transform = self.train_transform if split == "train" else self.eval_transform
-        return FolderImages(self.samples[split], transform, seed, self.on_error)
+        """Returns the images of train, or of val for every evaluation.
+
+        Raises:
+            UserError: If the root has no images to train on.
+        """
+        if split != "train":
+            return FolderImages(self.samples["val"], self.eval_transform, None)
+        if "train" not in self.samples:
+            raise UserError(f"There is no folder {str(self.root / split)!r} to train on. {LAYOUT}")
+        return FolderImages(self.samples["train"], self.train_transform, self.seed, self.on_error)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the path of an image, relative to the root."""
@@ -101,7 +107,7 @@ class ImageFolder(ImageDataModule):
 
 
 class ImageList(Sequence[Any]):
-    """Paths and class indices in three arrays.
+    """Paths and class indices in two arrays.
 
     A list of tuples has two counted references an image, and a loader process that reads one copies its page: each
     process would come to hold the whole list.
@@ -114,20 +120,13 @@ class ImageList(Sequence[Any]):
     def __init__(self, samples: Iterable[tuple[str, int]], class_names: Sequence[str] = ()) -> None:
         self.class_names = list(class_names)
         paths, targets = zip(*samples, strict=True)
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded])
-        self._paths = np.frombuffer(b"".join(encoded), np.uint8)
-        self._targets = np.array(targets)
+        self._paths, self._targets = np.array([os.fsencode(path) for path in paths]), np.array(targets)
 
     def __len__(self) -> int:
         return len(self._targets)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]].tobytes()), int(self._targets[index])
+        return os.fsdecode(self._paths[index]), int(self._targets[index])
 
 
 class FolderImages(Dataset[Any]):
@@ -169,23 +168,20 @@ class FolderImages(Dataset[Any]):
             return (self.transform(image), target, number), bad
 
     def _readable(self, view: View) -> tuple[Image.Image, int, str]:
+        """Reads the image of a view, or one that follows from seed and view in its place."""
         try:
             return read_image(self.samples[view.image][0]), view.image, ""
         except DamagedImage as error:
             if self.seed is None:
                 raise
-            if self.on_error == "raise":
-                raise DamagedImage(
-                    f"{error} (Or let training pass over it: --data.init_args.on_error skip.)"
-                ) from error
-            first = error
+            bad = error
+        if self.on_error == "raise":
+            raise DamagedImage(f"{bad} (Or skip it in training: --data.init_args.on_error skip.)") from bad
         for attempt in range(1, SUBSTITUTES + 1):
             number = mixed_seed(self.seed, *view, attempt) % len(self)
-            try:
-                return read_image(self.samples[number][0]), number, str(first)
-            except DamagedImage:
-                continue
-        raise DamagedImage(f"{first} (Of {SUBSTITUTES} others in its place, none can be read.)") from first
+            with suppress(DamagedImage):
+                return read_image(self.samples[number][0]), number, str(bad)
+        raise DamagedImage(f"{bad} (Of {SUBSTITUTES} others in its place, none can be read.)") from bad
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns in plain types what the pixels of a view follow from: files, by their sizes, and transform."""
@@ -199,55 +195,13 @@ class FolderImages(Dataset[Any]):
 
 
 def list_images(folder: Path) -> ImageList:
-    """Lists the images of a split with the index of their class, in a fixed order.
+    """Lists the images of a split with the index of their class, in a fixed order, without opening a file.
 
     Raises:
         FileNotFoundError: If there is no class folder, or one without an image.
-        PermissionError: If a folder cannot be listed.
     """
     try:
         names, class_to_index = find_classes(folder)
+        return ImageList(make_dataset(folder, class_to_index, IMG_EXTENSIONS), names)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no class folder in {str(folder)!r}. {LAYOUT}") from error
-    except PermissionError as error:
-        _cannot_list(error)
-    samples = [(path, target) for name, target in class_to_index.items() for path in _files(folder / name)]
-    if empty := sorted(set(range(len(names))) - {target for _, target in samples}):
-        paths = ", ".join(repr(str(folder / names[index])) for index in empty[:3])
-        raise FileNotFoundError(
-            f"{len(empty)} class folder(s) without an image ({', '.join(IMG_EXTENSIONS)}): {paths}. Fill or remove "
-            "them."
-        )
-    return ImageList(samples, names)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Yields the paths of a folder's images, those in folders below included, without opening a file."""
-    for place, _, names in sorted(os.walk(folder, onerror=_cannot_list, followlinks=True)):
-        yield from (os.path.join(place, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS))
-
-
-def _cannot_list(error: OSError) -> NoReturn:
-    raise PermissionError(
-        f"Cannot list the folder {error.filename!r}: {error.strerror}. Let this user read it, or take it out."
-    ) from error
-
-
-def _splits(root: Path) -> list[str]:
-    splits = [split for split in ("train", "val") if (root / split).is_dir()]
-    if "val" not in splits:
-        missing = root / "val" if root.is_dir() else root
-        raise FileNotFoundError(
-            f"There is no folder {str(missing)!r}. {LAYOUT} Name the root by --data.init_args.root."
-        )
-    return splits
-
-
-def _same_classes(root: Path, classes: Mapping[str, list[str]]) -> list[str]:
-    train, val = classes.get("train", classes["val"]), classes["val"]
-    if train != val:
-        raise ValueError(
-            f"train and val in {str(root)!r} have different classes ({len(train)} and {len(val)}); only in one of "
-            f"them: {', '.join(sorted(set(train) ^ set(val))[:5])}."
-        )
-    return val
+        raise FileNotFoundError(f"{LAYOUT} In {str(folder)!r}: {error}") from error

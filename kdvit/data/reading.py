@@ -13,8 +13,6 @@ from kdvit.errors import WorkerError
 
 OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
-
-
 NOT_OF_THE_FILE = "The file may be whole: see to the disk or the machine."
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -55,13 +53,8 @@ def read_image(path: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, whose white is unknown; save it with 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; expected 0 to 65535")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
@@ -72,6 +65,4 @@ def _reason(path: str, error: Exception) -> str:
         return f"it unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
     if isinstance(error, UnidentifiedImageError):
         return "it is no image of a known format" if os.path.getsize(path) else "the file is empty"
-    if os.path.islink(path) and not os.path.exists(path):
-        return f"it is a link to {os.readlink(path)!r}, which is not there"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

@@ -17,6 +17,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 from kdvit.data import Digits, FashionMNIST, ImageFolder
 from kdvit.data.transforms import posterize, train_transform
+from kdvit.errors import UserError
 from kdvit.models.network import eval_transform
 from kdvit.structures import Batch, ImageFormat
 
@@ -231,22 +232,22 @@ def _no_download(*_, **__):
         (
             lambda root: ImageFolder(str(root / "none")),
             FileNotFoundError,
-            r"no folder '.*none'. Expected layout: ROOT/train/CLASS.*--data.init_args.root",
+            r"Expected layout: ROOT/train/CLASS.* In '.*none/val': .*No such file or directory",
         ),
         (
             lambda root: (image_folder(root), _remove(root / "val"), ImageFolder(str(root))),
             FileNotFoundError,
-            r"no folder '.*/val'. Expected layout",
+            r"In '.*/val': .*No such file or directory",
         ),
         (
             lambda root: ((root / "val").mkdir(), ImageFolder(str(root))),
             FileNotFoundError,
-            r"no class folder in '.*/val'",
+            r"Couldn't find any class folder in .*/val",
         ),
         (
             lambda root: (image_folder(root), (root / "train" / "eel").mkdir(), ImageFolder(str(root))),
             FileNotFoundError,
-            r"without an image .*'.*/train/eel'. Fill or remove",
+            r"In '.*/train': Found no valid file for the classes eel.",
         ),
         (
             lambda root: (image_folder(root), (root / "val/dog").rename(root / "val/hog"), ImageFolder(str(root))),
@@ -310,7 +311,7 @@ def test_validation_images_alone_can_be_evaluated_and_not_trained_on(tmp_path) -
     _remove(tmp_path / "train")
     data = ImageFolder(str(tmp_path), batch_size=2, num_workers=0, img_size=16)
     assert len(list(data.val_dataloader())) == 3
-    with pytest.raises(FileNotFoundError, match=r"no folder '.*/train'"):
+    with pytest.raises(UserError, match=r"no folder '.*/train' to train on. Expected layout"):
         data.train_dataloader()
 
 
