@@ -64,7 +64,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no such device": ({"trainer/accelerator": "gpu"}, "No supported gpu backend found"),
     "optimizer argument": ({"model/optimizer/args": {"foo": 1}}, "optimizer.args: adamw does not take {'foo': 1}"),
     "no mapping": ({"data": 0.5}, "data: expected `class_path`, the name of a class"),
-    "padding": ({"data/init_args/padding": -1}, "padding must be 0 or more"),
+    "padding": ({"data/init_args/padding": -1}, "padding: must be 0 or more, got -1."),
+    "decay": ({"ema/decay": 1}, "ema.decay: expected a number >0 and v<1 (got '1')"),
+    "batch size": ({"data/init_args/batch_size": 0}, "batch_size: must be above 0, got 0."),
     "option of all data": (
         {"data/init_args/mixupp": 1},
         "Option 'mixupp' is not accepted. Did you mean 'mixup'? It takes: batch_size",

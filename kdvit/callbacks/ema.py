@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse.typing import OpenUnitInterval
 from timm.utils import ModelEmaV3
 
 from kdvit.structures import Batch
@@ -20,14 +21,9 @@ class StudentEMA(pl.Callback):
 
     Args:
         decay: Decay of the average, 0.99996 in the recipe of DeiT and the paper; null for no average.
-
-    Raises:
-        ValueError: If the decay is not in (0, 1).
     """
 
-    def __init__(self, decay: float | None = None) -> None:
-        if decay is not None and not 0 < decay < 1:
-            raise ValueError(f"ema.decay must be between 0 and 1 or null, got {decay}.")
+    def __init__(self, decay: OpenUnitInterval | None = None) -> None:
         self.decay = decay
         self.averages_student = decay is not None  # for the strategies that have no such average
         self._average: ModelEmaV3 | None = None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -68,14 +69,9 @@ class NonFiniteGuard(pl.Callback):
 
     Args:
         skip_steps: Steps that may be left out in all, over all restarts of the run; one more stops it.
-
-    Raises:
-        ValueError: If the number is negative.
     """
 
-    def __init__(self, skip_steps: int = 0) -> None:
-        if skip_steps < 0:
-            raise ValueError(f"nonfinite.skip_steps must be 0 or more, got {skip_steps}.")
+    def __init__(self, skip_steps: NonNegativeInt = 0) -> None:
         self.skip_steps = skip_steps
         self.skipped = 0
         self._seen: list[SeenBatch] = []

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
@@ -26,14 +27,9 @@ class TeacherScores(pl.Callback):
     Args:
         images: Number of validation images, evenly spaced over the data set; null for all. The accuracy on 2,000 has a
             standard error of 1.1 points at most.
-
-    Raises:
-        ValueError: If the number is below 1.
     """
 
-    def __init__(self, images: int | None = 2000) -> None:
-        if images is not None and images < 1:
-            raise ValueError(f"teacher_scores.images must be 1 or more, or null for all, got {images}.")
+    def __init__(self, images: PositiveInt | None = 2000) -> None:
         self.images = images
 
     @torch.no_grad()

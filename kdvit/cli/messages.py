@@ -65,8 +65,9 @@ SHORTER = (
     (r" Add the import path to import_path_allowlist.*? to allow it\.", ""),
     (r"Expected a (?:<class '|typing\.)(\w+(?:\[.*?\])?)'?>?\. Got value: (.*)", r"expected \1, got '\2'."),
     (r"Expected a <class '(\w+)'>(?= |$)", r"expected \1"),
-    (r"Not of type \w+: (\S+) does not conform to restriction v>0", r"must be above 0, got \1."),
-    (r"Not of type \w+: (\S+) does not conform to restriction v>=0", r"must be 0 or more, got \1."),
+    (r"Not of type \w+: (\S+) does not conform to restriction v>0$", r"must be above 0, got \1."),
+    (r"Not of type \w+: (\S+) does not conform to restriction v>=0$", r"must be 0 or more, got \1."),
+    (r"Not of type \w+: (?:\S+ )?does not conform to restriction v", "expected a number "),
     (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
 )
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdvit.cache import CacheError, CacheReader, open_cache
+from kdvit.cache import CacheReader, open_cache
 from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from kdvit.data.workers import FORK, start_worker
@@ -40,25 +41,23 @@ class ImageDataModule(pl.LightningDataModule):
             and epoch e shows view ``e % views`` of an image, views being those that the cache holds.
 
     Raises:
-        ValueError: If a number is out of range, or Mixup or CutMix is asked for beside a cache.
+        ValueError: If Mixup or CutMix is asked for beside a cache, or for pairs in batches of an odd size.
     """
 
     def __init__(
         self,
-        batch_size: int = 128,
-        num_workers: int = 0,
+        batch_size: PositiveInt = 128,
+        num_workers: NonNegativeInt = 0,
         img_size: int = 224,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
-        repeats: int = 1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        seed: int | None = None,
+        repeats: PositiveInt = 1,
+        mixup: NonNegativeFloat = 0.0,
+        cutmix: NonNegativeFloat = 0.0,
+        seed: NonNegativeInt | None = None,
         cache: str | None = None,
     ) -> None:
         super().__init__()
-        self.require_at_least(1, batch_size=batch_size, img_size=img_size, repeats=repeats)
-        self.require_at_least(0, num_workers=num_workers, mixup=mixup, cutmix=cutmix, seed=seed or 0)
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"{type(self).__name__}: Mixup and CutMix need an even batch_size, got {batch_size}.")
         if (mixup or cutmix) and cache is not None:
@@ -80,33 +79,19 @@ class ImageDataModule(pl.LightningDataModule):
         """Number of classes K."""
         return len(self.class_names)
 
-    def require_at_least(self, least: int, **options: float) -> None:
-        """Raises ValueError if an option is below its least value; subclasses call it at construction."""
-        for name, value in options.items():
-            if value < least:
-                raise ValueError(f"{type(self).__name__}: {name} must be {least} or more, got {value}.")
-
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns a data set that maps a View, or an image's number, to ``(image, target, index)``.
 
-        With ``__getitems__`` it may map a list of them to a Batch at once.
+        With ``__getitems__`` it may map a list of them to a Batch at once. For a cache, it has a ``fingerprint()``.
         """
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns in plain types all that the pixels of the training views follow from: a cache is made for just that.
 
-        The number of images and what a data set's own `fingerprint()` says are part of it.
-
-        Raises:
-            CacheError: If the data set has no `fingerprint()`.
+        The number of images is part of it, and what the data set's own `fingerprint()` says of images and transform.
         """
         dataset: Any = self.dataset("train")
-        if not hasattr(dataset, "fingerprint"):
-            raise CacheError(
-                f"{type(dataset).__name__} has no method fingerprint(), which returns its images and its transform in "
-                "plain types. Without it nobody can say whether a cache belongs to the data."
-            )
         size, mean, std = self.image_format[:3]
         shared = {"class": type(self).__name__, "seed": self.seed, "repeats": self.repeats, "images": len(dataset)}
         return {**shared, "size": size, "mean": mean, "std": std, **dataset.fingerprint()}
@@ -132,11 +117,6 @@ class ImageDataModule(pl.LightningDataModule):
         sampler = self._sampler(len(dataset), training=True)
         if self._reader is not None:
             dataset = ViewBatches(dataset, self._reader)
-        if (self.mixup or self.cutmix) and len(sampler) < self.batch_size:
-            raise ShareError(
-                f"Mixup and CutMix need a whole batch, but a rank has {len(sampler)} training images and batch_size "
-                f"is {self.batch_size}."
-            )
         return self._loader(dataset, sampler, self.batch_size, ResumableLoader)
 
     def replay_dataloader(self, batches: Sampler[list[View]]) -> DataLoader[Any]:

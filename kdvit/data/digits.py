@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
@@ -27,9 +28,10 @@ class Digits(ImageDataModule):
         ImportError: If scikit-learn is not installed.
     """
 
-    def __init__(self, batch_size: int = 64, img_size: int = 8, padding: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, batch_size: PositiveInt = 64, img_size: int = 8, padding: NonNegativeInt = 1, **kwargs: Any
+    ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
-        self.require_at_least(0, padding=padding)
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split

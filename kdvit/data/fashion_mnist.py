@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -47,27 +47,24 @@ class FashionMNIST(ImageDataModule):
         self,
         root: str | None = None,
         download: bool = True,
-        batch_size: int = 128,
+        batch_size: PositiveInt = 128,
         img_size: int = 28,
-        padding: int = 2,
-        hflip: float = 0.5,
-        train_size: int | None = None,
-        holdout: int = 0,
+        padding: NonNegativeInt = 2,
+        hflip: ClosedUnitInterval = 0.5,
+        train_size: PositiveInt | None = None,
+        holdout: NonNegativeInt = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
-        self.require_at_least(0, padding=padding, holdout=holdout, hflip=hflip)
-        if hflip > 1:
-            raise ValueError(f"FashionMNIST: hflip must be 1 or less, got {hflip}.")
         folder = find_fashion_mnist(root, download)
         images, targets, *test = (read_idx(folder, name) for name in FILES)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(targets)))
         kept = len(targets) - holdout
-        size = kept if train_size is None else train_size
-        if not 1 <= size <= kept:
+        size = train_size or kept
+        if size > kept:
             raise ValueError(
-                f"FashionMNIST has {len(targets)} training images: train_size must be at least 1, and with holdout no "
-                f"more than that; got train_size {train_size} and holdout {holdout}."
+                f"FashionMNIST has {len(targets)} training images: train_size and holdout must be no more together, "
+                f"got {size} and {holdout}."
             )
         self.numbers = {"train": order[:size], **({"val": order[kept:]} if holdout else {})}
         self.parts = {split: (images[numbers], targets[numbers]) for split, numbers in self.numbers.items()}
@@ -78,7 +75,7 @@ class FashionMNIST(ImageDataModule):
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split."""
         augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}
-        return InMemoryImages(*self.parts.get(split, self.test), self.image_format, **augmentation)  # type: ignore[arg-type]
+        return InMemoryImages(*self.parts.get(split, self.test), self.image_format, **augmentation)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns ``train/N`` or ``test/N``, N the number in the official sets."""
@@ -94,7 +91,7 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
     wanted = Path(root or "data").absolute()
     folders = [wanted, wanted / "FashionMNIST" / "raw", *([] if root else [Path(DEBIAN)])]
     for folder in folders:
-        if all(_file(folder, name) for name in FILES):
+        if all(_file(folder, name).is_file() for name in FILES):
             return folder
     reason: object = "download is false"
     if download:
@@ -110,18 +107,13 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
 
 
 def download_whole(folder: Path) -> None:
-    """Downloads beside the folder and moves each file there, so that no other process reads half a file."""
-    new = [each for each in (folder, *folder.parents[:2]) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=folder) as beside:
-            fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
-            for file in filter(None, (_file(fetched, name) for name in FILES)):
-                os.replace(file, folder / file.name)
-    finally:
-        with suppress(OSError):  # they hold something
-            for empty in new:
-                empty.rmdir()
+    """Downloads beside the folder and moves each file there: no other process reads half a file."""
+    with TemporaryDirectory(dir=next(each for each in folder.parents if each.exists())) as beside:
+        fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            file = _file(fetched, name)
+            os.replace(file, folder / file.name)
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
@@ -131,7 +123,6 @@ def read_idx(folder: Path, name: str) -> Tensor:
         ValueError: If the file is damaged.
     """
     file = _file(folder, name)
-    assert file is not None
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
@@ -142,5 +133,6 @@ def read_idx(folder: Path, name: str) -> Tensor:
     return tensor if tensor.ndim > 1 else tensor.long()
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
+def _file(folder: Path, name: str) -> Path:
+    packed = folder / f"{name}.gz"
+    return packed if packed.is_file() else folder / name

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -55,8 +56,8 @@ class ImageFolder(ImageDataModule):
     def __init__(
         self,
         root: str,
-        batch_size: int = 128,
-        num_workers: int = 8,
+        batch_size: PositiveInt = 128,
+        num_workers: NonNegativeInt = 8,
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         color_jitter: float = 0.4,
         random_erasing: float = 0.25,

@@ -434,12 +434,3 @@ def test_a_cache_that_is_not_there_is_said(demo_teacher: str, capsys) -> None:
 def test_mixing_images_beside_a_cache_is_refused_at_construction(which: str) -> None:
     with pytest.raises(ValueError, match="is no mixture of its outputs"):
         Digits(**{which: 0.8}, cache="cache")
-
-
-def test_a_data_set_that_cannot_tell_what_it_is_has_no_cache() -> None:
-    class Foreign(Digits):
-        def dataset(self, split: Any) -> Any:
-            return [(torch.zeros(3, 8, 8), 0, 0)]
-
-    with pytest.raises(CacheError, match=r"list has no method fingerprint\(\)"):
-        Foreign().fingerprint()

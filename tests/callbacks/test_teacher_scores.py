@@ -57,8 +57,3 @@ def test_each_rank_takes_its_share_of_the_same_images() -> None:
 
     assert share(0, 2) == share(0, 1)[::2]
     assert share(1, 2) == share(0, 1)[1::2]
-
-
-def test_a_number_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"teacher_scores\.images must be 1 or more, or null for all, got 0"):
-        TeacherScores(0)
