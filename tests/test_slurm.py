@@ -132,12 +132,11 @@ def test_a_job_is_submitted_with_its_script_kept_and_all_that_one_wants_to_know_
     told = capsys.readouterr().out
     assert told.startswith("Job 7 is submitted.\n")
     for line in (
-        *(f"run directory  {run}\n", f"script         {run}/fit.sbatch\n", f"log            {run}/slurm-7.log\n"),
-        *(
-            f"follow         tail -F '{run}'/slurm-7.log\n",
-            "stop           scancel 7 ",
-            "go on          the same command ",
-        ),
+        f"run directory  {run}\n",
+        f"script         {run}/fit.sbatch\n",
+        f"follow         tail -F '{run}'/slurm-7.log\n",
+        "stop           scancel 7 ",
+        "go on          the same command ",
     ):
         assert line in told
     dry = script(capsys, "--trainer.default_root_dir", "a run")
@@ -152,16 +151,9 @@ def test_a_job_is_submitted_with_its_script_kept_and_all_that_one_wants_to_know_
     [
         ("--nodes 0", "nodes: "),
         ("--nodes two", "nodes: "),
-        (
-            "--time 1.5",
-            "--time must be minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes",
-        ),
-        ("--time 2", "--time must be longer than --signal_seconds, got 2 and 120 s"),
-        ("--seeds 1 1", "--seeds must be different numbers, 0 or more, got 1 1."),
         ("--seeds 1 --seed_everything 2", "--seed_everything follows from --nodes"),
         ("--trainer.devices=4", "--trainer.devices=4 follows from --nodes, --gpus"),
         ("--gpus 4 --tasks_per_node 2", "A GPU has one process, got --gpus 4 and --tasks_per_node 2."),
-        ("--job_name interactive", "Lightning takes a job named 'interactive' for a shell"),
         (
             "--sbatch exclusive",
             "--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got 'exclusive'.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import re
 import shlex
 import subprocess
 import sys
@@ -82,11 +81,10 @@ def slurm(
     Example:
         kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
     """
-    refuse_options(rest, gpus, tasks_per_node, time, signal_seconds, seeds, sbatch)
+    refuse_options(rest, gpus, tasks_per_node, seeds, sbatch)
     config = parsed(rest, seeds)
     root = Path(config.trainer.default_root_dir).absolute()
     name, tasks = job_name or root.name, gpus or tasks_per_node or 1
-    require_no_shell(name)
     workers = config.get("data.init_args.num_workers") or 0
     cpus = cpus_per_task or workers + 1
     directives = {
@@ -131,34 +129,20 @@ def slurm(
         submit(script, root, seeds)
 
 
-def refuse_options(
-    fit: list[str],
-    gpus: int,
-    tasks_per_node: int | None,
-    time: str | None,
-    signal_seconds: int,
-    seeds: list[int],
-    sbatch: list[str],
-) -> None:
+def refuse_options(fit: list[str], gpus: int, tasks_per_node: int | None, seeds: list[int], sbatch: list[str]) -> None:
     """Raises UserError if options contradict one another."""
     ours = (*OURS, "--seed_everything") if seeds else OURS
-    twice = next((each for each in fit if each.partition("=")[0] in ours), "")
-    lone = next((each for each in sbatch if not re.fullmatch("-.+", each)), "")
-    early = time is not None and seconds(time) <= signal_seconds
-    rules = {
-        f"{twice} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.": twice,
-        f"A GPU has one process, got --gpus {gpus} and --tasks_per_node {tasks_per_node}. (--gpus 0 is for processes "
-        "on CPUs.)": gpus and tasks_per_node not in (None, gpus),
-        f"--time must be longer than --signal_seconds, got {time} and {signal_seconds} s: the job would be requeued "
-        "as soon as it has started.": early,
-        f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, seeds))}.": (
-            len({*seeds}) < len(seeds) or min(seeds, default=0) < 0
-        ),
-        f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {lone!r}.": lone,
-    }
-    for message, broken in rules.items():
-        if broken:
-            raise UserError(message)
+    for word in fit:
+        if word.partition("=")[0] in ours:
+            raise UserError(f"{word} follows from --nodes, --gpus, --tasks_per_node and --seeds: leave it out.")
+    if gpus and tasks_per_node not in (None, gpus):
+        raise UserError(
+            f"A GPU has one process, got --gpus {gpus} and --tasks_per_node {tasks_per_node}. (--gpus 0 is for "
+            "processes on CPUs.)"
+        )
+    for option in sbatch:
+        if not option.startswith("-"):
+            raise UserError(f"--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got {option!r}.")
 
 
 def parsed(fit: list[str], seeds: list[int]) -> Any:
@@ -197,41 +181,11 @@ def submit(script: str, root: Path, seeds: list[int]) -> None:
     told = {
         "run directory": str(root),
         "script": str(file),
-        "log": log_pattern(str(root), seeds, job, "*"),
         "follow": f"tail -F {log_pattern(shlex.quote(str(root)), seeds, job, '*')}",
         "stop": f"scancel {job} (the run is saved, and the job is not requeued)",
         "go on": "the same command again, once the job has ended",
     }
     print(text_table((), list(told.items()), left=2))
-
-
-def require_no_shell(name: str) -> None:
-    """Raises UserError if a job has a name by which Lightning does not see that Slurm has started it."""
-    from kdvit.runtime.processes import SHELLS
-
-    if name in SHELLS:
-        raise UserError(f"Lightning takes a job named {name!r} for a shell, not for a run: give another --job_name.")
-
-
-def seconds(time: str) -> int:
-    """Returns the seconds of a time in one of Slurm's formats.
-
-    Raises:
-        UserError: If it is in none.
-
-    Example:
-        >>> [seconds(time) for time in ("90", "90:30", "1:30:00", "1-12", "1-12:30", "1-12:30:15")]
-        [5400, 5430, 5400, 129600, 131400, 131415]
-    """
-    if not (match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)):
-        raise UserError(
-            "--time must be minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or "
-            f"days-hours:minutes:seconds, got {time!r}."
-        )
-    days, *rest = match.groups()
-    parts = [int(each) for each in rest if each is not None]
-    hours, minutes, left = (*parts, 0, 0)[:3] if days or len(parts) == 3 else (0, *parts, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
 
 
 def log_pattern(root: str, seeds: list[int], job: str | None = None, seed: str = "%a") -> str:
