@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -15,6 +16,12 @@ class UserError(Exception):
     """
 
     then: ClassVar[str] = ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean X?" for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class WorkerError(UserError):

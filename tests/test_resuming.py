@@ -216,22 +216,6 @@ def test_a_validation_that_is_held_again_has_one_row() -> None:
     assert steps == ["(2.0", "(5.0", "(8.0"]
 
 
-SAVING = "{class_path: lightning.pytorch.callbacks.OnExceptionCheckpoint, init_args: {dirpath: run/checkpoints}}"
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("--last_checkpoint.save_on_exception=true", "StepCheckpoint"),
-        (f"--trainer.callbacks+={SAVING}", "OnExceptionCheckpoint"),
-    ],
-    ids=["option", "callback"],
-)
-def test_nothing_saves_amid_an_error(given: str, name: str, capsys) -> None:
-    assert f"{name} would save when the run fails, amid a step" in refused(capsys, *SHORT, given)
-    assert not Path("run/checkpoints").exists()
-
-
 @pytest.mark.parametrize(
     "when", ["--last_checkpoint.every_n_train_steps=2", "--last_checkpoint.train_time_interval=0:0:0"]
 )

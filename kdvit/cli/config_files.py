@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from kdvit.errors import UserError
+from kdvit.errors import UserError, nearest
 
 FLAGS = ("--config", "-c")
 
@@ -50,6 +49,4 @@ def find_config(name: str) -> str:
     if packaged.is_file():
         return str(packaged)
     brought = [str(file.relative_to(home)) for file in home.rglob("*.yaml")]
-    near = difflib.get_close_matches(name, brought, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"There is no config {name!r}.{hint}")
+    raise UserError(f"There is no config {name!r}.{nearest(name, brought)}")

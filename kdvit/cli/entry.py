@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -20,7 +19,7 @@ from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import explain
 from kdvit.cli.parsing import call
-from kdvit.errors import UserError
+from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent
 from kdvit.tables import text_table
 
@@ -100,9 +99,7 @@ def run(args: list[str]) -> None:
         KdvitCLI(command, configured)
     else:
         known = [*OF_A_TRAINER, *OTHERS]
-        near = difflib.get_close_matches(command, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"there is no command {command!r}.{hint} Commands: {', '.join(known)}.")
+        raise UserError(f"there is no command {command!r}.{nearest(command, known)} Commands: {', '.join(known)}.")
 
 
 def overview() -> str:

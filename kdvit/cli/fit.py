@@ -16,17 +16,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from kdvit import callbacks
 from kdvit.analysis import GeometryMonitor
-from kdvit.callbacks import (
-    BadImages,
-    NonFiniteGuard,
-    PredictionWriter,
-    Preemption,
-    StudentEMA,
-    StudentExport,
-    TeacherScores,
-    Throughput,
-)
 from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
@@ -35,7 +26,7 @@ from kdvit.cli.run_config import SaveConfig, settled_seed
 from kdvit.cli.trainer import Trainer
 from kdvit.distillers.plugins import load_plugins
 from kdvit.errors import UserError, shown
-from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO, refuse_saving_on_errors
+from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO
 from kdvit.runtime.length import RunEnd
 from kdvit.runtime.lock import run_lock
 from kdvit.runtime.loggers import run_loggers
@@ -50,12 +41,12 @@ from kdvit.training.module import DistillationModule
 from kdvit.training.sharding import ShardedStrategy, require_shardable
 
 SWITCHED: dict[str, type[Callback]] = {
-    "bad_images": BadImages,
-    "throughput": Throughput,
-    "teacher_scores": TeacherScores,
-    "student_export": StudentExport,
-    "predictions": PredictionWriter,
-    "preemption": Preemption,
+    "bad_images": callbacks.BadImages,
+    "throughput": callbacks.Throughput,
+    "teacher_scores": callbacks.TeacherScores,
+    "student_export": callbacks.StudentExport,
+    "predictions": callbacks.PredictionWriter,
+    "preemption": callbacks.Preemption,
 }
 """Callbacks of every run by their key under `callbacks`, where null switches one off."""
 ON_ONE_CPU = {
@@ -108,8 +99,8 @@ class KdvitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds callbacks and checkpoints, and gives the data's image format and class names to the model."""
-        parser.add_lightning_class_args(StudentEMA, "ema")
-        parser.add_lightning_class_args(NonFiniteGuard, "nonfinite")
+        parser.add_lightning_class_args(callbacks.StudentEMA, "ema")
+        parser.add_lightning_class_args(callbacks.NonFiniteGuard, "nonfinite")
         parser.add_lightning_class_args(GeometryMonitor, "geometry")
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
@@ -126,7 +117,7 @@ class KdvitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that is given before Lightning looks into it for changes of the config."""
-        with unforeseen("read"):
+        with unforeseen("The config cannot be read."):
             super().parse_arguments(parser, args)
         config = self.config.get(self.command)
         if config is not None:
@@ -137,8 +128,6 @@ class KdvitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.command]
-        if config.get("weights_only") is False:
-            raise UserError("weights_only: false lets a checkpoint run code. Leave it out: kdvit loads no such file.")
         endless = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps < 1
         if self.command in ("fit", "check") and endless:
             raise UserError("The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps.")
@@ -156,7 +145,7 @@ class KdvitCLI(LightningCLI):
             trainer = self.config[self.command].trainer
             require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
         with (
-            unforeseen("built"),
+            unforeseen("The config cannot be built."),
             shown((ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)),
         ):
             super().instantiate_classes()
@@ -169,7 +158,6 @@ class KdvitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the Trainer of the command, and refuses what would go wrong in its processes."""
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
-        refuse_saving_on_errors(trainer.callbacks)  # type: ignore[attr-defined]
         if self.command == "check":
             return trainer
         if isinstance(trainer.strategy, ShardedStrategy) and self.command != "cache":
@@ -182,17 +170,15 @@ class KdvitCLI(LightningCLI):
     def _options(self, given: Any) -> dict[str, Any]:
         """Returns the Trainer's options that follow from the command."""
         own = given.trainer.callbacks or []
-        callbacks = [
-            *(own if isinstance(own, list) else [own]),
-            *filter(None, vars(given.callbacks).values() if given.callbacks else ()),
-        ]
+        ours = vars(given.callbacks).values() if given.callbacks else ()
+        used = [*(own if isinstance(own, list) else [own]), *filter(None, ours)]
         if self.command == "check":
-            return {**ON_ONE_CPU, "callbacks": callbacks}
-        callbacks.insert(0, SameCheckpoint(self.start.checkpoint))
+            return {**ON_ONE_CPU, "callbacks": used}
+        used.insert(0, SameCheckpoint(self.start.checkpoint))
         if self.command != "fit":
-            return {"logger": False, "callbacks": callbacks}
+            return {"logger": False, "callbacks": used}
         epochs, steps = given.trainer.max_epochs or -1, given.trainer.max_steps
-        callbacks.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))
+        used.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))
         plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
         logger = given.trainer.logger
         if logger is not False:
@@ -201,7 +187,7 @@ class KdvitCLI(LightningCLI):
         return {
             "plugins": [*filter(None, plugins), WholeCheckpointIO()],
             "logger": logger,
-            "callbacks": callbacks,
+            "callbacks": used,
             "max_epochs": epochs,
             "max_steps": -1,
         }
@@ -213,7 +199,7 @@ class KdvitCLI(LightningCLI):
         self.datamodule.num_workers = 0
         processes = planned_processes(given.trainer.devices, given.trainer.num_nodes)
         batches = given.trainer.accumulate_grad_batches
-        with unforeseen("described"):
+        with unforeseen("The config cannot be described."):
             told = describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second)
         print(told, flush=True)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 from jsonargparse import ArgumentError
 
-from kdvit.errors import UserError
+from kdvit.errors import UserError, nearest
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
@@ -40,20 +39,17 @@ def explain(error: Exception) -> str | None:
 
 @contextmanager
 def unforeseen(what: str) -> Iterator[None]:
-    """Turns any error that no check has foreseen into a UserError: a config that has led to it is at fault, too."""
+    """Turns any error that no check has foreseen into a UserError: a config that has led to it is at fault, too.
+
+    Args:
+        what: What has failed, as a sentence.
+    """
     try:
         yield
     except (ArgumentError, UserError):
         raise
     except Exception as error:
-        text = f"The config cannot be {what}. {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)"
-        raise UserError(text) from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean X?" for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{what} {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)") from error
 
 
 # jsonargparse's own words, which tell every type that a value was tried against

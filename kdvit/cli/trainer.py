@@ -12,6 +12,7 @@ from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
 from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
 from kdvit.callbacks import BadImages, StudentExport
+from kdvit.cli.messages import unforeseen
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError
 from kdvit.runtime.checkpoints import require_monitors
@@ -37,10 +38,8 @@ class Trainer(pl.Trainer):
         self.callbacks = [
             each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport, GeometryMonitor))
         ]
-        try:
+        with unforeseen("The first batches failed."):
             self.fit(model, datamodule=datamodule)
-        except Exception as error:
-            raise UserError(f"The first batches failed. {type(error).__name__}: {error}") from error
         require_monitors(callbacks, self.callback_metrics)
         said = f"A training and a validation batch of at most {CHECKED_IMAGES} images went through."
         print(f"{said} This config is ready for `kdvit fit`.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pickle
 import sys
 import warnings
@@ -12,6 +11,8 @@ from typing import Any
 import timm
 from timm.models import load_state_dict
 from torch import nn
+
+from kdvit.errors import nearest
 
 WEIGHTS = "model.safetensors"
 """The weights in an exported folder."""
@@ -82,9 +83,7 @@ def _check_arch(arch: str) -> None:
                 "model.safetensors there. Train it first, or correct the path in `arch`."
             )
     elif not source and not timm.is_model(arch.split(".")[0]):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else " See timm.list_models()."
-        raise ValueError(f"timm has no model {arch!r}.{hint}")
+        raise ValueError(f"timm has no model {arch!r}.{nearest(arch, timm.list_models())} timm.list_models() has all.")
 
 
 def _load(model: nn.Module, arch: str, checkpoint: str, new_head: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import zipfile
 from collections.abc import Callable, Iterable
@@ -12,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.errors import UserError
+from kdvit.errors import UserError, nearest
 from kdvit.files import write_whole
 from kdvit.runtime.length import is_cut, is_last_epoch
 
@@ -134,31 +133,13 @@ def require_monitors(callbacks: Iterable[pl.Callback], logged: Iterable[str]) ->
     for each in callbacks:
         monitor = getattr(each, "monitor", None)
         if monitor and monitor.startswith("val") and monitor not in names:
-            near = difflib.get_close_matches(monitor, names, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"{type(each).__name__} waits for {monitor!r}, and the validation logs {', '.join(names)}.{hint}"
-            )
+            logs = f"the validation logs {', '.join(names)}.{nearest(monitor, names)}"
+            raise UserError(f"{type(each).__name__} waits for {monitor!r}, and {logs}")
 
 
 def gradients_are_taken(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Tells whether the optimizer has made its step with the gradients of a training batch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-
-
-def refuse_saving_on_errors(callbacks: Iterable[pl.Callback]) -> None:
-    """Raises if a callback saves when a run fails: the next start would take that for a checkpoint to go on from.
-
-    Raises:
-        ValueError: If one does.
-    """
-    for callback in callbacks:
-        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            raise ValueError(
-                f"{type(callback).__name__} would save when the run fails, amid a step or behind one that was not "
-                "finite, and the next start would go on from there. Leave save_on_exception or the callback out: a run "
-                "saves itself when it is stopped, and in RUN/nonfinite when a number is not finite."
-            )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

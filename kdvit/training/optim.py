@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kdvit.errors import nearest
 from kdvit.runtime.length import RunEnd
 from kdvit.training.schedule import RunLength, ScheduleOptions
 
@@ -43,9 +43,8 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.name not in list_optimizers():
-            near = difflib.get_close_matches(self.name, [str(name) for name in list_optimizers()], n=3)
-            hint = f"Near: {', '.join(near)}." if near else "See timm.optim.list_optimizers()."
-            raise ValueError(f"optimizer.name: timm has no {self.name!r}. {hint}")
+            hint = nearest(self.name, map(str, list_optimizers()))
+            raise ValueError(f"optimizer.name: timm has no {self.name!r}.{hint} timm.optim.list_optimizers() has all.")
         if None in (self.lr, self.weight_decay):  # timm would take the optimizer's own
             raise ValueError(f"optimizer: lr and weight_decay must be numbers, got {self.lr} and {self.weight_decay}.")
         try:
