@@ -5,7 +5,7 @@ import sys
 from kdvit.runtime.signals import REQUESTS, REQUEUE
 
 if sys.argv[1:2] in (["fit"], ["cache"]):
-    REQUESTS.remember(*REQUEUE)  # before the imports, which take seconds
+    REQUESTS.listen(*REQUEUE)  # before the imports, which take seconds
 
 from kdvit.cli import main
 

@@ -206,13 +206,6 @@ def test_fewer_images_than_processes_are_one_message() -> None:
         data.train_dataloader()
 
 
-def test_batches_that_make_no_whole_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    accumulating = ["--trainer.max_epochs", "1", "--trainer.accumulate_grad_batches", "3"]
-    with pytest.raises(SystemExit):
-        main(["fit", *_sized(1, "run", 11, 4, *accumulating, "--trainer.strategy", "auto")])
-    assert "and a step takes 12 of each rank (4 x 3 accumulated batches)" in capsys.readouterr().err
-
-
 LAUNCHERS = {
     "lightning": [sys.executable, "-m", "kdvit"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdvit"],

@@ -173,7 +173,7 @@ def test_a_warning_of_slurm_requeues_the_job(status: int, words: str, demo_teach
 
 
 def test_a_warning_before_the_training_is_remembered(demo_teacher: str, caplog) -> None:
-    REQUESTS.remember(signal.SIGUSR1)
+    REQUESTS.listen(signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGUSR1)
     try:
         fit("plain", demo_teacher, *SHORT)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from kdvit.cache.manifest import FILE, CacheError, Manifest, describe_origin, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
-from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
+from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 from kdvit.structures import Batch, Layer, View, ViTOutput
 
 Stored = Literal["auto", "logits", "features", "both"]
@@ -108,7 +108,7 @@ class CacheWriting(TeacherPass):
 
     def on_predict_start(self) -> None:
         """Takes over the signals."""
-        REQUESTS.remember(*REQUEUE, *STOP)
+        REQUESTS.listen(*REQUEUE, *STOP)
 
     def take(self, rows: Sequence[int], images: Tensor, output: ViTOutput) -> None:
         """Appends records to their shard."""
@@ -126,8 +126,8 @@ class CacheWriting(TeacherPass):
             rank_zero_info(f"The job is not requeued by this process: {refused}")
         if REQUESTS.stop:
             stop = REQUESTS.stop
-            REQUESTS.forget()
-            rank_zero_info(f"Stopped by {named(stop)}. The same command goes on from what is written.")
+            REQUESTS.clear()
+            rank_zero_info(f"Stopped by {signal_name(stop)}. The same command goes on from what is written.")
             raise Stopped(128 + stop if self.trainer.is_global_zero else 0)
 
     def teardown(self, stage: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.runtime.processes import of_all_ranks
+from kdvit.runtime.processes import gather
 
 KEY = "bad_images"
 
@@ -36,7 +36,7 @@ class BadImages(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reports and logs those of the epoch."""
         self._report(trainer)
-        total = sum(of_all_ranks(trainer, self._count))
+        total = sum(gather(trainer, self._count))
         if total:
             pl_module.log("train/bad_images", float(total), rank_zero_only=True)
 
@@ -47,14 +47,14 @@ class BadImages(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Saves the number of all ranks."""
-        checkpoint[KEY] = sum(of_all_ranks(trainer, self._count))
+        checkpoint[KEY] = sum(gather(trainer, self._count))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Goes on with it, on one rank."""
         self._count = checkpoint.get(KEY, 0) if trainer.is_global_zero else 0
 
     def _report(self, trainer: pl.Trainer) -> None:
-        found = {bad: None for new in of_all_ranks(trainer, list(self._new)) for bad in new}
+        found = {bad: None for new in gather(trainer, list(self._new)) for bad in new}
         for bad in found:
             if bad not in self._reported:
                 rank_zero_info(f"{bad} Another image takes its place.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, listed, place, save
 from kdvit.errors import UserError
-from kdvit.runtime.processes import of_all_ranks
+from kdvit.runtime.processes import gather
 from kdvit.structures import Batch
 from kdvit.training.optim import gradient_norm
 
@@ -56,19 +56,19 @@ class Step(NamedTuple):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Leaves out a step whose loss terms or gradients are not finite, and stops the run when there are too many.
+    """Skips a step whose loss terms or gradients are not finite, and stops the run when there are too many.
 
     Weights, moments and weight decay stay as they were. (The average of the EMA counts the step, with equal weights.)
     All ranks decide alike. The batch is saved as ``RUN/nonfinite/step_N_rank_R.pt``; a run that stops also saves
     ``RUN/nonfinite/step_N.ckpt``: the weights before the step, and the place in the data behind it. Gradients that
     overflow under a GradScaler (16-mixed) are its business and no error; loss terms are.
 
-    No step waits for a GPU. A fused optimizer leaves the step out on the device; the verdict stays pending, and the
-    host settles it while the device computes the next batch. (So a run that stops has left out that batch, too.) An
-    optimizer that is not fused waits for the verdict.
+    No step waits for a GPU. A fused optimizer skips the step on the device; the verdict stays pending, and the host
+    reads it while the device computes the next batch. (So a run that stops has skipped that batch, too.) An optimizer
+    that is not fused waits for the verdict.
 
     Args:
-        skip_steps: Steps that may be left out in all, over all restarts of the run; one more stops it.
+        skip_steps: Steps that may be skipped in all, over all restarts of the run; one more stops it.
     """
 
     def __init__(self, skip_steps: NonNegativeInt = 0) -> None:
@@ -87,11 +87,11 @@ class NonFiniteGuard(pl.Callback):
         self._seen.append(SeenBatch(*self._current, pl_module.last_terms))
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Settles the last step, whose gradients are still there; the device is busy with a forward pass."""
-        self._settle(trainer, pl_module)
+        """Reads the verdict on the last step, whose gradients are still there, while the device runs a forward pass."""
+        self._read_verdict(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves the step out if a number is not finite. (Optimizers skip parameters without a gradient.)"""
+        """Skips the step if a number is not finite. (Optimizers skip parameters without a gradient.)"""
         seen, self._seen = self._seen, []
         if self._failure is not None:
             optimizer.zero_grad()
@@ -100,35 +100,35 @@ class NonFiniteGuard(pl.Callback):
         self._pending = Step(trainer.global_step, seen, bad).copied()
         if optimizer.defaults.get("fused") and bad.device.type not in FREE_TO_READ:
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by torch's fused kernels
-        elif self._settle(trainer, pl_module):
+        elif self._read_verdict(trainer, pl_module):
             optimizer.zero_grad()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Stops a run that has failed, or logs the number of steps left out."""
-        self._stop(trainer)
+        """Stops a run that has failed, or logs the number of skipped steps."""
+        self._raise_if_failed(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.skip_steps and every > 0 and trainer.global_step % every == 0:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Settles the last step, so that neither a score nor a checkpoint comes behind one that stops the run."""
-        self._settle(trainer, pl_module)
-        self._stop(trainer)
+        """Reads the pending verdict, so that neither a score nor a checkpoint follows on a step that stops the run."""
+        self._read_verdict(trainer, pl_module)
+        self._raise_if_failed(trainer)
 
     on_train_epoch_end = on_validation_start
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Settles the last step."""
+        """Reads the pending verdict."""
         self.on_validation_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of steps left out."""
+        """Returns the number of skipped steps."""
         return {"skipped": self.skipped + (self._pending is not None and self._pending.is_bad())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting."""
+        """Loads that number."""
         self.skipped = state_dict["skipped"]
 
     def _verdict(self, trainer: pl.Trainer, pl_module: Any, seen: list[SeenBatch]) -> Tensor:
@@ -141,8 +141,8 @@ class NonFiniteGuard(pl.Callback):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return bad
 
-    def _settle(self, trainer: pl.Trainer, pl_module: Any) -> bool:
-        """Reads the pending verdict, if there is one, and returns whether its step is left out.
+    def _read_verdict(self, trainer: pl.Trainer, pl_module: Any) -> bool:
+        """Reads the pending verdict, if there is one, and returns whether its step is skipped.
 
         Reports what is wrong on any rank, and saves the batches of this rank if it is the reason.
         """
@@ -152,14 +152,14 @@ class NonFiniteGuard(pl.Callback):
         mark = f" (rank {trainer.global_rank})" if trainer.world_size > 1 else ""
         gradients = bad_gradients(pl_module)
         ours = [f"{cause}{mark}" for seen in step.seen for cause in bad_terms(trainer, pl_module, seen)]
-        causes = [cause for theirs in of_all_ranks(trainer, ours) for cause in theirs]
+        causes = [cause for theirs in gather(trainer, ours) for cause in theirs]
         by_gradient = not causes
         if by_gradient:
             whose = f"the gradient of {listed(gradients)}" if gradients else "the norm of the gradient"
             causes = [f"{whose} is not finite ({'; '.join(place(trainer, seen) for seen in step.seen)})"]
         message = f"At step {step.number} of epoch {trainer.current_epoch}, {'; '.join(causes)}."
         self.skipped += 1
-        rank_zero_info(f"{message} The step is left out ({self.skipped} of at most {self.skip_steps}).")
+        rank_zero_info(f"{message} The step is skipped ({self.skipped} of at most {self.skip_steps}).")
         if self.skipped > self.skip_steps:
             self._failure = step.number, message
         if ours or by_gradient:
@@ -167,7 +167,7 @@ class NonFiniteGuard(pl.Callback):
             save(file, step.number, step.seen, gradients)
         return True
 
-    def _stop(self, trainer: pl.Trainer) -> None:
+    def _raise_if_failed(self, trainer: pl.Trainer) -> None:
         """Saves the weights and raises, if the run has failed."""
         if self._failure is None:
             return
@@ -176,9 +176,9 @@ class NonFiniteGuard(pl.Callback):
         trainer.save_checkpoint(checkpoint)
         raise NonFiniteError(
             f"{message} The step was not taken; the batch and the weights before it are in {checkpoint.parent}. A run "
-            "repeats itself to the last bit, so the same command meets this again. Lower the learning rate, clip the "
-            "gradients (--trainer.gradient_clip_val 1), take another --trainer.precision, go on behind this batch "
-            f"(--ckpt_path {checkpoint}), or let such steps be left out (--nonfinite.skip_steps "
+            "is exact to the last bit, so the same command meets this again. Lower the learning rate, clip the "
+            "gradients (--trainer.gradient_clip_val 1), take another --trainer.precision, go on after this batch "
+            f"(--ckpt_path {checkpoint}), or skip such steps (--nonfinite.skip_steps "
             f"{self.skip_steps + 10})."
         )
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kdvit.data import ImageDataModule
-from kdvit.files import write_whole
+from kdvit.runtime.checkpoints import WholeCheckpointIO
 from kdvit.structures import Batch, ViTOutput
 
 SHOWN = 5
@@ -78,6 +76,5 @@ def save(file: Path, step: int, seen: list[SeenBatch], gradients: list[str]) -> 
     for number, batch, terms in seen:
         teacher = None if batch.teacher is None else batch.teacher._asdict()
         batches.append({"batch": number, **batch._asdict(), "teacher": teacher, "terms": terms})
-    content = io.BytesIO()
-    torch.save(move_data_to_device({"step": step, "batches": batches, "gradients": gradients}, "cpu"), content)
-    write_whole(file, content.getbuffer())
+    content = {"step": step, "batches": batches, "gradients": gradients}
+    WholeCheckpointIO().save_checkpoint(move_data_to_device(content, "cpu"), file)

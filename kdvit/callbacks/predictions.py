@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.runtime.processes import of_all_ranks
+from kdvit.runtime.processes import gather
 
 
 class PredictionWriter(pl.Callback):
@@ -33,7 +33,7 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the table, gathered over ranks and in the order of the data set."""
-        rows = sorted(row for part in of_all_ranks(trainer, self._rows) for row in part)
+        rows = sorted(row for part in gather(trainer, self._rows) for row in part)
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "predictions.csv"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs that are stopped from outside: saved at the end of a batch, and gone on with by the same command."""
+"""Runs that are stopped from outside: they save themselves at the end of a batch, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
-from kdvit.runtime.processes import of_all_ranks
-from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, named, requeue_job
+from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 
 
 class Preemption(Checkpoint):
@@ -37,37 +36,34 @@ class Preemption(Checkpoint):
 
     def __init__(self) -> None:
         self._validating = False
-        self._equal_batches = False
         self._broadcast: tuple[Tensor, dist.Work] | None = None
 
-    # The signals: noted as soon as Lightning has set its own handlers, which it takes back when it is done
+    # Signals: handled once Lightning has set its own handlers, which it removes at the end
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Takes over the signals."""
-        REQUESTS.remember(*REQUEUE, *STOP)
+        REQUESTS.listen(*REQUEUE, *STOP)
         self._broadcast = None
 
     on_sanity_check_start = on_train_start
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Meets the requests, unless gradients wait for more batches: a checkpoint has no gradients."""
+        """Answers the requests, unless gradients wait for more batches: a checkpoint has no gradients."""
         if gradients_are_taken(trainer, batch_idx):
-            self._meet_requests(trainer)
+            self._save_if_requested(trainer)
         if trainer.is_last_batch or validation_is_due(trainer):
             self._wait()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Notes whether the ranks can agree within this validation: if all have equally many batches."""
+        """Notes that a validation of the training is on."""
         self._validating = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self._validating:
-            self._equal_batches = len(set(of_all_ranks(trainer, sum(trainer.num_val_batches)))) == 1
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Meets the requests."""
-        if self._validating and self._equal_batches:
-            self._meet_requests(trainer)
+        """Answers the requests. (All ranks have equally many batches.)"""
+        if self._validating:
+            self._save_if_requested(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Notes that the validation is complete."""
@@ -86,16 +82,16 @@ class Preemption(Checkpoint):
             newest = newest_checkpoint(last_checkpoint(trainer).parent)
             whence = f"goes on from {newest}" if newest else "starts anew, as there is no checkpoint yet"
             rank_zero_info(f"The run has ended at step {trainer.global_step}. The same command {whence}.")
-        REQUESTS.forget()
+        REQUESTS.clear()
         trainer.fit_loop.teardown()  # Lightning ends the active loop alone, which amid an epoch may be a validation's
 
-    def _meet_requests(self, trainer: pl.Trainer) -> None:
-        """Saves the run, and ends it, if any rank has been asked to when the last broadcast began."""
-        requeue, stop = self._requests_of_all(trainer)
+    def _save_if_requested(self, trainer: pl.Trainer) -> None:
+        """Saves the run, and ends it, if a signal has requested that of any rank when the last broadcast began."""
+        requeue, stop = self._gathered_requests(trainer)
         if requeue or stop:
             path = last_checkpoint(trainer)
             trainer.save_checkpoint(path, weights_only=False)
-            REQUESTS.forget()
+            REQUESTS.clear()
             saved = f"The run is saved in {path} at step {trainer.global_step}"
             if requeue:
                 refusal = trainer.strategy.broadcast(requeue_job() if trainer.is_global_zero else "")
@@ -104,7 +100,7 @@ class Preemption(Checkpoint):
                 rank_zero_info(f"{saved}. It is not requeued: {refusal}{'' if stop else ' Training goes on.'}")
             if stop:
                 status = 128 + stop if trainer.is_global_zero else 0  # launchers kill the others if a rank has another
-                raise Stopped(status, f"Stopped by {named(stop)}. {saved}; the same command goes on from there.")
+                raise Stopped(status, f"Stopped by {signal_name(stop)}. {saved}; the same command goes on from there.")
         if trainer.world_size > 1:
             requests = torch.tensor(_own_requests(trainer), device=trainer.strategy.root_device)
             self._broadcast = requests, dist.all_reduce(requests, dist.ReduceOp.MAX, async_op=True)
@@ -114,8 +110,8 @@ class Preemption(Checkpoint):
         if self._broadcast is not None:
             self._broadcast[1].wait()
 
-    def _requests_of_all(self, trainer: pl.Trainer) -> tuple[int, int]:
-        """Returns what the last broadcast has brought; of a single process, its requests by now."""
+    def _gathered_requests(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """Returns what any rank requested when the last broadcast began; a single process, its requests by now."""
         if trainer.world_size == 1:
             return _own_requests(trainer)
         self._wait()
@@ -123,7 +119,7 @@ class Preemption(Checkpoint):
         self._broadcast = None
         return requeue, stop
 
-    # Checkpoints, of whoever saves them
+    # Checkpoints, whoever saves them
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Corrects the paths of a run that was moved, so that its best checkpoint stays the best."""

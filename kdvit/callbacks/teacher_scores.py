@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from kdvit.runtime.processes import of_all_ranks
+from kdvit.runtime.processes import gather
 from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
 
@@ -52,7 +52,7 @@ class TeacherScores(pl.Callback):
         measured = {f"teacher/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
-        images = sum(of_all_ranks(trainer, scored))
+        images = sum(gather(trainer, scored))
         rank_zero_info(f"Teacher on {images:,} validation images: {measured['teacher/acc1']:.2%} top-1.")
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:

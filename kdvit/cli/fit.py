@@ -208,7 +208,7 @@ class PlannedFit(KdvitCLI):
     """A `kdvit fit` that is parsed and checked, and neither built nor run."""
 
     def instantiate_classes(self) -> None:
-        """Leaves it at the config."""
+        """Builds nothing."""
         self.subcommand = None
 
 
@@ -216,7 +216,7 @@ class ReadFit(PlannedFit):
     """The config of a `kdvit fit`, for commands that need parts of it and no run."""
 
     def before_instantiate_classes(self) -> None:
-        """Checks nothing of a run."""
+        """Skips the checks of a run."""
 
     def plain(self) -> dict[str, Any]:
         """Returns what the config says beyond the defaults, as YAML has it."""

@@ -58,8 +58,6 @@ class ChosenImages(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Returns this rank's share."""
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        if len(self.numbers) < ranks:
-            raise ValueError(f"{ranks} processes cannot share {len(self.numbers)} image(s): give more --images.")
         share = Subset(self.images.dataset, self.numbers[rank::ranks])
         return DataLoader(share, self.batch_size, num_workers=self.num_workers, collate_fn=self.images.collate)
 

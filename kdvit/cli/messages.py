@@ -33,7 +33,7 @@ def explain(error: Exception) -> str | None:
         return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
     if not isinstance(error, (ArgumentError, UserError)):
         return None
-    text = f"{answered(str(error))} {getattr(error, 'then', '')}".strip()
+    text = f"{rephrase(str(error))} {getattr(error, 'then', '')}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
@@ -52,7 +52,7 @@ def unforeseen(what: str) -> Iterator[None]:
         raise UserError(f"{what} {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)") from error
 
 
-# jsonargparse's own words, which tell every type that a value was tried against
+# jsonargparse lists every type that it has tried: what is left out of that, and what is shortened
 
 LEFT_OUT = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type")
 SHORTER = (
@@ -68,18 +68,18 @@ SHORTER = (
 )
 
 
-def answered(text: str) -> str:
+def rephrase(text: str) -> str:
     """Returns jsonargparse's report of a mistake as one line that says what to do."""
-    said = []
+    kept = []
     for line in map(str.strip, text.splitlines()):
         line = line.removeprefix("- ")
         if line.startswith("Given value: "):
             value = line.removeprefix("Given value: ")
-            said += [f"(got {value!r})"] if re.fullmatch(r"[\w./:+-]{1,50}", value) else []
+            kept += [f"(got {value!r})"] if re.fullmatch(r"[\w./:+-]{1,50}", value) else []
             break
         if line and not line.startswith(LEFT_OUT):
-            said.append(line)
-    short = " ".join(said)
+            kept.append(line)
+    short = " ".join(kept)
     for pattern, replacement in SHORTER:
         short = re.sub(pattern, replacement, short)
     for pattern, answer in ANSWERS.items():
@@ -129,12 +129,7 @@ def _unknown_option(text: str, match: re.Match[str]) -> str:
     return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help` lists all."
 
 
-def _no_mapping(text: str, match: re.Match[str]) -> str:
-    return f"the config is no config of `kdvit fit`: expected a mapping of model, data and trainer, got {match[1]!r}."
-
-
 ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {
-    r"^Unexpected config: (.{1,60})": _no_mapping,
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"^([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(?:is not iterable|object has no attribute '\w+'"
     r"|unhashable type: '\w+'|must be a mapping, not \w+)$)": _no_class,

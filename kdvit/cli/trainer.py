@@ -70,18 +70,15 @@ class Trainer(pl.Trainer):
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
         self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
-        data, wanted = datamodule.fingerprint(), model.teacher_request()
-        if check is None:
+        data, loading = datamodule.fingerprint(), (datamodule.batch_size, datamodule.replay_dataloader)
+        teacher: Any = model.teacher
+        if out is not None:
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
-            manifest = plan(model.teacher, wanted, data, **options)
+            manifest = plan(teacher, model.teacher_request(), data, **options)
+            done = fill(self, CacheWriting(teacher, Path(out), manifest, *loading))
         else:
-            manifest = open_cache(Path(check), model.teacher, (), False, data).manifest
-        assert model.teacher is not None
-        folder = Path(check or out or "")
-        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader
-        if check is None:
-            done = fill(self, CacheWriting(*run))
-        else:
-            done = compare(self, CacheComparison(*run, samples=samples))
+            folder = Path(check or "")
+            manifest = open_cache(folder, teacher, (), False, data).manifest
+            done = compare(self, CacheComparison(teacher, folder, manifest, *loading, samples=samples))
         if self.is_global_zero:
             print(done)

@@ -87,7 +87,7 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns in plain types all that the pixels of the training views follow from: a cache is made for just that.
+        """Describes in plain types all that the pixels of the training views depend on: a cache holds for just that.
 
         The number of images is part of it, and what the data set's own `fingerprint()` says of images and transform.
         """
@@ -97,7 +97,7 @@ class ImageDataModule(pl.LightningDataModule):
         return {**shared, "size": size, "mean": mean, "std": std, **dataset.fingerprint()}
 
     def setup(self, stage: str) -> None:
-        """Opens the cache of a fit, if it was made for just this run."""
+        """Opens the cache of a fit, and raises if it was made for another run."""
         if stage == "fit" and self.cache is not None and self.trainer is not None:
             module: Any = self.trainer.lightning_module
             layers, logits = module.teacher_request()
@@ -110,7 +110,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the training batches of this rank, as many as make whole steps of the optimizer.
 
-        The images that remain are left out; another epoch has others of them. Only where there are fewer images than a
+        The images that remain are skipped; another epoch skips others. Only where there are fewer images than a
         step takes, they are the one step of an epoch.
         """
         dataset: Any = self.dataset("train")
@@ -120,7 +120,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(dataset, sampler, self.batch_size, ResumableLoader)
 
     def replay_dataloader(self, batches: Sampler[list[View]]) -> DataLoader[Any]:
-        """Returns training images, augmented, in the batches of views that a sampler says."""
+        """Returns augmented training images in the batches of views that a sampler gives."""
         return self._loader(ViewBatches(self.dataset("train")), batches, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -157,7 +157,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{size} {'training' if training else 'evaluation'} image(s) cannot be shared by {replicas} processes: "
                 "each needs one. Set --trainer.devices to fewer."
             )
-        sampler = ViewSampler(
+        return ViewSampler(
             size,
             training=training,
             repeats=self.repeats,
@@ -167,13 +167,6 @@ class ImageDataModule(pl.LightningDataModule):
             views=None if self._reader is None else self._reader.manifest.views,
             step=self.batch_size * batches,
         )
-        if batches > 1 and len(sampler) < self.batch_size * batches:
-            raise ShareError(
-                f"A rank has {len(sampler)} training images an epoch, and a step takes {self.batch_size * batches} of "
-                f"each rank ({self.batch_size} x {batches} accumulated batches). Set --data.init_args.batch_size or "
-                "--trainer.accumulate_grad_batches to fewer."
-            )
-        return sampler
 
     def _loader(
         self, dataset: Any, sampler: Any, batch_size: int | None, kind: type[DataLoader[Any]] = DataLoader
@@ -194,7 +187,7 @@ class ImageDataModule(pl.LightningDataModule):
 def even_batch_size(images: int, ranks: int, batch_size: int) -> int:
     """Returns the least batch size, from the one given on, that lets all ranks have equally many batches.
 
-    DDP broadcasts a network's buffers at every forward, and would wait for a rank that has finished.
+    DDP broadcasts a network's buffers at every forward, and would wait for a rank that has no batch left.
 
     Example:
         >>> even_batch_size(images=512, ranks=2, batch_size=256), even_batch_size(images=513, ranks=2, batch_size=256)

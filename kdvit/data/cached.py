@@ -18,7 +18,7 @@ class ViewBatches(Dataset[Any]):
 
     Args:
         images: The data set of the images.
-        reader: Where the teacher's outputs for them are read; None for images alone.
+        reader: Reads the teacher's outputs for them; None for images alone.
     """
 
     def __init__(self, images: Any, reader: CacheReader | None = None) -> None:

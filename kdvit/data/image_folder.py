@@ -27,7 +27,7 @@ from kdvit.structures import Batch, View
 
 LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
 SUBSTITUTES = 10
-"""Images that are tried in the place of one that cannot be read."""
+"""Images that are tried in place of one that cannot be read."""
 OnError = Literal["raise", "skip"]
 
 
@@ -43,9 +43,8 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
-        on_error: What a damaged training image does: end the run, or have another image take its place, which follows
-            from seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always ends the
-            run.
+        on_error: What happens at a damaged training image: raise, or skip it, and train on another, which follows from
+            seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always raises.
         kwargs: Those of ImageDataModule.
 
     Raises:
@@ -137,8 +136,7 @@ class FolderImages(Dataset[Any]):
         samples: Path and class index of each image.
         transform: Makes a tensor ``[3, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
-        on_error: Whether a damaged image raises, or another takes its place. (Without a seed, for evaluation, it
-            raises.)
+        on_error: Whether a damaged image raises, or another replaces it. (Without a seed, for evaluation, it raises.)
     """
 
     def __init__(
@@ -162,14 +160,14 @@ class FolderImages(Dataset[Any]):
         return collate(list(samples))._replace(bad=tuple(filter(None, bad)))
 
     def _sample(self, view: View) -> tuple[tuple[Tensor, int, int], str]:
-        """Returns a sample, and what is wrong with the image of the view, if this is another."""
+        """Returns a sample, and what is wrong with the view's own image where another replaces it."""
         image, number, bad = self._readable(view)
         target = self.samples[number][1]
         with nullcontext() if self.seed is None else seeded(mixed_seed(self.seed, *view)):
             return (self.transform(image), target, number), bad
 
     def _readable(self, view: View) -> tuple[Image.Image, int, str]:
-        """Reads the image of a view, or one that follows from seed and view in its place."""
+        """Reads the image of a view, or the one that replaces it, which follows from seed and view."""
         try:
             return read_image(self.samples[view.image][0]), view.image, ""
         except DamagedImage as error:
@@ -185,7 +183,7 @@ class FolderImages(Dataset[Any]):
         raise DamagedImage(f"{bad} (Of {SUBSTITUTES} others in its place, none can be read.)") from bad
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns in plain types what the pixels of a view follow from: files, by their sizes, and transform."""
+        """Describes in plain types what the pixels of a view depend on: files, by their sizes, and transform."""
         root = os.path.commonpath({os.path.dirname(path) for path, _ in self.samples})
         listing = hashlib.sha256()
         for path, target in self.samples:

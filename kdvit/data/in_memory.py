@@ -17,7 +17,7 @@ from kdvit.structures import Batch, ImageFormat, View
 
 
 class InMemoryImages(Dataset[Any]):
-    """Grey images, given as three equal channels.
+    """Grey images, repeated as three equal channels.
 
     Args:
         images: ``[n, H, W]``, uint8.
@@ -52,7 +52,7 @@ class InMemoryImages(Dataset[Any]):
         return batch.image[0], int(batch.target[0]), int(batch.index[0])
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns in plain types what the pixels of a view follow from: the images and the augmentation."""
+        """Describes in plain types what the pixels of a view depend on: the images and the augmentation."""
         digest = hashlib.sha256(self.pixels.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest()
         return {"content": digest, "padding": self.padding, "hflip": self.hflip}
 

@@ -13,7 +13,7 @@ from kdvit.errors import WorkerError
 
 OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
-NOT_OF_THE_FILE = "The file may be whole: see to the disk or the machine."
+NOT_OF_THE_FILE = "The file may be whole: check the disk or the machine."
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Those that are read, whatever a file is called: others, such as EPS, let Pillow start programs."""
@@ -26,7 +26,7 @@ class ImageError(WorkerError, RuntimeError):
 
 
 class DamagedImage(ImageError):
-    """An image that nobody can read, today or tomorrow, and that training may pass over."""
+    """An image that cannot be read, today or tomorrow, and that training may skip."""
 
 
 def read_image(path: str) -> Image.Image:
@@ -37,7 +37,7 @@ def read_image(path: str) -> Image.Image:
 
     Raises:
         DamagedImage: If the file is at fault; the message names the path.
-        ImageError: If the reading has failed for another reason.
+        ImageError: If reading failed for another reason, such as the disk.
     """
     try:
         with warnings.catch_warnings():
@@ -48,7 +48,7 @@ def read_image(path: str) -> Image.Image:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(
             f"Cannot read the image {path!r}: {_reason(path, error)}. "
-            f"{'Mend it or take it out.' if damaged else NOT_OF_THE_FILE}"
+            f"{'Repair or remove it.' if damaged else NOT_OF_THE_FILE}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Which views of which images a rank sees, in which order, and from where a resumed run goes on."""
+"""Which views of which images a rank sees, in which order, and where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ShareError(UserError, ValueError):
 
 
 class ViewSampler(DistributedSampler[Any]):
-    """Deals an epoch's views out to the ranks.
+    """Distributes an epoch's views over the ranks.
 
     In training, the images are shuffled by (seed, epoch). With `repeats`, each image comes that many times, as distinct
     views on successive ranks, and the epoch is cut to as many views as there are images (repeated augmentation of
@@ -41,7 +41,7 @@ class ViewSampler(DistributedSampler[Any]):
         step: Views of a training step on each rank; 0 where an epoch need not be whole steps.
 
     Attributes:
-        start: Views that the next iteration leaves out at its beginning; the one after starts at 0 again.
+        start: Views that the next iteration skips; the one after starts at 0 again.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of batches that it has yielded in an epoch, and their size over all ranks.
+    """A loader whose state is the number of batches yielded in an epoch, and their size over all ranks.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
     sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
@@ -120,14 +120,14 @@ class ResumableLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch, the number of batches yielded in it, and the images of one over all ranks.
 
-        Batches that a resume is yet to leave out count as yielded.
+        Batches that a resume has yet to skip count as yielded.
         """
         epoch, batches = self._resume
         yielded = batches if epoch == self._epoch else self._yielded
         return {"epoch": self._epoch, "batches": yielded, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next iteration, if it is of the same epoch, start behind the batches yielded."""
+        """Starts the next iteration, if it is of the same epoch, after the batches already yielded."""
         self._resume, self._begun_in = (state_dict["epoch"], state_dict["batches"]), state_dict["images"]
 
     @property

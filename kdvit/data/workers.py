@@ -1,4 +1,4 @@
-"""Loader workers that share their parent's memory and end when it says so, and on no other signal."""
+"""Loader workers that share their parent's memory and exit on its SIGTERM, and on no other signal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORK = "fork" if sys.platform == "linux" else None
 
 
 def start_worker(worker: int) -> None:
-    """Readies a worker, as `worker_init_fn`.
+    """Prepares a worker, as `worker_init_fn`.
 
     Args:
         worker: Number of the worker.
@@ -27,7 +27,7 @@ def start_worker(worker: int) -> None:
 
 
 def ignore_signals_of_the_run() -> None:
-    """Lets a worker ignore the signals that Slurm and Ctrl-C send to all processes of a run.
+    """Ignores, in a worker, the signals that Slurm and Ctrl-C send to all processes of a run.
 
     The run goes on to the end of its batch and saves itself, and needs its workers till then. SIGTERM still ends a
     worker when its parent sends it, as Python does with those that are left when it exits.
@@ -36,17 +36,17 @@ def ignore_signals_of_the_run() -> None:
     for each in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_when_the_parent_says() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(128 + signal.SIGTERM)
 
 
 def let_collectives_end() -> None:
-    """Gives threads of torch.distributed time to leave Python: before a worker is forked, and before Python ends.
+    """Waits for threads of torch.distributed to leave Python: before a worker is forked, and before Python ends.
 
     A C++ thread enters Python when a collective has just ended. A worker that is forked meanwhile waits for ever for a
     lock that nobody holds in it (https://github.com/python/cpython/issues/112275), and a Python that ends meanwhile

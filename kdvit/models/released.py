@@ -112,8 +112,6 @@ def _wide_last(weights: dict[str, Tensor], num_heads: int | None) -> tuple[TimmN
     depth = args["model_args"]["depth"]
     wide = [i for i in range(depth) if f"blocks.{i}.proj_in.weight" in weights]
     widths = [len(weights[f"blocks.{i}.proj_in.weight"]) for i in wide]
-    if wide != list(range(depth - len(wide), depth)):
-        raise ValueError(f"it widens blocks {wide} of {depth}; expected the last ones.")
     if num_heads is None and any(width % HEAD_DIM for width in widths):
         num_heads = 3
     student = WideLastViT(**args, width=widths, num_heads=num_heads, num_classes=len(weights["head.weight"]))

@@ -12,7 +12,7 @@ GRACE = 30.0  # seconds for a process to end by itself
 
 
 def end_with_parent() -> None:
-    """Lets a process that Lightning or torchrun has started end half a minute after its parent, at the latest.
+    """Exits half a minute after the parent at the latest, in a process that Lightning or torchrun has started.
 
     Lightning ends the first process of a machine when one that it started fails, but nothing ends the others when the
     first is killed: they would wait for it in a collective, for half an hour.
@@ -21,10 +21,10 @@ def end_with_parent() -> None:
     started_by_kdvit = os.environ.get(PARENT) == str(parent)
     os.environ[PARENT] = str(os.getpid())
     if "LOCAL_RANK" in os.environ and (started_by_kdvit or "TORCHELASTIC_RUN_ID" in os.environ):
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent: int) -> None:
+def _exit_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(GRACE)

@@ -82,8 +82,8 @@ def require_all_tasks(planned: int | None) -> None:
         )
 
 
-def of_all_ranks(trainer: pl.Trainer, ours: T) -> list[T]:
-    """Returns what each rank gives, in their order; all call it together."""
+def gather(trainer: pl.Trainer, ours: T) -> list[T]:
+    """Gathers a value from every rank, in their order; all call it together."""
     if trainer.world_size == 1:
         return [ours]
     every: list[Any] = [None] * trainer.world_size

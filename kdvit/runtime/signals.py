@@ -1,4 +1,4 @@
-"""Signals that ask a run to save itself, and how Slurm is asked to run it again. Light to import."""
+"""Signals that request a run to save itself, and the requeueing of its Slurm job. Light to import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 
 
 class Requests:
-    """What this process has been asked to do.
+    """What signals have requested of this process.
 
     Attributes:
         requeue: Whether SIGUSR1 or SIGUSR2 has come: Slurm's warning before it takes the machine away.
@@ -37,20 +37,20 @@ class Requests:
         self.stop: signal.Signals | None = None
         self._process = os.getpid()
 
-    def remember(self, *signals: signal.Signals) -> None:
-        """Takes note of these signals from now on. (A no-op outside the main thread, which alone can.)"""
+    def listen(self, *signals: signal.Signals) -> None:
+        """Records these signals from now on. (A no-op outside the main thread, which alone can.)"""
         self._process = os.getpid()
         try:
             for each in signals:
-                signal.signal(each, self._note)
+                signal.signal(each, self._record)
         except ValueError:
             return
 
-    def forget(self) -> None:
-        """Forgets what has been asked so far."""
+    def clear(self) -> None:
+        """Drops the requests so far."""
         self.requeue, self.stop = False, None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker, forked with this handler: its parent decides
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
@@ -68,8 +68,8 @@ class Requests:
 REQUESTS = Requests()
 
 
-def named(number: int) -> str:
-    """Returns how users call a signal."""
+def signal_name(number: int) -> str:
+    """Returns the name of a signal as users know it."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

@@ -1,4 +1,4 @@
-"""A number that is not finite stops the run, or its step is left out; the weights stay good."""
+"""A number that is not finite stops the run, or its step is skipped; the weights stay good."""
 
 from __future__ import annotations
 

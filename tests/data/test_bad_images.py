@@ -56,8 +56,8 @@ def test_a_bad_image_ends_a_run_with_one_line_that_names_it(workers: int, capfd)
     spoil("train/dog/2.jpg")
     message = last_line(command("fit", workers=workers), capfd)
     assert message.startswith("kdvit: error: Cannot read the image '")
-    assert "images/train/dog/2.jpg': it is no image of a known format. Mend it or take it out." in message
-    assert "take it out. (Or skip it in training: --data.init_args.on_error skip.) Then give the same" in message
+    assert "images/train/dog/2.jpg': it is no image of a known format. Repair or remove it." in message
+    assert "remove it. (Or skip it in training: --data.init_args.on_error skip.) Then give the same" in message
     assert "a run goes on from its last checkpoint" in message
     assert len(message) < 500
 
@@ -250,4 +250,4 @@ def test_one_image_a_class_is_trained_on_and_one_in_all_is_told(capfd) -> None:
         shutil.rmtree(f"images/{split}/dog")
     assert data().fingerprint()
     message = last_line(command("fit", "--trainer.default_root_dir", "other"), capfd)
-    assert "nothing to tell apart: expected 2 classes or more, got 2 of the student and 1 of the data" in message
+    assert "The student has 2 classes and the data 1. Set num_classes of the student to 1." in message

@@ -287,7 +287,7 @@ def test_an_unreadable_image_is_named(tmp_path) -> None:
     broken = tmp_path / "val" / "cat" / "1.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     data = ImageFolder(str(tmp_path), batch_size=2, num_workers=0, img_size=16)
-    with pytest.raises(RuntimeError, match=r"Cannot read the image '.*val/cat/1.jpg': .*Mend it or take it out"):
+    with pytest.raises(RuntimeError, match=r"Cannot read the image '.*val/cat/1.jpg': .*Repair or remove it"):
         list(data.val_dataloader())
 
 

@@ -113,7 +113,7 @@ def test_a_file_that_is_no_image_is_told_in_one_line_with_its_path(name: str, ma
     message = str(error.value)
     assert message.startswith(f"Cannot read the image '{name}': ")
     assert text in message
-    assert message.endswith("Mend it or take it out.")
+    assert message.endswith("Repair or remove it.")
     assert "\n" not in message
 
 
@@ -131,7 +131,7 @@ def test_an_error_of_the_machine_does_not_make_an_image_a_bad_one(number: int, m
     with pytest.raises(ImageError, match=os.strerror(number)) as error:
         read_image("image.jpg")
     assert type(error.value) is ImageError
-    assert str(error.value).endswith("The file may be whole: see to the disk or the machine.")
+    assert str(error.value).endswith("The file may be whole: check the disk or the machine.")
 
 
 def test_an_image_that_may_not_be_read_is_named(monkeypatch) -> None:

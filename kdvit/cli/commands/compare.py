@@ -9,10 +9,6 @@ from typing import Any, NamedTuple
 from kdvit.errors import UserError
 from kdvit.tables import text_table
 
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442"]
-"""Of Okabe and Ito, which colour-blind readers tell apart."""
-STYLES = ["-", "--", "-.", ":"]
-
 
 class Run(NamedTuple):
     """One run; None is what it does not say.
@@ -97,38 +93,25 @@ def read_run(folder: Path) -> Run:
 
 def table(runs: list[Run]) -> str:
     """Returns the table of a comparison."""
-
-    def cell(value: float | None, shape: str) -> str:
-        return "" if value is None else format(value, shape)
-
-    rows = [
-        (
-            run.name,
-            cell(run.parameters, ","),
-            cell(run.latency_ms, ".2f"),
-            cell(run.acc1 and 100 * run.acc1, ".2f"),
-            cell(run.seconds, ".0f"),
-        )
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        numbers = run.parameters, run.latency_ms, run.acc1 and 100 * run.acc1, run.seconds
+        cells = zip(numbers, (",", ".2f", ".2f", ".0f"), strict=True)
+        rows.append((run.name, *("" if value is None else format(value, shape) for value, shape in cells)))
     return text_table(("run", "parameters", "latency (ms)", "top-1 (%)", "seconds"), rows)
 
 
 def draw_curves(runs: list[Run], file: Path) -> None:
-    """Draws the validation accuracy over epochs."""
+    """Draws the validation accuracy over epochs, in colours that colour-blind readers tell apart."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes: Any = figure.add_subplot()
-    for i, run in enumerate(runs):
-        epochs, accuracies = zip(*run.curve, strict=True)
-        axes.plot(
-            [epoch + 1 for epoch in epochs],
-            [100 * accuracy for accuracy in accuracies],
-            STYLES[(i // len(COLOURS)) % len(STYLES)],
-            color=COLOURS[i % len(COLOURS)],
-            label=f"{run.name} ({100 * accuracies[-1]:.1f} %)",
-        )
+    with style.context("tableau-colorblind10"):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes: Any = figure.add_subplot()
+    for run in runs:
+        epochs, accuracies = zip(*((1 + epoch, 100 * accuracy) for epoch, accuracy in run.curve), strict=True)
+        axes.plot(epochs, accuracies, label=f"{run.name} ({accuracies[-1]:.1f} %)")
     axes.set(xlabel="epoch", ylabel="validation top-1 (%)")
     axes.grid(alpha=0.3)
     if runs:

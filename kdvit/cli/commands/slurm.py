@@ -166,7 +166,7 @@ def parsed(fit: list[str], seeds: list[int]) -> Any:
 
 
 def submit(script: str, root: Path, seeds: list[int]) -> None:
-    """Writes ``ROOT/fit.sbatch``, submits it, and says what one wants to know next.
+    """Writes ``ROOT/fit.sbatch``, submits it, and shows where it logs and how to stop it.
 
     Raises:
         UserError: If a job of this run is in the queue, or Slurm refuses this one.
@@ -176,16 +176,16 @@ def submit(script: str, root: Path, seeds: list[int]) -> None:
     for run in [root / f"seed_{seed}" for seed in seeds] or [root]:
         run.mkdir(parents=True, exist_ok=True)
     write_whole(file, script.encode())
-    job = _answer("sbatch", "--parsable", str(file)).partition(";")[0]
+    job = _run("sbatch", "--parsable", str(file)).partition(";")[0]
     print(f"Job {job} is submitted.")
-    told = {
+    shown = {
         "run directory": str(root),
         "script": str(file),
         "follow": f"tail -F {log_pattern(shlex.quote(str(root)), seeds, job, '*')}",
         "stop": f"scancel {job} (the run is saved, and the job is not requeued)",
         "go on": "the same command again, once the job has ended",
     }
-    print(text_table((), list(told.items()), left=2))
+    print(text_table((), list(shown.items()), left=2))
 
 
 def log_pattern(root: str, seeds: list[int], job: str | None = None, seed: str = "%a") -> str:
@@ -195,7 +195,7 @@ def log_pattern(root: str, seeds: list[int], job: str | None = None, seed: str =
 
 def refuse_a_second_job(script: Path) -> None:
     """Raises a UserError if a job of this script waits or runs."""
-    queue = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %T %o")
+    queue = _run("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %T %o")
     for line in queue.splitlines():
         job, state, command = [*line.split(" ", 2), ""][:3]  # an interactive job has no command
         if command == str(script):
@@ -205,7 +205,7 @@ def refuse_a_second_job(script: Path) -> None:
             )
 
 
-def _answer(*command: str) -> str:
+def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
