@@ -50,7 +50,7 @@ class BadImages(pl.Callback):
         checkpoint[KEY] = sum(gather(trainer, self._count))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Goes on with it, on one rank."""
+        """Restores it, on one rank."""
         self._count = checkpoint.get(KEY, 0) if trainer.is_global_zero else 0
 
     def _report(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""What happens when a loss term or a gradient is not finite."""
+"""Steps whose loss terms or gradients are not finite: skipped, or the end of the run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class NonFiniteGuard(pl.Callback):
     Weights, moments and weight decay stay as they were. (The average of the EMA counts the step, with equal weights.)
     All ranks decide alike. The batch is saved as ``RUN/nonfinite/step_N_rank_R.pt``; a run that stops also saves
     ``RUN/nonfinite/step_N.ckpt``: the weights before the step, and the place in the data behind it. Gradients that
-    overflow under a GradScaler (16-mixed) are its business and no error; loss terms are.
+    overflow under a GradScaler (16-mixed) are left to it; loss terms are not.
 
     No step waits for a GPU. A fused optimizer skips the step on the device; the verdict stays pending, and the host
     reads it while the device computes the next batch. (So a run that stops has skipped that batch, too.) An optimizer

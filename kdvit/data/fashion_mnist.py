@@ -28,7 +28,7 @@ class FashionMNIST(ImageDataModule):
     Args:
         root: Folder of the four idx files (gzipped or not), or a torchvision root. By default the folder of Debian's
             package dataset-fashion-mnist, else ``data``.
-        download: Let torchvision download into the root what is nowhere found.
+        download: Download them into the root, by torchvision, if they are nowhere.
         batch_size: Images a step and process.
         img_size: Height and width in pixels; resized bilinearly from 28.
         padding: Zero pixels around an image, of which a random crop is taken in training.

@@ -40,7 +40,7 @@ def train_transform(
         mean=images.mean,
         std=images.std,
     )
-    _mend_posterize(transform)
+    _replace_posterize(transform)
     return transform  # type: ignore[no-any-return]
 
 
@@ -53,8 +53,8 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep)
 
 
-def _mend_posterize(transform: Any) -> None:
-    """Lets timm's policies call our `posterize`; theirs asks for 0 bits about once in 360 images."""
+def _replace_posterize(transform: Any) -> None:
+    """Replaces `posterize` in timm's policies; theirs asks for 0 bits about once in 360 images."""
     for step in transform.transforms:
         policies = getattr(step, "policy", [getattr(step, "ops", [])])
         for op in (op for policy in policies for op in policy):

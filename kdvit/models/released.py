@@ -134,5 +134,4 @@ def _narrow_args(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _some(keys: Any) -> str:
-    named = [repr(key) for key in keys]
-    return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "") or "none"
+    return ", ".join(repr(key) for key in list(keys)[:8]) or "none"

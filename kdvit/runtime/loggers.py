@@ -21,7 +21,7 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
     first = getattr(rank_zero_only, "rank", 0) == 0
     if first and resumed_from is None:
         before.unlink(missing_ok=True)
-    elif first and file.is_file() and not before.is_file():  # else the start before this one was killed, right here
+    elif first and file.is_file() and not before.is_file():  # else the start before this one was killed right here
         file.replace(before)  # the logger deletes a table that it finds
     table = CSVLogger(root, name="", version="")
     if first and resumed_from is not None and before.is_file():
@@ -40,7 +40,7 @@ def read_table(file: Path) -> list[dict[str, float]]:
 
 
 def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
-    """Returns the rows of what a checkpoint has behind it."""
+    """Returns the rows up to the step of a checkpoint."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     step = content["global_step"]
     validated = content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]

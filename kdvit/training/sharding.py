@@ -24,7 +24,7 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # each element's step is its 
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: each process holds the whole teacher, and a part of the weights, gradients and moments that are trained.
 
-    A layer is put together where it runs, and the whole student for a validation, a test or a prediction. Checkpoints
+    A layer is gathered where it runs, and the whole student for a validation, a test or a prediction. Checkpoints
     are one file, the same as other strategies write: a run may go on with another strategy of as many processes, and be
     tested by any number.
 
@@ -36,7 +36,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Makes all processes share one student."""
+        """Spreads one student over all processes."""
         assert self.lightning_module is not None
         require_shardable(self.lightning_module.trainer, self.lightning_module)
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -45,7 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
     # Evaluation: a collective for each batch would hang where a rank has one batch more than another
 
     def on_validation_start(self) -> None:
-        """Puts the student together."""
+        """Gathers the whole student."""
         self._keep_whole(True)
 
     def on_validation_end(self) -> None:
