@@ -161,7 +161,7 @@ def test_a_job_is_submitted_with_its_script_kept_and_all_that_one_wants_to_know_
         ("--ckpt_path other.ckpt", "There is no 'other.ckpt'"),
         ("--ckpt_path last.ckpt", "go back to that checkpoint each time it is requeued. Leave it out"),
         ("--model.optimizer.lrr 1", "lrr"),
-        ("--trainer.max_epochs null", "The schedule needs the length of the run: set trainer.max_epochs."),
+        ("--trainer.max_epochs null", "The schedule needs the length of the run: set trainer.max_epochs or"),
         ("--trainer.default_root_dir run", "'run' holds a run with other settings: seed_everything is 0 and was 1"),
         (
             "",
@@ -173,7 +173,8 @@ def test_what_is_wrong_shows_before_the_job_is_submitted(options: str, message: 
     monkeypatch.setenv("PATH", "nowhere")
     if "default_root_dir" in options:
         fit("plain", "", *SHORT, "--seed_everything", "1")
-    torch.save({"global_step": 1, "loops": {}, "optimizer_states": []}, "last.ckpt")
+    loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+    torch.save({"global_step": 1, "loops": loops, "optimizer_states": []}, "last.ckpt")
     with pytest.raises(SystemExit) as end:
         main([*DEMO, *options.split()])
     assert end.value.code == 2
