@@ -170,8 +170,8 @@ class KdvitCLI(LightningCLI):
     def _options(self, given: Any) -> dict[str, Any]:
         """Returns the Trainer's options that follow from the command."""
         own = given.trainer.callbacks or []
-        ours = vars(given.callbacks).values() if given.callbacks else ()
-        used = [*(own if isinstance(own, list) else [own]), *filter(None, ours)]
+        switched_on = vars(given.callbacks).values() if given.callbacks else ()
+        used = [*(own if isinstance(own, list) else [own]), *filter(None, switched_on)]
         if self.command == "check":
             return {**ON_ONE_CPU, "callbacks": used}
         used.insert(0, SameCheckpoint(self.start.checkpoint))
