@@ -49,6 +49,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"model/student/init_args/num_classes": 12},
         "The student has 12 classes and the data 10. Set num_classes",
     ),
+    "one class": ({"model/student/init_args/num_classes": 1}, "Expected 2 classes or more, got 1 of the student and"),
     "unequal layer lists": (
         {"model/distillers/lift": {"class_path": "FeatureDistiller", "init_args": {"teacher_layers": [0, 1]}}},
         "lists of one length, got 1 ([-1]) and 2 ([0, 1])",

@@ -53,8 +53,13 @@ def read_image(path: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose white is unknown; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; expected 0 to 65535")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")

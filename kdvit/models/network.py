@@ -272,7 +272,7 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
         class_names: The classes of the data, where known.
 
     Raises:
-        ValueError: If the network takes another size only, or its classes are not those of the data.
+        ValueError: If the network takes another size only, or its classes are not those of the data, or fewer than two.
     """
     model: Any = getattr(network, "model", network)
     fixed = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
@@ -285,6 +285,8 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
     classes = network.output_shapes().classes
     assert classes is not None
     known = classes if class_names is None else len(class_names)
+    if min(classes, known) < 2:
+        raise ValueError(f"Expected 2 classes or more, got {classes} of the student and {known} of the data.")
     if known != classes:
         raise ValueError(
             f"The student has {classes} classes and the data {known}. Set num_classes of the student to {known}."

@@ -95,7 +95,7 @@ def _is_held(held: dict[str, Any], file: Path) -> bool:
             return False
         except PermissionError:
             return True
-        return held["start"] == _start_of(held["process"])
+        return _start_of(held["process"]) == str(held["start"])
     if held["job"] is not None and held["job"] == os.environ.get("SLURM_JOB_ID"):
         return False
     now = file.with_name(f"{LOCK}.{os.getpid()}")  # its time is of the clock that the lock's time is of

@@ -104,6 +104,12 @@ for file in ("10000.png", "40000.png"):
         ("folder.jpg", lambda file: file.mkdir(), "Is a directory"),
         ("gone.jpg", lambda file: None, "No such file"),
         ("cut.jpg", lambda file: file.write_bytes(_jpeg()[:-300]), "runcated"),
+        ("float.tif", lambda file: Image.fromarray(np.zeros((4, 4), np.float32)).save(file), "pixels are floats"),
+        (
+            "deep.tif",
+            lambda file: Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(file),
+            "70000; expected 0 to",
+        ),
     ],
 )
 def test_a_file_that_is_no_image_is_told_in_one_line_with_its_path(name: str, make, text: str) -> None:
