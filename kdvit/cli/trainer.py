@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
-from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
+from kdvit.cache.plan import Stored, plan
+from kdvit.cache.writer import CacheComparison, CacheWriting, compare, fill
 from kdvit.callbacks import BadImages, StudentExport
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError
 from kdvit.runtime.checkpoints import require_monitors
+from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
 
 CHECKED_IMAGES = 8
@@ -61,7 +64,8 @@ class Trainer(pl.Trainer):
         Args:
             out: Folder to write. The same command again goes on where it was stopped.
             views: Views of an image; epoch e of a training shows view e % views.
-            store: What to store; auto is what the distillers of the config ask for.
+            store: What to store. auto is what the distillers of the config ask for: of a layer that they project (pca,
+                phi_s, pool) the projected map alone. features and both keep whole maps, for students of any width.
             topk: Store the probabilities of so many classes instead of all logits. The rest is spread evenly.
             check: A cache to compare with what the teacher gives now, instead of writing one.
             samples: Number of its records to compare.
@@ -71,15 +75,18 @@ class Trainer(pl.Trainer):
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
         self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
-        data, wanted = datamodule.fingerprint(), model.teacher_request()
+        data, objectives = datamodule.fingerprint(), model.distillers
         if check is None:
+            wanted = objectives.teacher_maps, objectives.teacher_logits
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
             manifest = plan(model.teacher, wanted, data, **options)
         else:
             manifest = open_cache(Path(check), model.teacher, (), False, data).manifest
         assert model.teacher is not None
         folder = Path(check or out or "")
-        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader
+        datamodule.trainer = self
+        measure = partial(calibrate, objectives, model.teacher, self, datamodule)
+        run = model.teacher, folder, manifest, datamodule.batch_size, datamodule.replay_dataloader, objectives, measure
         if check is None:
             done = fill(self, CacheWriting(*run))
         else:
