@@ -92,6 +92,33 @@ class OutputShapes(NamedTuple):
     features: tuple[tuple[int, int, int], ...] = ()
 
 
+class FixedTarget(NamedTuple):
+    """What a distiller makes of a teacher's map, always the same and whatever the student gives: a narrower map.
+
+    Attributes:
+        name: All that it follows from besides the teacher and the images, in words; caches are compared by it.
+        width: Its channels.
+    """
+
+    name: str
+    width: int
+
+
+class TeacherMap(NamedTuple):
+    """A map of the teacher as a run wants it, and as a cache stores it.
+
+    Attributes:
+        layer: A block by its index, a layer behind the blocks by its name.
+        target: What is made of its output; None where that itself is wanted.
+    """
+
+    layer: Layer
+    target: FixedTarget | None = None
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.target is None else f"layer {self.layer} ({self.target.name})"
+
+
 class SharedBasis(NamedTuple):
     """The principal axes of all tokens of a data set.
 

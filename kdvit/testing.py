@@ -25,7 +25,8 @@ def check_distiller(
 
     A float32 scalar, finite and repeatable with the same global seed; unweighted; a gradient for the student and its
     own parameters and none for the teacher; no parameter made after `build`; inputs left as they were; target
-    probabilities accepted as well as indices; a state dict that goes round.
+    probabilities accepted as well as indices; a state dict that goes round; the same loss for maps that `target` has
+    reduced, as a cache stores them.
 
     Args:
         distiller: A fresh distiller, not built yet.
@@ -70,6 +71,7 @@ def check_distiller(
         _promise(parameter.grad is not None, f"the parameter {name} must receive a gradient")
 
     _check_weight(distiller, inputs, target, loss)
+    _check_targets(distiller, inputs, target, loss)
     probabilities = torch.nn.functional.one_hot(target, classes).float()
     _promise(distiller(*inputs, probabilities).ndim == 0, "targets may be probabilities [B, K] (Mixup)")
     for name, value in distiller.metrics(*inputs).items():
@@ -185,6 +187,16 @@ def _check_weight(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], tar
         "forward must not apply the weight: DistillationModule does, once",
     )
     distiller.weight = weight
+
+
+def _check_targets(distiller: Distiller, inputs: tuple[ViTOutput, ViTOutput], target: Tensor, loss: Tensor) -> None:
+    maps = tuple(distiller.target(i, feature) for i, feature in enumerate(inputs[1].features))
+    for told, before, feature in zip(distiller.fixed_targets(), inputs[1].features, maps, strict=True):
+        width = before.shape[1] if told is None else told.width
+        _promise(told is None or width < before.shape[1], "a fixed target must be narrower than the teacher's map")
+        _promise(feature.shape[1] == width, f"target must give {width} channels, it gives {feature.shape[1]}")
+    again = _loss(distiller, (inputs[0], inputs[1]._replace(features=maps)), target)
+    _promise(torch.allclose(loss, again, rtol=1e-4), "forward must give the same for what target makes of the maps")
 
 
 def _promise(kept: bool, message: str) -> None:

@@ -92,6 +92,16 @@ def test_what_cannot_be_exported_is_one_message(capsys) -> None:
     assert "no exported folder or checkpoint" in message
 
 
+def test_a_lift_is_compared_with_what_it_is_once_folded(checkpoint: str, capsys) -> None:
+    main(["export", "--ckpt", checkpoint, "--out", "out"])
+    main(["export", "--ckpt", checkpoint, "--out", "folded", "--fold"])
+    parameters = sum(each.numel() for each in load_student("folded").parameters())
+    capsys.readouterr()
+    main(["compare", "out", "folded"])
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "once folded" in line)
+    assert note.startswith(f"out: once folded (kdvit export --fold) it has {parameters:,} parameters and takes ")
+
+
 @pytest.mark.slow
 def test_costs_are_shown_side_by_side(checkpoint: str, capsys) -> None:
     main(["export", "--ckpt", checkpoint, "--out", "out"])
@@ -100,8 +110,9 @@ def test_costs_are_shown_side_by_side(checkpoint: str, capsys) -> None:
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["network", "parameters", "GFLOP", "latency", "(ms)", "images/s", "at", "2"]
     costs = {cost["name"]: cost for cost in json.loads(Path("costs.json").read_text())["networks"]}
-    assert [cost["parameters"] for cost in costs.values()] == [11_469, 11_956_264, 5_983_528]
+    assert [cost["parameters"] for cost in costs.values()] == [11_469, 11_133, 11_956_264, 5_983_528, 5_735_560]
     assert costs["lift_no_teacher: student"]["gflops"] == pytest.approx(2.54, abs=0.01)
+    assert costs["lift_no_teacher: student, folded"]["gflops"] == pytest.approx(2.52, abs=0.01)
     assert all(cost["latency_ms"] > 0 and cost["images_per_second"] > 0 for cost in costs.values())
     with pytest.raises(SystemExit):
         main(["benchmark", "deit_tny_patch16_224"])

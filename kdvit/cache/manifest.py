@@ -12,7 +12,7 @@ from kdvit.errors import WorkerError
 from kdvit.files import write_whole
 from kdvit.models import FrozenTeacher
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.structures import Layer, View
+from kdvit.structures import FixedTarget, Layer, TeacherMap, View
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -32,13 +32,14 @@ class Manifest:
         images: Number of training images.
         views: Views of an image; epoch e of a training uses view ``e % views``.
         repeats: Repeats of an image in an epoch (repeated augmentation), each a view of its own.
-        layers: Teacher layers whose maps are stored: blocks by index, those behind them by name.
-        shapes: ``(C, H, W)`` of each of them.
+        layers: Teacher layers of which something is stored: blocks by index, those behind them by name.
+        shapes: ``(C, H, W)`` of what is stored of each of them.
         classes: Number of classes K, or None where no logits are stored.
         topk: Number of the most probable classes that are stored; None for the logits of all.
         precision: The Trainer's precision at the time of writing.
         origin: What the outputs follow from: teacher, data and library versions, in plain types.
         complete: Whether every record is there.
+        targets: Of each of `layers`, the name of the `FixedTarget` that is stored; empty where it is the map itself.
     """
 
     images: int
@@ -51,6 +52,14 @@ class Manifest:
     precision: str
     origin: dict[str, Any]
     complete: bool = False
+    targets: tuple[str, ...] = ()
+
+    @property
+    def maps(self) -> tuple[TeacherMap, ...]:
+        """What is stored of the layers."""
+        names = self.targets or ("",) * len(self.layers)
+        each = zip(self.layers, names, self.shapes, strict=True)
+        return tuple(TeacherMap(layer, FixedTarget(name, c) if name else None) for layer, name, (c, _, _) in each)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -88,7 +97,8 @@ class Manifest:
         try:
             plain = json.loads((folder / FILE).read_text())
             shapes = tuple((c, h, w) for c, h, w in plain["shapes"])
-            return cls(**{**plain, "layers": tuple(plain["layers"]), "shapes": shapes})
+            lists = {name: tuple(plain[name]) for name in ("layers", "targets") if name in plain}
+            return cls(**{**plain, **lists, "shapes": shapes})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"There is no cache of teacher outputs in {str(folder)!r} ({type(error).__name__}: {error}). Make it "

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdvit.cache.manifest import CacheError, Manifest, describe_origin, differing
 from kdvit.files import put_in_place
 from kdvit.models import FrozenTeacher
-from kdvit.structures import Layer, View, ViTOutput
+from kdvit.structures import TeacherMap, View, ViTOutput
 
 ROWS = 1024
 """Records of a shard."""
@@ -24,15 +24,20 @@ PRECISION = np.dtype("<f2")
 
 
 def record_type(manifest: Manifest) -> np.dtype[Any]:
-    """Returns the type of one record: the number of the image that was shown, the logits, one map for each layer."""
+    """Returns the type of one record: the number of the image that was shown, the logits, the maps."""
     fields: list[tuple[Any, ...]] = [("image", "<u4")]
     if manifest.topk is not None and manifest.classes is not None:
         fields.append(("classes", "<u2" if manifest.classes <= 2**16 else "<u4", (manifest.topk,)))
         fields.append(("logits", PRECISION, (manifest.topk + 1,)))
     elif manifest.classes is not None:
         fields.append(("logits", PRECISION, (manifest.classes,)))
-    maps = zip(manifest.layers, manifest.shapes, strict=True)
-    return np.dtype([*fields, *((f"layer{layer}", PRECISION, shape) for layer, shape in maps)])
+    maps = zip(manifest.maps, manifest.shapes, strict=True)
+    return np.dtype([*fields, *((field_name(each), PRECISION, shape) for each, shape in maps)])
+
+
+def field_name(each: TeacherMap) -> str:
+    """Returns the name of a map in a record."""
+    return f"layer{each.layer}" + ("" if each.target is None else f" ({each.target.name})")
 
 
 def shrink_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +77,7 @@ def encode(images: Tensor, output: ViTOutput, manifest: Manifest) -> np.ndarray[
     Args:
         images: Numbers ``[B]`` of the images that the teacher has seen: others than asked for, where those cannot be
             read.
-        output: What it makes of them.
+        output: What it makes of them, as it is to be stored.
         manifest: What is to be stored.
 
     Raises:
@@ -80,7 +85,7 @@ def encode(images: Tensor, output: ViTOutput, manifest: Manifest) -> np.ndarray[
     """
     records = np.empty(len(images), record_type(manifest))
     records["image"] = images.cpu().numpy()
-    values = {f"layer{layer}": feature for layer, feature in zip(manifest.layers, output.features, strict=True)}
+    values = {field_name(each): feature for each, feature in zip(manifest.maps, output.features, strict=True)}
     if output.logits is not None and manifest.topk is not None:
         classes, values["logits"] = shrink_logits(output.logits, manifest.topk)
         records["classes"] = classes.cpu().numpy()
@@ -141,20 +146,20 @@ class CacheReader:
     Args:
         folder: The cache.
         manifest: What it holds.
-        layers: Layers to read, in this order, each as often as it is named.
+        maps: Maps to read, in this order, each as often as it is named.
         logits: Whether to read logits.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, layers: Sequence[Layer], logits: bool) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, maps: Sequence[TeacherMap], logits: bool) -> None:
         self.folder, self.manifest = folder.absolute(), manifest
-        self.layers, self.logits = tuple(layers), logits
+        self.fields, self.logits = tuple(map(field_name, maps)), logits
         self._maps: dict[int, np.ndarray[Any, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # each process maps the files itself
 
     def read(self, views: Sequence[View], images: Tensor) -> ViTOutput:
-        """Returns the outputs of views: logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` a layer, as stored.
+        """Returns the outputs of views: logits ``[B, K]`` or None, and the maps ``[B, C, H, W]``, as stored.
 
         Args:
             views: The views.
@@ -172,8 +177,8 @@ class CacheReader:
                     f"image {theirs} when the cache {str(self.folder)!r} was written: a file has come to harm, or has "
                     "been mended, since. Bring the files back as they were, or make another cache by `kdvit cache`."
                 )
-        found = {layer: _gather(records, f"layer{layer}") for layer in dict.fromkeys(self.layers)}
-        return ViTOutput(self._logits(records), tuple(found[layer] for layer in self.layers))
+        found = {field: _gather(records, field) for field in dict.fromkeys(self.fields)}
+        return ViTOutput(self._logits(records), tuple(found[field] for field in self.fields))
 
     def _shard(self, shard: int) -> np.ndarray[Any, Any]:
         if shard not in self._maps:
@@ -200,14 +205,16 @@ def _gather(records: list[tuple[np.ndarray[Any, Any], int]], name: str) -> Tenso
 
 
 def open_cache(
-    folder: Path, teacher: FrozenTeacher | None, layers: Sequence[Layer], logits: bool, data: dict[str, Any]
+    folder: Path, teacher: FrozenTeacher | None, maps: Sequence[TeacherMap], logits: bool, data: dict[str, Any]
 ) -> CacheReader:
     """Opens a cache for a run, if it was made for just that.
+
+    Where it lacks a target and holds the map, the run gets the map.
 
     Args:
         folder: The cache.
         teacher: The run's teacher.
-        layers: Teacher layers that the run wants, as the manifest names them.
+        maps: Maps of the teacher that the run wants.
         logits: Whether it wants logits.
         data: Fingerprint of its training data.
 
@@ -223,12 +230,15 @@ def open_cache(
             f"{-(-manifest.rows // ROWS)} shards are missing. The `kdvit cache` that began it goes on where it "
             f"stopped: `kdvit cache --config ... --out {folder} --views {manifest.views}`."
         )
-    lacking = [f"layer {layer}" for layer in dict.fromkeys(layers) if layer not in manifest.layers]
+    chosen = [each if each in manifest.maps else TeacherMap(each.layer) for each in maps]
+    lacking = [str(each) for each, found in dict(zip(maps, chosen, strict=True)).items() if found not in manifest.maps]
     lacking += ["logits"] if logits and manifest.classes is None else []
     if lacking:
+        held = [*map(str, manifest.maps), *(["logits"] if manifest.classes is not None else [])]
         raise CacheError(
             f"The distillers want {', '.join(lacking)} of the teacher, which the cache {str(folder)!r} does not hold. "
-            "Make one with the config of this run."
+            f"(It holds {', '.join(held)}.) Make one with the config of this run; --store both keeps whole maps, which "
+            "serve students of any width and projector."
         )
     differences = differing(describe_origin(teacher, data), manifest.origin)
     if differences:
@@ -240,4 +250,4 @@ def open_cache(
             f"The cache {str(folder)!r} was made of something else: {'; '.join(differences)}. Train as it was made, or "
             f"make another by `kdvit cache`.{hint}"
         )
-    return CacheReader(folder, manifest, layers, logits)
+    return CacheReader(folder, manifest, chosen, logits)

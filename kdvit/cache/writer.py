@@ -8,21 +8,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from kdvit.cache.manifest import FILE, CacheError, Manifest, describe_origin, differing
+from kdvit.cache.bases import load_bases, save_bases
+from kdvit.cache.manifest import FILE, CacheError, Manifest, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
-from kdvit.structures import Batch, Layer, View, ViTOutput
+from kdvit.structures import Batch, SharedBasis, View, ViTOutput
 
-Stored = Literal["auto", "logits", "features", "both"]
 LoaderOf = Callable[["RowBatches"], DataLoader[Any]]
+Calibrate = Callable[[dict[str, SharedBasis]], dict[str, SharedBasis]]
 
 
 class RowBatches(DistributedSampler[Any]):
@@ -54,15 +56,26 @@ class TeacherPass(pl.LightningModule):
         manifest: What it is to hold.
         batch_size: Records a step.
         loader_of: Makes the loader that yields the batches of a sampler.
+        objectives: The distillers, whose `as_stored` makes the targets; none where whole maps are stored.
+        calibrate: Fixes them by the axes that the cache holds, or measures these; returns all, by name.
     """
 
     def __init__(
-        self, teacher: FrozenTeacher, folder: Path, manifest: Manifest, batch_size: int, loader_of: LoaderOf
+        self,
+        teacher: FrozenTeacher,
+        folder: Path,
+        manifest: Manifest,
+        batch_size: int,
+        loader_of: LoaderOf,
+        objectives: Any = None,
+        calibrate: Calibrate = dict,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.teacher, self.folder, self.manifest = teacher, folder, manifest
         self.batch_size, self.loader_of = batch_size, loader_of
+        self.objectives, self.calibrate = objectives, calibrate
+        self.bases: dict[str, SharedBasis] = {}
 
     def batches(self) -> list[Sequence[int]]:
         """Returns the records of each of this rank's batches."""
@@ -72,6 +85,11 @@ class TeacherPass(pl.LightningModule):
         """Receives the teacher's output for records, and the numbers of the images that were shown."""
         raise NotImplementedError
 
+    def setup(self, stage: str) -> None:
+        """Fixes the targets, on all ranks by the same axes."""
+        if self.manifest.targets:
+            self.bases = self.calibrate(self.trainer.strategy.broadcast(load_bases(self.folder)))
+
     def predict_dataloader(self) -> DataLoader[Any]:
         """Returns the views of `batches`."""
         self._batches = self.batches()
@@ -80,6 +98,9 @@ class TeacherPass(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Runs the teacher on one batch."""
         output = self.teacher(batch.image, self.manifest.layers, self.manifest.classes is not None)
+        if self.manifest.targets:
+            with torch.autocast(self.device.type, enabled=False):
+                output = self.objectives.as_stored(output.at_least_float32(), self.manifest.maps)
         self.take(self._batches[batch_idx], batch.index, output)
         return batch.index
 
@@ -104,6 +125,9 @@ class CacheWriting(TeacherPass):
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest.save(self.folder)
+        super().setup(stage)
+        if self.trainer.is_global_zero and self.bases:
+            save_bases(self.folder, self.bases)
         self._missing: list[int] = self.trainer.strategy.broadcast(missing_shards(self.folder, self.manifest))
 
     def on_predict_start(self) -> None:
@@ -147,8 +171,14 @@ class CacheComparison(TeacherPass):
     def __init__(self, *args: Any, samples: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.samples = min(samples, self.manifest.rows)
-        layers, logits = self.manifest.layers, self.manifest.classes is not None
-        self.reader = CacheReader(self.folder, self.manifest, layers, logits)
+        maps = self.manifest.maps
+        foreign = [str(each) for each in maps if each.target and each not in self.objectives.teacher_maps]
+        if foreign:
+            raise CacheError(
+                f"The cache {str(self.folder)!r} holds {', '.join(foreign)}, which no distiller of this config makes. "
+                "Give the config that it was written with."
+            )
+        self.reader = CacheReader(self.folder, self.manifest, maps, self.manifest.classes is not None)
         self.errors: dict[str, tuple[float, float]] = {}
 
     def batches(self) -> list[Sequence[int]]:
@@ -159,8 +189,8 @@ class CacheComparison(TeacherPass):
     def take(self, rows: Sequence[int], images: Tensor, output: ViTOutput) -> None:
         """Compares records with what is stored."""
         stored = self.reader.read([self.manifest.view(row) for row in rows], images)
-        for layer, ours, theirs in zip(self.manifest.layers, output.features, stored.features, strict=True):
-            self._note(f"features of layer {layer}", ours, theirs)
+        for each, ours, theirs in zip(self.manifest.maps, output.features, stored.features, strict=True):
+            self._note(f"features of {each}", ours, theirs)
         if output.logits is not None and stored.logits is not None:
             logits = output.logits.float(), stored.logits.float()
             if self.manifest.topk is None:
@@ -172,46 +202,6 @@ class CacheComparison(TeacherPass):
         ours, theirs = ours.float().cpu(), theirs.float()
         error, largest = self.errors.get(name, (0.0, 0.0))
         self.errors[name] = max(error, float((ours - theirs).abs().max())), max(largest, float(ours.abs().max()))
-
-
-def plan(
-    teacher: FrozenTeacher | None,
-    wanted: tuple[Sequence[Layer], bool],
-    data: dict[str, Any],
-    *,
-    views: int,
-    store: Stored,
-    topk: int | None,
-    precision: str,
-) -> Manifest:
-    """Says what a cache is to hold.
-
-    Args:
-        teacher: The run's teacher.
-        wanted: Teacher layers as the manifest names them, and whether logits, as the distillers want them.
-        data: Fingerprint of the training data.
-        views: Views of an image.
-        store: What to store; "auto" is what the distillers want.
-        topk: Number of classes to keep of the logits; None for all.
-        precision: The Trainer's precision.
-
-    Raises:
-        CacheError: If that cannot be.
-    """
-    if teacher is None:
-        raise CacheError("This config has no teacher whose outputs could be stored.")
-    if views < 1:
-        raise CacheError(f"--views must be 1 or more, got {views}.")
-    layers = () if store == "logits" else tuple(sorted(set(wanted[0]), key=teacher.network.resolve))
-    logits = wanted[1] if store == "auto" else store != "features"
-    if store in ("features", "both") and not layers:
-        raise CacheError(f"--store {store}: no distiller of this config wants a feature map of the teacher.")
-    shapes = teacher.output_shapes(layers, logits)
-    if topk is not None and not (shapes.classes and 0 < topk < shapes.classes):
-        raise CacheError(f"--topk must be between 1 and the stored classes less one ({shapes.classes}), got {topk}.")
-    count, repeats = data["images"], data["repeats"]
-    origin = describe_origin(teacher, data)
-    return Manifest(count, views, repeats, layers, shapes.features, shapes.classes, topk, precision, origin)
 
 
 def check_begun(folder: Path, planned: Manifest) -> None:

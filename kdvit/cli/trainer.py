@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
-from kdvit.cache.writer import CacheComparison, CacheWriting, Stored, compare, fill, plan
+from kdvit.cache.plan import Stored, plan
+from kdvit.cache.writer import CacheComparison, CacheWriting, compare, fill
 from kdvit.callbacks import BadImages, StudentExport
 from kdvit.cli.messages import unforeseen
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError
 from kdvit.runtime.checkpoints import require_monitors
+from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
 
 CHECKED_IMAGES = 8
@@ -60,7 +63,8 @@ class Trainer(pl.Trainer):
         Args:
             out: Folder to write. The same command again goes on where it was stopped.
             views: Views of an image; epoch e of a training shows view e % views.
-            store: What to store; auto is what the distillers of the config ask for.
+            store: What to store. auto is what the distillers of the config ask for: of a layer that they project (pca,
+                phi_s, pool) the projected map alone. features and both keep whole maps, for students of any width.
             topk: Store the probabilities of so many classes instead of all logits. The rest is spread evenly.
             check: A cache to compare with what the teacher gives now, instead of writing one.
             samples: Number of its records to compare.
@@ -70,15 +74,19 @@ class Trainer(pl.Trainer):
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
         self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
-        data, loading = datamodule.fingerprint(), (datamodule.batch_size, datamodule.replay_dataloader)
-        teacher: Any = model.teacher
+        data, objectives, teacher = datamodule.fingerprint(), model.distillers, model.teacher
+        datamodule.trainer = self
+        measure = partial(calibrate, objectives, teacher, self, datamodule)
+        loading = datamodule.batch_size, datamodule.replay_dataloader, objectives, measure
         if out is not None:
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
-            manifest = plan(teacher, model.teacher_request(), data, **options)
+            manifest = plan(teacher, (objectives.teacher_maps, objectives.teacher_logits), data, **options)
+            assert teacher is not None
             done = fill(self, CacheWriting(teacher, Path(out), manifest, *loading))
         else:
             folder = Path(check or "")
             manifest = open_cache(folder, teacher, (), False, data).manifest
+            assert teacher is not None
             done = compare(self, CacheComparison(teacher, folder, manifest, *loading, samples=samples))
         if self.is_global_zero:
             print(done)

@@ -14,12 +14,12 @@ from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdvit.cache import CacheReader, open_cache
+from kdvit.cache import CacheReader, load_bases, open_cache
 from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from kdvit.data.workers import FORK, start_worker
 from kdvit.seeding import mixed_seed, seeded
-from kdvit.structures import Batch, ImageFormat, View
+from kdvit.structures import Batch, ImageFormat, SharedBasis, View
 
 Split = Literal["train", "val", "test"]
 
@@ -100,8 +100,13 @@ class ImageDataModule(pl.LightningDataModule):
         """Opens the cache of a fit, and raises if it was made for another run."""
         if stage == "fit" and self.cache is not None and self.trainer is not None:
             module: Any = self.trainer.lightning_module
-            layers, logits = module.teacher_request()
-            self._reader = open_cache(Path(self.cache), module.teacher, layers, logits, self.fingerprint())
+            maps, logits = module.distillers.teacher_maps, module.distillers.teacher_logits
+            self._reader = open_cache(Path(self.cache), module.teacher, maps, logits, self.fingerprint())
+
+    @property
+    def bases(self) -> dict[str, SharedBasis]:
+        """The teacher's axes by which the targets in the cache were made, by name; none without a cache."""
+        return {} if self._reader is None else load_bases(self._reader.folder)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the name of an image, for tables and messages."""

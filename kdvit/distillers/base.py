@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput
+from kdvit.structures import FixedTarget, Layer, OutputShapes, SharedBasis, ViTOutput
 
 
 class Distiller(nn.Module, ABC):
@@ -80,6 +80,24 @@ class Distiller(nn.Module, ABC):
     def describe_calibration(self, bases: Sequence[SharedBasis]) -> list[str]:
         """Says what a user may want to know of what was measured, a sentence each; nothing by default."""
         return []
+
+    def fixed_targets(self) -> tuple[FixedTarget | None, ...]:
+        """Says, once built, what `target` makes of each of `teacher_layers`; None where it is the map itself."""
+        return (None,) * len(self.teacher_layers)
+
+    def target(self, i: int, feature: Tensor) -> Tensor:
+        """Reduces a map of the teacher to what `forward` reads of it, so that a cache can store that in its place.
+
+        `forward` takes the one or the other, told apart by their widths.
+
+        Args:
+            i: Which of `teacher_layers` it is.
+            feature: ``[B, C, H, W]``, float32.
+
+        Returns:
+            ``[B, d, H, W]``, d and what it follows from as `fixed_targets` says; by default the map.
+        """
+        return feature
 
     @abstractmethod
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:

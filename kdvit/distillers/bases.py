@@ -97,6 +97,9 @@ def _paley(order: int) -> Tensor:
 def energy_kept(basis: SharedBasis, projection: Tensor) -> float:
     """Returns the share of the tokens' energy in the span of a projection's columns.
 
+    ``tr(Q^T C Q) / tr C``, C the tokens' second moment (about their mean, where the basis is centred), Q an orthonormal
+    basis of the span. (Whoever knows C guesses more of the tokens from their projection, as channels are correlated.)
+
     Args:
         basis: Principal axes of the tokens, of C channels.
         projection: ``[C, d]``, of full rank.
@@ -104,6 +107,26 @@ def energy_kept(basis: SharedBasis, projection: Tensor) -> float:
     span: Tensor = torch.linalg.qr(projection.to(basis.axes)).Q
     shares = (basis.axes.T @ span).square().sum(1)  # of each axis
     return float(shares @ basis.spectrum / basis.spectrum.sum())
+
+
+def energies_kept(basis: SharedBasis, width: int) -> dict[str, float]:
+    """Returns the share of the tokens' energy that each way to few channels keeps.
+
+    Args:
+        basis: Principal axes of the tokens, of C channels.
+        width: Channels d that are kept, at most C.
+
+    Returns:
+        The shares by the words for the way. The leading axes keep the most; random ones keep d / C on average.
+    """
+    channels = len(basis.mean)
+    drawn = torch.randn(channels, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ways = {
+        "the leading axes (pca, phi_s)": basis.axes[:, :width],
+        "random orthogonal axes": drawn,
+        "pooled channels (pool)": pooling(channels, width),
+    }
+    return {way: energy_kept(basis, projection) for way, projection in ways.items()}
 
 
 def pooling(channels: int, width: int) -> Tensor:

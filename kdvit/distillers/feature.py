@@ -12,9 +12,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from torchmetrics.functional import explained_variance
 
 from kdvit.distillers.base import Distiller
-from kdvit.distillers.bases import energy_kept, pca_projection, phi_s_projection, pooling
+from kdvit.distillers.bases import energies_kept, pca_projection, phi_s_projection
 from kdvit.distillers.spectral import spectral_mse
-from kdvit.structures import Layer, OutputShapes, SharedBasis, ViTOutput, at_least_float32
+from kdvit.structures import FixedTarget, Layer, OutputShapes, SharedBasis, ViTOutput, at_least_float32
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -107,6 +107,8 @@ def _pool_channels(feature: Tensor, width: int) -> Tensor:
 class FixedProjection(nn.Module):
     """``(T - mean) P`` of a teacher's map, with buffers that are fixed once, by `fix`.
 
+    A map that is as wide as the target and no wider is one already: a cache stores targets.
+
     Args:
         channels: Channels C of the teacher.
         width: Channels d of the target.
@@ -131,11 +133,13 @@ class FixedProjection(nn.Module):
         self.is_fixed.fill_(True)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Returns the map ``[B, C, H, W]`` as ``[B, d, H, W]``.
+        """Returns the map ``[B, C, H, W]`` as ``[B, d, H, W]``; a target as it is.
 
         Raises:
             RuntimeError: If it has not been fixed.
         """
+        if feature.shape[1] == self.width < len(self.mean):
+            return feature
         if not self._checked:  # once, as it waits for the device
             if not bool(self.is_fixed):
                 raise RuntimeError(
@@ -220,12 +224,15 @@ class FeatureDistiller(Distiller):
         self.projector = projector
         self.normalize = normalize or ("layer_norm" if projector == "orthogonal" else None)
         self.projectors = nn.ModuleList()
+        self.widths: list[tuple[int, int]] = []
         self.calibration_images = calibration_images if projector in FIXED else 0
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
         """Checks the widths and creates the linear projectors, if asked for."""
         self.projectors = nn.ModuleList()
-        for i, ((ours, *_), (theirs, *_)) in enumerate(zip(student.features, teacher.features, strict=True)):
+        pairs = zip(student.features, teacher.features, strict=True)
+        self.widths = [(ours, theirs) for (ours, *_), (theirs, *_) in pairs]
+        for i, (ours, theirs) in enumerate(self.widths):
             if self.projector == "linear":
                 self.projectors.append(nn.Conv2d(ours, theirs, kernel_size=1))
             elif self.projector == "orthogonal":
@@ -243,6 +250,22 @@ class FeatureDistiller(Distiller):
                     f"and the teacher's layer {self.teacher_layers[i]!r} {theirs}. {self.way_out.format(width=theirs)}"
                 )
 
+    def fixed_targets(self) -> tuple[FixedTarget | None, ...]:
+        """Names those of "pca", "phi_s" and "pool" that are narrower than the teacher's map."""
+        if self.projector not in (*FIXED, "pool"):
+            return super().fixed_targets()
+        axes = f", axes of {self.calibration_images} images" if self.projector in FIXED else ""
+        return tuple(
+            FixedTarget(f"{self.projector} to {ours} channels{axes}", ours) if ours < theirs else None
+            for ours, theirs in self.widths
+        )
+
+    def target(self, i: int, feature: Tensor) -> Tensor:
+        """Projects a map of the teacher by "pca", "phi_s" or "pool"; see `Distiller.target`."""
+        if self.projector in FIXED:
+            return self.projectors[i](feature)  # type: ignore[no-any-return]
+        return _pool_channels(feature, min(self.widths[i])) if self.projector == "pool" else feature
+
     def calibrate(self, bases: Sequence[SharedBasis]) -> None:
         """Fixes the projections of "pca" and "phi_s"."""
         for basis, projection in zip(bases, self.projectors, strict=True):
@@ -254,16 +277,13 @@ class FeatureDistiller(Distiller):
         return all(bool(each.is_fixed) for each in self.projectors if isinstance(each, FixedProjection))
 
     def describe_calibration(self, bases: Sequence[SharedBasis]) -> list[str]:
-        """Says how much of the teacher's energy each target keeps, and how much pooling would."""
+        """Says how much of the teacher's energy, centred, each target keeps, and how much others would."""
         said = []
-        for layer, basis, projection in zip(self.teacher_layers, bases, self.projectors, strict=True):
-            assert isinstance(projection, FixedProjection)
-            width, channels = projection.width, len(basis.mean)
-            kept = energy_kept(basis, basis.axes[:, :width])
-            pooled = energy_kept(basis, pooling(channels, width))
+        for layer, basis, (width, channels) in zip(self.teacher_layers, bases, self.widths, strict=True):
+            kept, drawn, pooled = energies_kept(basis, width).values()
             said.append(
-                f"The target of layer {layer!r} keeps {kept:.1%} of their energy in {width} of {channels} channels "
-                f"(pooled channels would keep {pooled:.1%})."
+                f"The target of layer {layer!r} keeps {kept:.1%} of their centred energy in {width} of {channels} "
+                f"channels (pooled channels would keep {pooled:.1%}, random orthogonal axes {drawn:.1%})."
             )
         return said
 
@@ -277,7 +297,7 @@ class FeatureDistiller(Distiller):
             elif self.projector == "orthogonal":
                 ours = self.projectors[i](ours.movedim(1, -1)).movedim(-1, 1)
             elif self.projector in FIXED:
-                theirs = self.projectors[i](theirs)
+                theirs = self.target(i, theirs)
             elif self.projector == "pool":
                 ours, theirs = same_width(ours, theirs)
             if self.normalize == "layer_norm":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator
+from collections.abc import Callable, ItemsView, Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
 from kdvit.distillers import Distiller
 from kdvit.models import FrozenTeacher, Network
-from kdvit.structures import Layer, ViTOutput
+from kdvit.structures import Layer, TeacherMap, ViTOutput
 
 
 class Objectives(nn.ModuleDict):
@@ -26,6 +26,7 @@ class Objectives(nn.ModuleDict):
         student_layers: The student's layers that the distillers want, in the order of the distillers.
         teacher_layers: The same for the teacher.
         teacher_indices: `teacher_layers`, each block by its index; layers behind the blocks keep their name.
+        teacher_maps: The same, each with what the distiller makes of it before it looks at the student.
         teacher_logits: Whether a distiller wants the teacher's logits.
         conversions: What is converted on the way, in words: the teacher's input, and maps of unequal grids.
 
@@ -39,6 +40,7 @@ class Objectives(nn.ModuleDict):
         self.student_layers: tuple[Layer, ...] = ()
         self.teacher_layers: tuple[Layer, ...] = ()
         self.teacher_indices: tuple[Layer, ...] = ()
+        self.teacher_maps: tuple[TeacherMap, ...] = ()
         self.teacher_logits = False
         self.conversions = [] if teacher is None else teacher.conversions()
         self._slices: dict[str, tuple[slice, slice]] = {}
@@ -74,7 +76,9 @@ class Objectives(nn.ModuleDict):
         before = len(self.student_layers), len(self.teacher_layers)
         self.student_layers += distiller.student_layers
         self.teacher_layers += distiller.teacher_layers
-        self.teacher_indices += tuple(map(teacher.network.canonical, distiller.teacher_layers))
+        layers = tuple(map(teacher.network.canonical, distiller.teacher_layers))
+        self.teacher_indices += layers
+        self.teacher_maps += tuple(map(TeacherMap, layers, distiller.fixed_targets()))
         self.teacher_logits |= distiller.needs_teacher_logits
         self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(self.teacher_layers))
 
@@ -111,6 +115,25 @@ class Objectives(nn.ModuleDict):
         pairs = dict(self._pairs(student, teacher))
         measured = {name: distiller.metrics(*pairs[name]) for name, distiller in self.items()}
         return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
+
+    def as_stored(self, output: ViTOutput, maps: Sequence[TeacherMap]) -> ViTOutput:
+        """Makes of the teacher's output what a cache stores.
+
+        Args:
+            output: The output of the layer of each of `maps`, float32.
+            maps: Maps as they are, and targets of `teacher_maps`.
+        """
+        makers = {
+            each: (distiller, i)
+            for name, distiller in self.items()
+            for i, each in enumerate(self.teacher_maps[self._slices[name][1]])
+        }
+        features = list(output.features)
+        for k, each in enumerate(maps):
+            if each.target is not None:
+                distiller, i = makers[each]
+                features[k] = distiller.target(i, features[k])
+        return output._replace(features=tuple(features))
 
     def _pairs(
         self, student: ViTOutput, teacher: ViTOutput | None

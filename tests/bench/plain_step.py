@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from kdvit import DistillationModule
-from kdvit.distillers import Distiller, LiftDistiller, LogitDistiller, WideLastDistiller
-from kdvit.models import LiftViT, TimmTeacher, WideLastViT, avoid_slow_attention
+from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
+from kdvit.models import LiftViT, Network, TimmStudent, TimmTeacher, WideLastViT, avoid_slow_attention
 from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.optim import OptimizerOptions, parameter_groups
 
 STUDENT, TEACHER = "deit_tiny_patch16_224", "cait_s24_224"
-REMEDIES: dict[str, tuple[type[LiftViT] | type[WideLastViT], type[Distiller]]] = {
-    "Lift": (LiftViT, LiftDistiller),
-    "WideLast": (WideLastViT, WideLastDistiller),
+PAIRS: dict[str, tuple[Callable[..., Network], Callable[[float], Distiller]]] = {
+    "Lift": (partial(LiftViT, width=384), LiftDistiller),
+    "WideLast": (partial(WideLastViT, width=384), WideLastDistiller),
+    "phi_s": (TimmStudent, partial(FeatureDistiller, projector="phi_s")),
 }
 
 
@@ -32,11 +34,11 @@ class Unlogged(DistillationModule):
         return False
 
 
-def build(remedy: str, with_teacher: bool = True, size: int = 224, depth: int = 24) -> Unlogged:
-    """Returns the published pair with random weights: soft KD and the remedy's map; or the student on labels."""
+def build(method: str, with_teacher: bool = True, size: int = 224, depth: int = 24) -> Unlogged:
+    """Returns the published pair with random weights: soft KD and the method's map; or the student on labels."""
     torch.manual_seed(0)
-    network, objective = REMEDIES[remedy]
-    student = network(STUDENT, width=384, img_size=size)
+    network, objective = PAIRS[method]
+    student = network(STUDENT, img_size=size)
     avoid_slow_attention(student, torch.device("cpu"), torch.bfloat16)
     teacher = (
         TimmTeacher(TEACHER, pretrained=False, img_size=size, model_args={"depth": depth}) if with_teacher else None

@@ -94,7 +94,8 @@ class Recorder:
 def test_a_cached_run_ends_where_the_online_run_on_rounded_outputs_ends(
     method: str, demo_teacher: str, monkeypatch
 ) -> None:
-    cache(demo_teacher, "--views", "2", method=method)
+    store = "both" if method == "feature" else "auto"  # pooled maps: see test_targets.py
+    cache(demo_teacher, "--views", "2", "--store", store, method=method)
     fit(method, demo_teacher, *EPOCHS, *cached(), "--trainer.default_root_dir", "cached")
     run = FrozenTeacher.__call__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from kdvit.analysis import DatasetPCA, as_tokens
 from kdvit.cli import main
 from kdvit.data import Digits
 from kdvit.distillers import FeatureDistiller
-from kdvit.distillers.bases import energy_kept, hadamard, phi_s_projection, pooling
+from kdvit.distillers.bases import energies_kept, energy_kept, hadamard, phi_s_projection, pooling
 from kdvit.models import TimmTeacher
 from kdvit.structures import OutputShapes, SharedBasis, ViTOutput
 from tests.runs import QUIET, SHORT, assert_same_end, demo_fit
@@ -60,6 +61,74 @@ def test_targets_are_the_leading_axes_with_a_mean_variance_of_one(projector: str
     assert energy_kept(basis(), pooling(12, 4)) == pytest.approx(share)
 
 
+@pytest.mark.parametrize("projector", ["pca", "phi_s", "pool"])
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 3), (2, 6), (6, 3)])
+def test_a_stored_target_gives_the_loss_of_the_map_whichever_grid_is_finer(
+    projector: str, ours: int, theirs: int
+) -> None:
+    distiller = FeatureDistiller(projector=projector)
+    shapes = ((4, ours, ours),), ((12, theirs, theirs),)
+    distiller.build(*(OutputShapes(None, each) for each in shapes))
+    if projector != "pool":
+        distiller.calibrate([basis()])
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (ViTOutput(None, (torch.randn(5, *each[0], generator=generator),)) for each in shapes)
+    target = distiller.target(0, teacher.features[0])
+    (told,) = distiller.fixed_targets()
+    assert told is not None
+    assert told.width == 4
+    assert target.shape == (5, 4, theirs, theirs)
+    online = distiller(student, teacher, torch.zeros(5))
+    for stored, tolerance in ((target, 1e-5), (target.half().float(), 1e-3)):
+        cached = distiller(student, ViTOutput(None, (stored,)), torch.zeros(5))
+        torch.testing.assert_close(cached, online, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("projector", ["pca", "phi_s", "pool"])
+def test_a_target_as_wide_as_the_map_is_made_in_training(projector: str) -> None:
+    distiller = FeatureDistiller(projector=projector)
+    distiller.build(OutputShapes(None, ((12, 3, 3),)), OutputShapes(None, ((12, 3, 3),)))
+    assert distiller.fixed_targets() == (None,)
+
+
+def test_the_energy_kept_is_that_of_the_tokens_in_the_span_of_the_projection() -> None:
+    x = tokens().flatten(0, 1).double().numpy()
+    x -= x.mean(0)
+    axes = np.linalg.eigh(x.T @ x)[1]
+    drawn = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    pooled = np.stack([np.eye(12)[:, 12 * i // 5 : -(-12 * (i + 1) // 5)].mean(1) for i in range(5)], axis=1)
+    expected = []
+    for projection in (axes[:, -5:], drawn, pooled):
+        inside = x @ projection @ np.linalg.pinv(projection)
+        expected.append(np.square(inside).sum() / np.square(x).sum())
+    assert list(energies_kept(basis(), 5).values()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("projector", ["pool", pytest.param("orthogonal", marks=pytest.mark.slow)])
+def test_check_shows_the_energy_that_each_way_to_the_students_width_keeps(
+    projector: str, demo_teacher: str, capsys
+) -> None:
+    (_, *given) = demo_fit("feature", demo_teacher, *QUIET, "--model.distillers.feature.projector", projector)
+    main(["check", *given])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("energy kept by feature"))
+    assert "in 16 of 64 channels of teacher layer 3, of the centred energy of 32 training images: " in line
+    assert re.findall(r"[a-z(), _]+(?= [\d.]+%)", line.split(": ")[1]) == [
+        "the leading axes (pca, phi_s)",
+        ", random orthogonal axes",
+        ", pooled channels (pool)",
+    ]
+    data = Digits(seed=0, mean=(0.305,) * 3, std=(0.376,) * 3)
+    numbers = np.linspace(0, 1296, 32).astype(int).tolist()
+    with torch.no_grad():
+        image = torch.stack([data.dataset("train")[number][0] for number in numbers])
+        x = as_tokens(TimmTeacher(demo_teacher)(image, (-1,)).features[0]).flatten(0, 1).double().numpy()
+    covariance = np.cov(x.T)
+    pooled = np.linalg.qr(np.repeat(np.eye(16), 4, axis=0))[0]
+    first, *_, last = (float(share) for share in re.findall(r"([\d.]+)%", line))
+    assert first == pytest.approx(100 * np.linalg.eigvalsh(covariance)[-16:].sum() / np.trace(covariance), abs=0.06)
+    assert last == pytest.approx(100 * np.trace(pooled.T @ covariance @ pooled) / np.trace(covariance), abs=0.06)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 24, 48, 192, 384, 7, 10])
 def test_a_rotation_is_orthonormal(size: int) -> None:
     matrix = hadamard(size)
@@ -94,7 +163,7 @@ def test_a_run_measures_once_and_a_resumed_one_ends_at_the_same_weights(demo_tea
     main([*demo_fit("feature", demo_teacher, *options), "--trainer.default_root_dir", "whole"])
     (line,) = (line for line in caplog.text.splitlines() if "axes are measured" in line)
     assert "the teacher's axes are measured on 200 training images. The target of layer -1 keeps " in line
-    assert "of their energy in 16 of 64 channels (pooled channels would keep " in line
+    assert "of their centred energy in 16 of 64 channels (pooled channels would keep " in line
     main([*demo_fit("feature", demo_teacher, *options), "--trainer.max_steps=20"])
     caplog.clear()
     main(demo_fit("feature", demo_teacher, *options))

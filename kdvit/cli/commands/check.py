@@ -8,7 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
+from torch import Tensor
 
+from kdvit.analysis import DatasetPCA, as_tokens
+from kdvit.distillers import FeatureDistiller
+from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.structures import ImageFormat, Layer
@@ -17,6 +22,7 @@ from kdvit.training.module import DistillationModule
 
 Rows = list[tuple[str, str]]
 LOADED_IMAGES = 32
+TEACHER_BATCH = 8
 
 
 def describe(
@@ -40,6 +46,7 @@ def describe(
     Returns:
         A table of two columns, one fact a line.
     """
+    image, rate = _load(datamodule)
     rows = [
         ("student", _network(module.student)),
         ("teacher", "none: a supervised run" if module.teacher is None else _network(module.teacher.network)),
@@ -48,8 +55,9 @@ def describe(
         *_teacher_input(module),
         ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
         *_distillers(module),
+        *_energies(module, image),
         *_steps(module, datamodule, processes, batches),
-        *_loading(datamodule, workers, images_per_second),
+        *_loading(rate, workers, images_per_second),
         *_counts(module),
     ]
     return text_table((), rows, left=2)
@@ -95,6 +103,29 @@ def _distillers(module: DistillationModule) -> Rows:
     return rows
 
 
+def _energies(module: DistillationModule, image: Tensor) -> Rows:
+    """Measures how much of the teacher's energy about its mean token the channels of a narrow target can keep."""
+    rows = []
+    for name, distiller in module.distillers.items():
+        if not isinstance(distiller, FeatureDistiller) or distiller.projector in (None, "linear"):
+            continue
+        if all(ours >= theirs for ours, theirs in distiller.widths):
+            continue
+        assert module.teacher is not None
+        metrics = [DatasetPCA(theirs, centred=True) for _, theirs in distiller.widths]
+        for part in torch.split(image, TEACHER_BATCH):
+            features = module.teacher(part, distiller.teacher_layers, logits=False).features
+            for metric, feature in zip(metrics, features, strict=True):
+                metric.update(as_tokens(feature))
+        for layer, (ours, theirs), metric in zip(distiller.teacher_layers, distiller.widths, metrics, strict=True):
+            if ours < theirs:
+                kept = ", ".join(f"{way} {share:.1%}" for way, share in energies_kept(metric.compute(), ours).items())
+                where = f"{ours} of {theirs} channels of teacher {_layer(module.teacher.network, layer)}"
+                told = f"in {where}, of the centred energy of {len(image)} training images: {kept}"
+                rows.append((f"energy kept by {name}", told))
+    return rows
+
+
 def _layer(network: Network, layer: Layer) -> str:
     return layer if isinstance(layer, str) else f"layer {network.resolve(layer)}"
 
@@ -124,15 +155,20 @@ def _steps(module: DistillationModule, datamodule: Any, processes: int | None, b
     ]
 
 
-def _loading(datamodule: Any, workers: int, wanted: float | None) -> Rows:
-    """Measures how fast this process loads training images."""
-    dataset = datamodule.train_dataloader().dataset
+def _load(datamodule: Any) -> tuple[Tensor, float]:
+    """Returns some training images ``[B, 3, H, W]``, and how many of them this process loads in a second."""
+    loader = datamodule.train_dataloader()
+    dataset = loader.dataset
     numbers = np.linspace(0, len(dataset) - 1, LOADED_IMAGES).astype(int).tolist()
     load_all = getattr(dataset, "__getitems__", None) or (lambda each: [dataset[i] for i in each])
     load_all(numbers[:1])
     start = time.perf_counter()
-    load_all(numbers)
+    samples = load_all(numbers)
     rate = LOADED_IMAGES / (time.perf_counter() - start)
+    return loader.collate_fn(samples).image, rate
+
+
+def _loading(rate: float, workers: int, wanted: float | None) -> Rows:
     feeds = f"{workers} workers a process feed at most {workers * rate:,.0f}" if workers else "no workers"
     needs = "" if wanted is None else f"; {wanted:,.0f} a process need {math.ceil(wanted / rate)} workers"
     return [("loading", f"{rate:,.0f} training images/s a worker, on this machine; {feeds}{needs}")]

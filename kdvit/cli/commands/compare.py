@@ -20,7 +20,7 @@ class Run(NamedTuple):
         acc1: Validation accuracy after the last epoch, 0..1.
         seconds: Time of the training, validation included.
         curve: Epoch and validation accuracy, after every epoch.
-        notes: Why something is missing.
+        notes: Why something is missing, and what a Lift costs once folded.
     """
 
     name: str
@@ -66,7 +66,7 @@ def require_run(folder: Path) -> None:
 
 def read_run(folder: Path) -> Run:
     """Reads a run directory, or the folder of an exported student, and times the student."""
-    from kdvit.models import load_student
+    from kdvit.models import LiftViT, load_student
     from kdvit.models.checkpoint import WEIGHTS
     from kdvit.models.cost import latency_ms, parameter_count
     from kdvit.runtime.loggers import read_table
@@ -85,6 +85,10 @@ def read_run(folder: Path) -> Run:
         told = student.spec.get("run", {})
         if "seconds" not in told:
             notes.append("no seconds, as its student was not written by the training itself.")
+        if isinstance(student, LiftViT) and "lift" in student.named_layers():
+            folded = student.folded()
+            cost = f"has {parameter_count(folded):,} parameters and takes {latency_ms(folded):.2f} ms"
+            notes.append(f"once folded (kdvit export --fold) it {cost}.")
     except Exception as error:  # a class of the user's may raise anything
         notes.append(f"no parameters, latency and seconds: {' '.join(str(error).split())}")
     acc1 = curve[-1][1] if curve else told.get("val/acc1")
