@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
 
 from kdvit.analysis.pca import DatasetPCA
@@ -104,8 +105,13 @@ def _measure(
 
 
 def _batches(trainer: pl.Trainer, data: Any, images: int) -> Any:
-    """Returns training batches of a loader of its own: the Trainer's would go on behind them."""
+    """Returns training batches of this rank, of a loader of its own: the Trainer's would go on behind them.
+
+    Where the data module leaves it to the Trainer to deal images out to the ranks, the loader is the Trainer's.
+    """
     loader: Any = trainer.train_dataloader if data is None else data.train_dataloader()
+    if trainer.world_size > 1 and not isinstance(loader.sampler, DistributedSampler):
+        loader = trainer.train_dataloader
     batches = -(-images // (getattr(loader, "batch_size", None) or 1))
     batches = min(batches, 1) if trainer.fast_dev_run else batches  # type: ignore[attr-defined]
     quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None

@@ -250,4 +250,4 @@ def test_one_image_a_class_is_trained_on_and_one_in_all_is_told(capfd) -> None:
         shutil.rmtree(f"images/{split}/dog")
     assert data().fingerprint()
     message = last_line(command("fit", "--trainer.default_root_dir", "other"), capfd)
-    assert "The student has 2 classes and the data 1. Set num_classes of the student to 1." in message
+    assert "Expected 2 classes or more, got 2 of the student and 1 of the data." in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from kdvit.distillers.bases import energies_kept, energy_kept, hadamard, phi_s_p
 from kdvit.models import TimmTeacher
 from kdvit.structures import OutputShapes, SharedBasis, ViTOutput
 from tests.runs import QUIET, SHORT, assert_same_end, demo_fit
+from tests.several import together
+from tests.tiny import STUDENT
 
 
 def tokens() -> torch.Tensor:
@@ -190,3 +193,33 @@ def test_every_new_bridge_trains_and_is_gone_at_inference(projector: str, demo_t
     from safetensors.torch import load_file
 
     assert not [key for key in load_file("run/student/model.safetensors") if "distillers" in key]
+
+
+@pytest.mark.slow
+def test_several_processes_measure_the_axes_of_one_with_any_data_module() -> None:
+    sizes = {"patch_size": 4, "depth": 2, "num_heads": 2}
+    given = {
+        "data": "tests.tiny.TinyData",
+        "model.student": "TimmStudent",
+        "model.student.init_args.num_classes": 5,
+        "model.student.init_args.model_args": {**sizes, "embed_dim": 8},
+        "model.teacher": "TimmTeacher",
+        "model.teacher.init_args.pretrained": "false",
+        "model.teacher.init_args.model_args": {**sizes, "embed_dim": 16},
+        "model.distillers.feature": "FeatureDistiller",
+        "model.distillers.feature.init_args.projector": "pca",
+        "model.distillers.feature.init_args.calibration_images": 80,
+        "trainer.max_epochs": 1,
+        "trainer.accelerator": "cpu",
+    }
+    for network in ("student", "teacher"):
+        given |= {f"model.{network}.init_args.{name}": STUDENT[name] for name in ("arch", "img_size")}
+    options = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in given.items()]
+    bases = []
+    for processes in (1, 2):
+        run = ["--trainer.devices", str(processes), "--trainer.default_root_dir", str(processes), *QUIET]
+        together(processes, ["fit", *options, *run, "--trainer.strategy", "ddp" if processes > 1 else "auto"])
+        state = torch.load(f"{processes}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        bases.append([state[f"distillers.feature.projectors.0.{name}"] for name in ("mean", "weight")])
+    for one, two in zip(*bases, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
