@@ -103,6 +103,11 @@ class Advice(NamedTuple):
     costs: list[Cost]
 
     @property
+    def fits(self) -> bool:
+        """Whether the student, as advised, has the channels that the teacher's map needs."""
+        return self.remedy != "none" or self.have >= min(self.need, self.teacher_width)
+
+    @property
     def rotation(self) -> float:
         """Shared axes over directions of one image."""
         return self.need / self.rank
@@ -187,7 +192,8 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
     if len(by_remedy) == 1:
         return "none", (
             f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
-            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or take one."
+            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or a fixed target "
+            "(FeatureDistiller, projector: phi_s); or take one of these."
         )
     if wide is None:
         return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."
@@ -246,30 +252,38 @@ def remedy_args(student: Network) -> dict[str, Any]:
 def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `model` part of a config, changed as the advice says.
 
-    Student and map objective change; all the rest stays, and of the objective its weight and loss.
+    Student and map objective change; all the rest stays, and of the objective its weight and loss. A narrow student
+    that no remedy fits keeps its other objectives alone, or gets the fixed target where it has none.
 
     Args:
         advice: The advice.
         model: The `model` part: student, teacher, distillers and the rest.
     """
     given = model.get("distillers") or {}
-    replaced = [each.get("init_args", {}) for each in given.values() if each["class_path"] in MAP_OBJECTIVES]
-    if advice.unchanged and replaced:
-        return dict(model)
+    maps = {key: each for key, each in given.items() if each["class_path"] in MAP_OBJECTIVES}
+    kept = {key: each for key, each in given.items() if key not in maps}
+    if advice.unchanged and maps and advice.fits:
+        bridge = {"projector": "linear"} if advice.remedy == "none" and advice.have != advice.teacher_width else {}
+        bridged = {
+            key: {**each, "init_args": {**each.get("init_args", {}), **bridge}} if key in maps else each
+            for key, each in given.items()
+        }
+        return {**model, "distillers": bridged}
     student = model["student"]
     args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
     name, objective = DISTILLERS[advice.remedy]
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {"weight": 0.2}
+    for each in maps.values():
+        init_args = each.get("init_args", {})
+        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
     if advice.remedy == "none":
         kind = "TimmStudent" if advice.present != "none" else student["class_path"]
-        more = {"projector": None if advice.have == advice.teacher_width else "linear"}
+        bridged_by = "linear" if advice.fits else "phi_s"
+        options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}
     else:
         kind = REMEDIES[advice.remedy].__name__
         heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
         args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
-    options = {"weight": 0.2}
-    for init_args in replaced:
-        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
-    kept = {key: each for key, each in given.items() if each["class_path"] not in MAP_OBJECTIVES}
-    distillers = {**kept, name: {"class_path": objective.__name__, "init_args": {**options, **more}}}
+    new = {name: {"class_path": objective.__name__, "init_args": options}}
+    distillers = {**kept, **new} if advice.fits or not kept else kept
     return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
