@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdvit.analysis.geometry import LEVEL, LayerReport, p99
+from kdvit.analysis.geometry import LayerReport
 from kdvit.analysis.report import NetworkReport, Report
+from kdvit.analysis.variants import LEVEL, p99
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -12,8 +12,9 @@ import numpy as np
 import timm
 import torch
 
-from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths, p99
+from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
+from kdvit.analysis.variants import Ranks, p99
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
 
@@ -85,8 +86,35 @@ class Report(NamedTuple):
         """
         return list(columns), [[each.format(row) for each in columns.values()] for row in self.rows()]
 
+    def outliers(self) -> list[str]:
+        """Returns what outliers the layers have, a sentence each."""
+        found = [
+            f"Outliers in {network.name}, layer {layer.layer}: {', '.join(layer.outliers.found())}."
+            for network, layer in self.layers()
+            if layer.outliers.found()
+        ]
+        return found or ["No layer has outliers: no massive channels, no sink tokens and no constant offset."]
+
+    def variant_cells(self) -> Cells:
+        """Returns the table of ranks and axes beside those that outliers cannot fool, of each network's last layer."""
+        head = ("network", "layer", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "outliers")
+        rows = [
+            (
+                network.name,
+                network.face.layer,
+                ranks.label,
+                f"{p99(ranks.svd_rank()):.0f}",
+                f"{p99(ranks.pca_dimension()):.0f}",
+                f"{ranks.rotation():.2f}",
+                "; ".join(ranks.outliers.found()) or "none",
+            )
+            for network in self.networks
+            for ranks in network.face.variants.values()
+        ]
+        return head, rows
+
     def table(self) -> str:
-        """Returns the short table of the terminal."""
+        """Returns what the terminal shows: outliers, the short table, and the last layers without outliers."""
         energies = self.options.energies
         levels = "/".join(f"{100 * level:g}" for level in energies)
         columns = {
@@ -100,7 +128,8 @@ class Report(NamedTuple):
             "DC": "{0[dc_share]:.0%}",
             "spread": "{0[participation]:.2f}",
         }
-        return text_table(*self.cells(columns), left=3)
+        tables = [text_table(*self.cells(columns), left=3), "", text_table(*self.variant_cells(), left=3)]
+        return "\n".join([*self.outliers(), "", *tables])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every number in plain types."""
@@ -156,6 +185,7 @@ class Report(NamedTuple):
                 **{f"svd_rank_p99_{level:g}": p99(layer.svd_rank(level)) for level in self.options.energies},
                 **{f"pca_dimension_p99_{level:g}": p99(layer.pca_dimension(level)) for level in self.options.energies},
                 "rotation_0.95": layer.rotation(),
+                **{f"outliers_{name}": share for name, share in layer.outliers._asdict().items()},
                 **{f"sep_{at}_{of}": value for at, found in bandwidths(layer).items() for of, value in found.items()},
                 "dc_share": layer.dc_share,
                 "participation": float(layer.participation.mean()),
@@ -172,9 +202,12 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
         "index": layer.index,
         "tokens": layer.tokens,
         "width": layer.width,
-        "svd_rank": {f"{level:g}": _statistics(layer.svd_rank(level)) for level in options.energies},
-        "pca_dimension": {f"{level:g}": _statistics(layer.pca_dimension(level)) for level in options.energies},
-        "rotation": {f"{level:g}": layer.rotation(level) for level in options.energies},
+        "outliers": layer.outliers._asdict(),
+        **_ranks_json(layer.ranks, options),
+        "variants": {
+            ranks.variant: {"outliers": ranks.outliers._asdict(), **_ranks_json(ranks, options)}
+            for ranks in layer.variants.values()
+        },
         "sep": {
             "dc_share": layer.dc_share,
             "full": bandwidths(layer, folded=False),
@@ -188,6 +221,14 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
             "channels": _statistics(layer.participation),
             "shared_axes": _statistics(layer.participation_shared),
         },
+    }
+
+
+def _ranks_json(ranks: Ranks, options: Options) -> dict[str, Any]:
+    return {
+        "svd_rank": {f"{level:g}": _statistics(ranks.svd_rank(level)) for level in options.energies},
+        "pca_dimension": {f"{level:g}": _statistics(ranks.pca_dimension(level)) for level in options.energies},
+        "rotation": {f"{level:g}": ranks.rotation(level) for level in options.energies},
     }
 
 

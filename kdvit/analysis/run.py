@@ -106,7 +106,8 @@ class AnalysisModule(pl.LightningModule):
             own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
             chosen = chosen_layers(network, own)
             shapes = network.output_shapes(chosen, logits=False).features
-            geometries = [LayerGeometry(width, options) for width, _, _ in shapes]
+            face = len(shapes) - 1  # what a feature-map objective compares
+            geometries = [LayerGeometry(width, options, i == face) for i, (width, _, _) in enumerate(shapes)]
             self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, geometries))
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
         self.orders = [CatMetric(), CatMetric()]
@@ -235,7 +236,7 @@ def analyze(
         trainer: Where to run: devices, precision. By default one process, on the GPU if there is one.
         memory: Gigabytes that a process may keep of tokens. The energy in the axes that all images share needs all
             images again once the axes are known; with less, they pass through the networks a second time. (The curves
-            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case.)
+            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case; of the last, five times.)
 
     Raises:
         ValueError: If a layer or an option does not exist, a layer has one token an image, there is no image, or

@@ -170,7 +170,8 @@ def features_of(file: str, label: str, options: Options) -> NetworkReport:
     """Analyses features that others saved."""
     with shown(prefix=f"{file!r}: "):
         found = read_features(file).items()
-        layers = [measure(tokens, options, name, index) for index, (name, tokens) in enumerate(found)]
+        face = len(found) - 1
+        layers = [measure(tokens, options, name, index, index == face) for index, (name, tokens) in enumerate(found)]
     return NetworkReport(label, "features in a file", 0, 0, "", None, len(layers), layers, file, 0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdvit.analysis import Options, advise, advised_model, measure
+from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.geometry import LayerReport
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent
 from kdvit.models.timm_model import create_timm_model
@@ -17,9 +17,11 @@ from tests.tiny import student
 
 def _layer(need: int, rank: int, width: int) -> LayerReport:
     """A teacher's layer with given ranks at 95 %."""
-    report = measure(torch.randn(3, 4, 5), Options(permutations=1))
-
-    return report._replace(width=width, svd_energy=_energy(rank, width), pca_energy=_energy(need, width))
+    report = measure(torch.randn(3, 4, 5), Options(permutations=1), robust=False)
+    ranks = report.ranks._replace(
+        svd_energy=_energy(rank, width), pca_energy=_energy(need, width), outliers=Outliers(0, 0, 0)
+    )
+    return report._replace(width=width, variants={"raw": ranks})
 
 
 def _energy(rank: int, width: int) -> np.ndarray:

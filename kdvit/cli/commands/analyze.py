@@ -67,7 +67,7 @@ def analyze(
         images: How many, one of each class first.
         layers: Indices, fractions of the depth or names; or all. By default the last.
         energies: Shares of the energy.
-        centred: Dataset PCA without the mean token.
+        centred: SVD and dataset PCA without the mean token.
         permutations: Of the channels, beside SEP.
         seed: Of the choice of images, the controls and random weights.
         out: Folder of the report.
