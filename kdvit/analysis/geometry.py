@@ -14,6 +14,7 @@ from kdvit.analysis.controls import Interval, bandwidth_intervals, gaussian_spec
 from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
 from kdvit.analysis.participation import ParticipationRatio
 from kdvit.analysis.pca import TokenMoments
+from kdvit.analysis.shuffled import ShuffledTokens
 from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, sep_curve
 from kdvit.analysis.variants import LEVEL, VARIANTS, Ranks, VariantRanks
 
@@ -157,7 +158,7 @@ class LayerGeometry(nn.Module):
     Args:
         width: Channels D.
         options: What to measure.
-        robust: Measure ranks and axes of all `VARIANTS`, not only of one.
+        robust: Measure ranks and axes of all `VARIANTS`, not only of one, and beside them those of shuffled tokens.
     """
 
     def __init__(self, width: int, options: Options, robust: bool = False) -> None:
@@ -168,13 +169,21 @@ class LayerGeometry(nn.Module):
         self.sep = SpectralEnergyPattern(width)
         self.participation = ParticipationRatio()
         self.sinks = SinkShare()
+        self.shuffled = ShuffledTokens(options.seed) if robust else None
+        self.seen = 0
         self.variants: Any = nn.ModuleList()
         self.shape = (0, width)
         self._kept: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, tokens: Tensor, keep: bool = False) -> None:
-        """Adds images by their tokens ``[B, N, D]``; in a second pass, for what needs all images again."""
+    def update(self, tokens: Tensor, keep: bool = False, numbers: Tensor | None = None) -> None:
+        """Adds images by their tokens ``[B, N, D]``; in a second pass, for what needs all images again.
+
+        Args:
+            tokens: The tokens.
+            keep: Keep them, so that there need be no second pass.
+            numbers: The images' numbers in the data set, ``[B]``; by default counted.
+        """
         if self.variants:
             for variant in self.variants:
                 variant.update(tokens)
@@ -185,6 +194,9 @@ class LayerGeometry(nn.Module):
         if self.shape not in ((0, shape[1]), shape):
             raise ValueError(f"All images must have one number of tokens; got {self.shape[0]} and {shape[0]}.")
         self.shape = shape
+        if self.shuffled is not None:
+            self.shuffled.update(tokens, self.seen + torch.arange(len(tokens)) if numbers is None else numbers)
+        self.seen += len(tokens)
         if keep:
             self._kept.append(tokens.detach().cpu())
 
@@ -221,7 +233,8 @@ class LayerGeometry(nn.Module):
         def rows(value: Tensor) -> Tensor:  # torchmetrics drops the shape of a single number
             return value.cpu().reshape(images, -1)[order]
 
-        measured = [variant.report(order if second is None else second) for variant in self.variants]
+        shuffled = None if self.shuffled is None else self.shuffled.compute().reshape(-1, tokens, width)
+        measured = [variant.report(order if second is None else second, shuffled) for variant in self.variants]
         spectra, counts, moment, mean = self.sep.compute()
         spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
         mean = mean.cpu().reshape(width)

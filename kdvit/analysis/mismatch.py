@@ -14,7 +14,8 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
   does there; else Lift at the teacher's width, which costs nothing once it is trained and folded (`kdvit.models.fold`).
 
 The rule is asked of the tokens as they are, at length 1, and centred, as far as no outlier fools these (see
-`kdvit.analysis.variants`); if all are fooled, of standardised channels. Where they differ, the advice is undecided.
+`kdvit.analysis.variants`); if all are fooled, of standardised channels. Where they differ, or the ends of a figure's
+95 % interval over the images do, the advice is undecided.
 
 Its limits: it rests on one pair of one paper and on linear subspaces; 95 % and the third are conventions; it says
 nothing of logit distillation, which works beside any of them, nor of how much is gained.
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 from kdvit.analysis.costs import Cost, Remedy, remedy_costs, without_remedy
 from kdvit.analysis.geometry import LayerReport
-from kdvit.analysis.variants import VARIANTS, decisive
+from kdvit.analysis.variants import VARIANTS, Spread, decisive, shown, spread_json
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.tables import text_table
@@ -42,8 +43,8 @@ class Opinion(NamedTuple):
         variant: The variant in words.
         as_they_are: Whether lengths of tokens and scales of channels are as the network gives them.
         decides: Whether the advice listens to it.
-        need: Shared axes that hold 95 % of the energy of 99 % of the teacher's images.
-        rank: Directions that hold as much of one image alone.
+        spread: Its figures with their intervals: of them all, the rule asks for need and rank.
+        sure: Whether the remedy is one at both ends of the intervals.
         held: Share of the energy that the leading shared axes, as many as the student's channels, hold of 99 % of the
             images.
         remedy: What the rule makes of them.
@@ -53,11 +54,25 @@ class Opinion(NamedTuple):
     variant: str
     as_they_are: bool
     decides: bool
-    need: int
-    rank: int
+    spread: Spread
+    sure: bool
     held: float
     remedy: Remedy
     why: str
+
+    @property
+    def need(self) -> int:
+        """Shared axes that hold 95 % of the energy of 99 % of the teacher's images."""
+        return int(self.spread.need.value)
+
+    @property
+    def rank(self) -> int:
+        """Directions that hold as much of one image alone."""
+        return int(self.spread.rank.value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain types."""
+        return {**self._asdict(), "spread": spread_json(self.spread)}
 
 
 class Advice(NamedTuple):
@@ -109,8 +124,10 @@ class Advice(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Whether there are variants that decide, and they give one remedy."""
-        return len({(each.remedy, self.have >= each.need) for each in self.opinions if each.decides}) == 1
+        """Whether there are variants that decide, and they give one remedy, each within its intervals."""
+        deciding = [each for each in self.opinions if each.decides]
+        agree = len({(each.remedy, self.have >= each.need) for each in deciding}) == 1
+        return agree and all(each.sure for each in deciding)
 
     @property
     def fits(self) -> bool:
@@ -129,16 +146,20 @@ class Advice(NamedTuple):
             **{name: getattr(self, name) for name in ("decided", "need", "rank", "held", "rotation")},
             "variant": self.rests_on.variant,
             "costs": [{"student": cost.student, **cost._asdict()} for cost in self.costs],
-            "opinions": [each._asdict() for each in self.opinions],
+            "opinions": [each.to_json() for each in self.opinions],
         }
 
     def facts(self) -> list[str]:
         """Returns what the verdict rests on, a sentence each."""
-        turned = (
-            f"the images' subspaces turn from each other, and all together take {self.rotation:.1f} times as many."
-            if self.rotation >= 1.05
-            else "the images share one subspace."
-        )
+        spread = self.rests_on.spread
+        taken = f"all together take {self.rotation:.1f} times as many"
+        if spread.shuffled is not None and spread.turn is not None:
+            taken += f" (tokens shuffled among images: {spread.shuffled.value:.1f} times), "
+            taken += (
+                f"as the images' subspaces turn from each other, by a factor of {shown(spread.turn, '.2f')}"
+                if spread.turned
+                else f"which is what any tokens take of so many channels: a factor of {shown(spread.turn, '.2f')}"
+            )
         target = (
             "a fixed target of that many (FeatureDistiller, projector: phi_s) keeps as much, and costs nothing at "
             "inference."
@@ -149,8 +170,8 @@ class Advice(NamedTuple):
             *(f"Outliers: {each}." for each in self.outliers),
             f"These figures are of the {self.rests_on.variant}.",
             f"The teacher's map has {self.teacher_width} channels. 99 % of the images keep 95 % of their energy in "
-            f"{self.need} axes that all share (dataset PCA).",
-            f"One image alone needs {self.rank} directions for that (per-image SVD): {turned}",
+            f"{shown(spread.need)} axes that all share (dataset PCA; in brackets 95 % intervals over the images).",
+            f"One image alone needs {shown(spread.rank)} directions for that (per-image SVD); {taken}.",
             f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared "
             f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images: {target}",
         ]
@@ -163,7 +184,7 @@ class Advice(NamedTuple):
     def opinion_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         """Returns head and rows of the table of what each variant of the tokens says."""
         rows = [
-            (each.variant, f"{each.need}", f"{each.rank}", each.remedy, "yes" if each.decides else "no")
+            (each.variant, shown(each.spread.need), shown(each.spread.rank), each.remedy, _decides(each))
             for each in self.opinions
         ]
         return ("teacher's tokens", "shared axes", "of one image", "remedy", "decides"), rows
@@ -171,6 +192,10 @@ class Advice(NamedTuple):
     def __str__(self) -> str:
         tables = [text_table(*self.opinion_table()), "", text_table(*self.cost_table())]
         return "\n".join([*self.facts(), f"Advice: {self.why}", "", *tables])
+
+
+def _decides(opinion: Opinion) -> str:
+    return "no" if not opinion.decides else "yes" if opinion.sure else "not within its intervals"
 
 
 def advise(teacher: LayerReport, student: Network) -> Advice:
@@ -186,12 +211,17 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
     deciding = [each.variant for each in decisive(teacher.variants)]
     opinions = []
     for ranks in teacher.variants.values():
-        need, rank, held = ranks.need, ranks.rank, ranks.held(min(have, teacher.width))
-        verdict = _verdict(have, need, rank, teacher.width, costs)
+        spread = ranks.spread()
+        (verdict, *bounds) = (
+            _verdict(have, int(need), int(rank), teacher.width, costs)
+            for need, rank in zip(spread.need, spread.rank, strict=True)
+        )
+        sure = all(remedy == verdict[0] for remedy, _ in bounds)
+        held = ranks.held(min(have, teacher.width))
         of = VARIANTS[ranks.variant]
         as_they_are = not (of.unit or of.standardised)
-        opinions.append(Opinion(of.label, as_they_are, ranks.variant in deciding, need, rank, held, *verdict))
-    outliers = teacher.outliers.found()
+        opinions.append(Opinion(of.label, as_they_are, ranks.variant in deciding, spread, sure, held, *verdict))
+    outliers = list(teacher.outliers.found().values())
     advice = Advice("none", have, have, present, teacher.width, "", False, costs, opinions, outliers)
     remedy, why = advice.rests_on.remedy, advice.rests_on.why
     width = have if remedy == "none" else teacher.width
@@ -211,9 +241,10 @@ def _undecided(advice: Advice) -> str:
     deciding = [each for each in advice.opinions if each.decides]
     if not deciding:
         return f"undecided, as outliers fool every variant of the tokens. By the {advice.rests_on.variant}:"
+    remedies = ("no remedy" if each.remedy == "none" else each.remedy for each in deciding)
     said = [
-        f"{'no remedy' if each.remedy == 'none' else each.remedy} by the {each.variant} ({each.need} axes)"
-        for each in deciding
+        f"{remedy} by the {each.variant} ({shown(each.spread.need)} axes)"
+        for remedy, each in zip(remedies, deciding, strict=True)
     ]
     return f"undecided: {', '.join(said)}, and the student has {advice.have} channels. By the first:"
 

@@ -62,14 +62,14 @@ class Outliers(NamedTuple):
     sinks: float
     offset: float
 
-    def found(self) -> list[str]:
-        """Returns what is found of them, in words."""
-        said = (
-            f"massive channels hold {self.channels:.1%} of the variance",
-            f"sink tokens hold {self.sinks:.1%} of an image's energy",
-            f"a constant offset holds {self.offset:.1%} of the energy",
-        )
-        return [words for words, share in zip(said, self, strict=True) if share >= FOUND]
+    def found(self) -> dict[str, str]:
+        """Returns what is found of them, by name, in words."""
+        said = {
+            "channels": f"massive channels hold {self.channels:.1%} of the variance",
+            "sinks": f"sink tokens hold {self.sinks:.1%} of an image's energy",
+            "offset": f"a constant offset holds {self.offset:.1%} of the energy",
+        }
+        return {name: said[name] for name, share in self._asdict().items() if share >= FOUND}
 
 
 def moment_outliers(variance: Tensor, mean: Tensor, sinks: Tensor) -> Outliers:

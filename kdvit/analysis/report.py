@@ -14,7 +14,7 @@ import torch
 
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
-from kdvit.analysis.variants import Ranks, p99
+from kdvit.analysis.variants import Ranks, p99, shown, spread_json
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
 
@@ -89,7 +89,7 @@ class Report(NamedTuple):
     def outliers(self) -> list[str]:
         """Returns what outliers the layers have, a sentence each."""
         found = [
-            f"Outliers in {network.name}, layer {layer.layer}: {', '.join(layer.outliers.found())}."
+            f"Outliers in {network.name}, layer {layer.layer}: {', '.join(layer.outliers.found().values())}."
             for network, layer in self.layers()
             if layer.outliers.found()
         ]
@@ -97,20 +97,16 @@ class Report(NamedTuple):
 
     def variant_cells(self) -> Cells:
         """Returns the table of ranks and axes beside those that outliers cannot fool, of each network's last layer."""
-        head = ("network", "layer", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "outliers")
-        rows = [
-            (
-                network.name,
-                network.face.layer,
-                ranks.label,
-                f"{p99(ranks.svd_rank()):.0f}",
-                f"{p99(ranks.pca_dimension()):.0f}",
-                f"{ranks.rotation():.2f}",
-                "; ".join(ranks.outliers.found()) or "none",
-            )
-            for network in self.networks
-            for ranks in network.face.variants.values()
-        ]
+        head = ("network", "layer", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "shuffled", "ratio", "outliers")
+        rows = []
+        for network in self.networks:
+            for ranks in network.face.variants.values():
+                spread = ranks.spread()
+                figures = (shown(spread.rank), shown(spread.need), f"{spread.rotation.value:.2f}")
+                shuffled = "" if spread.shuffled is None else f"{spread.shuffled.value:.2f}"
+                turn = "" if spread.turn is None else shown(spread.turn, ".2f")
+                left = ", ".join(ranks.outliers.found()) or "none"
+                rows.append((network.name, network.face.layer, ranks.label, *figures, shuffled, turn, left))
         return head, rows
 
     def table(self) -> str:
@@ -205,7 +201,11 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
         "outliers": layer.outliers._asdict(),
         **_ranks_json(layer.ranks, options),
         "variants": {
-            ranks.variant: {"outliers": ranks.outliers._asdict(), **_ranks_json(ranks, options)}
+            ranks.variant: {
+                "outliers": ranks.outliers._asdict(),
+                **_ranks_json(ranks, options),
+                "spread": spread_json(ranks.spread()),
+            }
             for ranks in layer.variants.values()
         },
         "sep": {

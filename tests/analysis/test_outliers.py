@@ -138,7 +138,7 @@ def test_variants_that_differ_leave_the_advice_undecided() -> None:
     advice = advise(teacher._replace(variants={**teacher.variants, "raw": narrow}), student())
     assert not advice.decided
     assert advice.why.startswith(
-        "undecided: no remedy by the tokens as they are (1 axes), Lift by the tokens at length 1"
+        "undecided: no remedy by the tokens as they are (1 [1, 1] axes), Lift by the tokens at length 1"
     )
 
 
