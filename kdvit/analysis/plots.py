@@ -27,10 +27,11 @@ def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
         width: In inches: 7 for a page, 3.5 for a column.
 
     Returns:
-        Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several layers were measured.
+        Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several blocks were measured.
     """
     drawn = {"ranks": draw_ranks(report, width), "energy": draw_energy(report, width), "sep": draw_sep(report, width)}
-    if any(len(network.layers) > 1 for network in report.networks):
+    blocks = [sum(layer.index < network.depth for layer in network.layers) for network in report.networks]
+    if max(blocks) > 1:  # a remedy's map is none
         drawn["depth"] = draw_depth(report, width)
     return drawn
 

@@ -14,6 +14,7 @@ import torch
 
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
+from kdvit.analysis.published import LEVELS, published
 from kdvit.analysis.variants import Ranks, p99, shown, spread_json
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
@@ -52,6 +53,11 @@ class NetworkReport(NamedTuple):
     layers: list[LayerReport]
     data: str
     passes: int
+
+    @property
+    def arch(self) -> str:
+        """Its architecture, as timm calls it."""
+        return self.kind.split(" ")[-1]
 
     @property
     def face(self) -> LayerReport:
@@ -97,7 +103,7 @@ class Report(NamedTuple):
 
     def variant_cells(self) -> Cells:
         """Returns the table of ranks and axes beside those that outliers cannot fool, of each network's last layer."""
-        head = ("network", "layer", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "shuffled", "ratio", "outliers")
+        head = ("network", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "shuffled", "ratio", "outliers")
         rows = []
         for network in self.networks:
             for ranks in network.face.variants.values():
@@ -106,17 +112,41 @@ class Report(NamedTuple):
                 shuffled = "" if spread.shuffled is None else f"{spread.shuffled.value:.2f}"
                 turn = "" if spread.turn is None else shown(spread.turn, ".2f")
                 left = ", ".join(ranks.outliers.found()) or "none"
-                rows.append((network.name, network.face.layer, ranks.label, *figures, shuffled, turn, left))
+                rows.append((network.name, ranks.label, *figures, shuffled, turn, left))
         return head, rows
+
+    def level_columns(self) -> dict[str, str]:
+        """Returns the columns of SVD ranks and PCA dimensions, all levels of the energy in one each."""
+        energies = self.options.energies
+        levels = "/".join(f"{100 * level:g}" for level in energies)
+        measured = {"SVD rank": "svd_rank", "PCA dim": "pca_dimension"}
+        return {
+            f"{said} p99 at {levels} %": " / ".join(f"{{0[{name}_p99_{level:g}]:.0f}}" for level in energies)
+            for said, name in measured.items()
+        }
+
+    def publishable(self, against: bool = False) -> Cells:
+        """Returns the table for a paper: SVD ranks and PCA dimensions of all layers.
+
+        Args:
+            against: With the paper's own row behind each network that is one of its models.
+        """
+        head, rows = self.cells({**FIRST, **self.level_columns()})
+        lines: list[Sequence[str]] = []
+        for (network, layer), row in zip(self.layers(), rows, strict=True):
+            lines.append(row)
+            theirs = published(network.arch) if against and layer is network.face else None
+            if theirs is not None:
+                figures = (dict(zip(LEVELS, found, strict=True)) for found in (theirs.svd, theirs.pca))
+                cells = (" / ".join(str(of.get(level, "")) for level in self.options.energies) for of in figures)
+                lines.append((f"{theirs.name} (paper)", "last", f"N x {theirs.width}", *cells))
+        return head, lines
 
     def table(self) -> str:
         """Returns what the terminal shows: outliers, the short table, and the last layers without outliers."""
-        energies = self.options.energies
-        levels = "/".join(f"{100 * level:g}" for level in energies)
         columns = {
             **FIRST,
-            f"SVD rank p99 at {levels} %": " / ".join(f"{{0[svd_rank_p99_{level:g}]:.0f}}" for level in energies),
-            f"PCA dim p99 at {levels} %": " / ".join(f"{{0[pca_dimension_p99_{level:g}]:.0f}}" for level in energies),
+            **self.level_columns(),
             "rotation": "{0[rotation_0.95]:.1f}",
             "SEP 90 %": "{0[sep_0.9_tokens]:.2f}",
             "permuted": "{0[sep_0.9_permuted_mean]:.2f}",
@@ -124,7 +154,7 @@ class Report(NamedTuple):
             "DC": "{0[dc_share]:.0%}",
             "spread": "{0[participation]:.2f}",
         }
-        tables = [text_table(*self.cells(columns), left=3), "", text_table(*self.variant_cells(), left=3)]
+        tables = [text_table(*self.cells(columns), left=3), "", text_table(*self.variant_cells(), left=2)]
         return "\n".join([*self.outliers(), "", *tables])
 
     def to_json(self) -> dict[str, Any]:
