@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, for Markdown and for LaTeX."""
 
 from __future__ import annotations
 
@@ -28,3 +28,36 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
         ).rstrip()
         for line in lines
     )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""Returns a table in Markdown, numbers at the right of the first column.
+
+    Example:
+        >>> print(markdown_table(("run", "top-1"), [("a|b", "77.53")]))
+        | run | top-1 |
+        |---|--:|
+        | a\|b | 77.53 |
+    """
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    drawn = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([drawn[0], "|---|" + "--:|" * (len(head) - 1), *drawn[1:]])
+
+
+def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""Returns a table in LaTeX (booktabs), numbers at the right of the first column.
+
+    Example:
+        >>> print(latex_table(("run", "at 95 %"), [("a_b", "61")]))
+        \begin{tabular}{lr}
+        \toprule
+        run & at 95 \% \\
+        \midrule
+        a\_b & 61 \\
+        \bottomrule
+        \end{tabular}
+    """
+    special = str.maketrans({**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "\\": r"\textbackslash{}"})
+    lines = [" & ".join(cell.translate(special) for cell in line) + r" \\" for line in (head, *rows)]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", *body, r"\end{tabular}"])

@@ -5,10 +5,12 @@ On networks and images: `analyze`. Over batches and ranks: the torchmetrics in `
 `participation`.
 """
 
+from kdvit.analysis.advised import advised_model
 from kdvit.analysis.callback import GeometryMonitor
 from kdvit.analysis.features import read_features
-from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, measure, p99
-from kdvit.analysis.mismatch import Advice, advise, advised_model
+from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, measure
+from kdvit.analysis.mismatch import Advice, advise
+from kdvit.analysis.outliers import Outliers, SinkShare
 from kdvit.analysis.participation import ParticipationRatio, participation_ratio
 from kdvit.analysis.pca import DatasetPCA, PCAEnergy, SharedBasis, moments, pca_energy, shared_basis
 from kdvit.analysis.report import NetworkReport, Report
@@ -16,6 +18,7 @@ from kdvit.analysis.run import analyze
 from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, channel_spectrum, sep_curve
 from kdvit.analysis.svd_rank import SVDRank, energy_rank, svd_energy
 from kdvit.analysis.tokens import as_tokens
+from kdvit.analysis.variants import Ranks, p99
 
 __all__ = [
     "Advice",
@@ -25,11 +28,14 @@ __all__ = [
     "LayerReport",
     "NetworkReport",
     "Options",
+    "Outliers",
     "PCAEnergy",
     "ParticipationRatio",
+    "Ranks",
     "Report",
     "SVDRank",
     "SharedBasis",
+    "SinkShare",
     "SpectralEnergyPattern",
     "advise",
     "advised_model",

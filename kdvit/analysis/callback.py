@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from kdvit.analysis.geometry import LEVEL, LayerGeometry, LayerReport, Options, p99
+from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
 from kdvit.analysis.plots import figures
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.run import chosen_layers
 from kdvit.analysis.tokens import as_tokens
+from kdvit.analysis.variants import LEVEL, p99
 from kdvit.models import Network
 from kdvit.structures import Layer
 

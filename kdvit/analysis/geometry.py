@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdvit.analysis.controls import Interval, bandwidth_intervals, gaussian_spectrum, permuted_spectra
+from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
 from kdvit.analysis.participation import ParticipationRatio
-from kdvit.analysis.pca import DatasetPCA, PCAEnergy, SharedBasis
+from kdvit.analysis.pca import TokenMoments
+from kdvit.analysis.shuffled import ShuffledTokens
 from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, sep_curve
-from kdvit.analysis.svd_rank import SVDRank, energy_rank
+from kdvit.analysis.variants import LEVEL, VARIANTS, Ranks, VariantRanks
 
 Array = NDArray[np.float64]
-LEVEL = 0.95  # of the summary: ranks in figures, rotation, advice
 BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -26,7 +27,7 @@ class Options(NamedTuple):
 
     Attributes:
         energies: Shares of the energy at which ranks and dimensions are given.
-        centred: Subtract the mean token before the dataset PCA; the paper does not.
+        centred: Subtract the mean token of all images before SVD and PCA; the paper does not.
         permutations: Random permutations of the channels beside SEP.
         seed: Of the controls and of the choice of images.
     """
@@ -35,6 +36,11 @@ class Options(NamedTuple):
     centred: bool = False
     permutations: int = 100
     seed: int = 0
+
+    @property
+    def variant(self) -> str:
+        """The variant of the tokens that is measured at every layer."""
+        return "centred" if self.centred else "raw"
 
     def check(self) -> None:
         """Raises ValueError if a value is out of range."""
@@ -52,9 +58,9 @@ class LayerReport(NamedTuple):
         index: Its index.
         tokens: Patch tokens N of an image.
         width: Channels D.
-        svd_energy: Share of each image's energy in its leading singular directions, ``[images, min(N, D)]``.
-        pca_energy: Share of each image's energy in the leading axes of all images, ``[images, D]``.
-        pca_spectrum: Eigenvalues of all tokens' second moment, descending, ``[D]``.
+        outliers: What outliers the tokens have.
+        variants: Ranks and shared axes by the name of the variant: first of the tokens as the options want them, then,
+            where it was asked for, of those that outliers cannot fool.
         participation: Participation ratio of each image's tokens, ``[images]``.
         participation_shared: The same in the basis of the dataset PCA, ``[images]``.
         spectrum: Mean channel spectrum, ``[D // 2 + 1]``.
@@ -67,9 +73,8 @@ class LayerReport(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple.index is of no use here
     tokens: int
     width: int
-    svd_energy: Array
-    pca_energy: Array
-    pca_spectrum: Array
+    outliers: Outliers
+    variants: dict[str, Ranks]
     participation: Array
     participation_shared: Array
     spectrum: Array
@@ -80,15 +85,35 @@ class LayerReport(NamedTuple):
     @property
     def images(self) -> int:
         """Number of images."""
-        return len(self.svd_energy)
+        return len(self.participation)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of the tokens as the options want them: by default as they are."""
+        return next(iter(self.variants.values()))
+
+    @property
+    def svd_energy(self) -> Array:
+        """Share of each image's energy in its leading singular directions, ``[images, min(N, D)]``."""
+        return self.ranks.svd_energy
+
+    @property
+    def pca_energy(self) -> Array:
+        """Share of each image's energy in the leading axes of all images, ``[images, D]``."""
+        return self.ranks.pca_energy
+
+    @property
+    def pca_spectrum(self) -> Array:
+        """Eigenvalues of all tokens' second moment, descending, ``[D]``."""
+        return self.ranks.pca_spectrum
 
     def svd_rank(self, level: float) -> Array:
         """Returns the per-image SVD rank at a level, ``[images]``."""
-        return _rank(self.svd_energy, level)
+        return self.ranks.svd_rank(level)
 
     def pca_dimension(self, level: float) -> Array:
         """Returns the least number of shared axes that hold a level of each image's energy, ``[images]``."""
-        return _rank(self.pca_energy, level)
+        return self.ranks.pca_dimension(level)
 
     def sep(self, spectrum: Array | None = None, folded: bool = False) -> Array:
         """Returns the SEP curve of `spectrum`, or of a control's spectra, ``[..., D]``."""
@@ -102,13 +127,8 @@ class LayerReport(NamedTuple):
         return float(self.spectrum[0])
 
     def rotation(self, level: float = LEVEL) -> float:
-        """Returns PCA dimension over SVD rank, 99th percentiles: how far the images' subspaces turn from each other."""
-        return p99(self.pca_dimension(level)) / p99(self.svd_rank(level))
-
-
-def p99(values: Array) -> float:
-    """Returns the 99th percentile over images (numpy's linear one), the paper's figure for a data set."""
-    return float(np.percentile(values, 99))
+        """Returns PCA dimension over SVD rank, 99th percentiles."""
+        return self.ranks.rotation(level)
 
 
 def bandwidths(layer: LayerReport, folded: bool = False) -> dict[str, dict[str, float]]:
@@ -129,58 +149,74 @@ def bandwidths(layer: LayerReport, folded: bool = False) -> dict[str, dict[str, 
     return found
 
 
-def _rank(energy: Array, level: float) -> Array:
-    rank: Array = energy_rank(torch.from_numpy(energy), level).numpy()
-    return rank
-
-
 class LayerGeometry(nn.Module):
     """Measures one layer: ranks, shared axes, spectra and participation, over all batches and ranks.
 
-    The energy in the shared axes needs every image again once the axes are known. Either the tokens are kept until
-    then, or all images are passed in a second time.
+    Ranks and the energy in the shared axes need every image again once the moments of all are known. Either the tokens
+    are kept until then, or all images are passed in a second time.
 
     Args:
         width: Channels D.
         options: What to measure.
+        robust: Measure ranks and axes of all `VARIANTS`, not only of one, and beside them those of shuffled tokens.
     """
 
-    def __init__(self, width: int, options: Options) -> None:
+    def __init__(self, width: int, options: Options, robust: bool = False) -> None:
         super().__init__()
         self.options = options
-        self.svd = SVDRank()
-        self.pca = DatasetPCA(width, options.centred)
+        self.names = list(dict.fromkeys([options.variant, *(VARIANTS if robust else ())]))
+        self.moments = TokenMoments(width)
         self.sep = SpectralEnergyPattern(width)
         self.participation = ParticipationRatio()
-        self.inside: PCAEnergy | None = None
+        self.sinks = SinkShare()
+        self.shuffled = ShuffledTokens(options.seed) if robust else None
+        self.seen = 0
+        self.variants: Any = nn.ModuleList()
         self.shape = (0, width)
         self._kept: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, tokens: Tensor, keep: bool = False) -> None:
-        """Adds images by their tokens ``[B, N, D]``; in a second pass, for the energy in the shared axes."""
-        if self.inside is not None:
-            self.inside.update(tokens)
+    def update(self, tokens: Tensor, keep: bool = False, numbers: Tensor | None = None) -> None:
+        """Adds images by their tokens ``[B, N, D]``; in a second pass, for what needs all images again.
+
+        Args:
+            tokens: The tokens.
+            keep: Keep them, so that there need be no second pass.
+            numbers: The images' numbers in the data set, ``[B]``; by default counted.
+        """
+        if self.variants:
+            for variant in self.variants:
+                variant.update(tokens)
             return
-        for metric in (self.svd, self.pca, self.sep, self.participation):
+        for metric in (self.moments, self.sep, self.participation, self.sinks):
             metric.update(tokens)
         shape = (tokens.shape[1], tokens.shape[2])
         if self.shape not in ((0, shape[1]), shape):
             raise ValueError(f"All images must have one number of tokens; got {self.shape[0]} and {shape[0]}.")
         self.shape = shape
+        if self.shuffled is not None:
+            self.shuffled.update(tokens, self.seen + torch.arange(len(tokens)) if numbers is None else numbers)
+        self.seen += len(tokens)
         if keep:
             self._kept.append(tokens.detach().cpu())
 
     @torch.no_grad()
     def find_axes(self) -> None:
-        """Finds the shared axes (together with all ranks), and measures the kept tokens in them."""
-        device = self.pca.moment.device
-        width = self.shape[1]
-        found = self.pca.compute()
-        basis = SharedBasis(found.spectrum.reshape(width), found.axes.reshape(width, width), found.mean.reshape(width))
-        self.inside = PCAEnergy(basis).to(device)
+        """Finds the shared axes (together with all ranks), and measures the kept tokens in them.
+
+        Raises:
+            ValueError: If all tokens are one, and the options want them centred.
+        """
+        device, width = self.moments.moment.device, self.shape[1]
+        found = [part.reshape(width, -1) for part in (*self.moments.compute(), *self.sep.compute()[2:])]
+        as_they_are, at_one = ((moment, mean[:, 0]) for moment, mean in (found[:2], found[2:]))
+        made = [VariantRanks(name, *(at_one if VARIANTS[name].unit else as_they_are)) for name in self.names]
+        if not made[0].has_energy:
+            raise ValueError("All tokens are the mean token: centred, they have no energy.")
+        self.variants.extend(each.to(device) for each in made if each.has_energy)
         for tokens in self._kept:
-            self.inside.update(tokens.to(device))
+            for variant in self.variants:
+                variant.update(tokens.to(device))
         self._kept.clear()
 
     def report(self, layer: str, index: int, order: Tensor, second: Tensor | None = None) -> LayerReport:
@@ -192,15 +228,17 @@ class LayerGeometry(nn.Module):
             order: Order in which to put the images, ``[images]``, so that it does not depend on the number of ranks.
             second: The same for the second pass, if there was one.
         """
-        assert self.inside is not None
         images, (tokens, width) = len(order), self.shape
 
-        def rows(value: Tensor, order: Tensor = order) -> Tensor:  # torchmetrics drops the shape of a single number
+        def rows(value: Tensor) -> Tensor:  # torchmetrics drops the shape of a single number
             return value.cpu().reshape(images, -1)[order]
 
-        pca_energy, participation_shared = (rows(v, order if second is None else second) for v in self.inside.compute())
-        spectra, counts, moment = self.sep.compute()
+        shuffled = None if self.shuffled is None else self.shuffled.compute().reshape(-1, tokens, width)
+        measured = [variant.report(order if second is None else second, shuffled) for variant in self.variants]
+        spectra, counts, moment, mean = self.sep.compute()
         spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
+        mean = mean.cpu().reshape(width)
+        variance = (moment.diagonal() - mean.square()).clamp(min=0)
         generator = torch.Generator().manual_seed(self.options.seed)
         spectrum = (counts[:, None] * spectra).sum(0) / counts.sum()
         permuted = permuted_spectra(moment, self.options.permutations, generator)
@@ -211,11 +249,10 @@ class LayerGeometry(nn.Module):
             index=index,
             tokens=tokens,
             width=width,
-            svd_energy=rows(self.svd.compute()).numpy(),
-            pca_energy=pca_energy.numpy(),
-            pca_spectrum=self.inside.basis.spectrum.cpu().numpy(),
+            outliers=moment_outliers(variance, mean, rows(self.sinks.compute())),
+            variants={ranks.variant: ranks for ranks, _ in measured},
             participation=rows(self.participation.compute())[:, 0].numpy(),
-            participation_shared=participation_shared[:, 0].numpy(),
+            participation_shared=measured[0][1].numpy(),
             spectrum=spectrum.numpy(),
             permuted=permuted.numpy(),
             gaussian=gaussian.numpy(),
@@ -224,7 +261,11 @@ class LayerGeometry(nn.Module):
 
 
 def measure(
-    batches: Sequence[Tensor] | Tensor, options: Options | None = None, layer: str = "tokens", index: int = 0
+    batches: Sequence[Tensor] | Tensor,
+    options: Options | None = None,
+    layer: str = "tokens",
+    index: int = 0,
+    robust: bool = True,
 ) -> LayerReport:
     """Returns all analyses of tokens that are at hand.
 
@@ -233,6 +274,7 @@ def measure(
         options: What to measure.
         layer: What to call them.
         index: Their place in the depth.
+        robust: Measure all variants that outliers cannot fool beside them.
 
     Raises:
         ValueError: If there are no tokens, or they are not finite or zero.
@@ -247,7 +289,7 @@ def measure(
     parts = list(torch.split(batches, 32) if isinstance(batches, Tensor) else batches)
     if not parts:
         raise ValueError("There are no tokens to measure.")
-    geometry = LayerGeometry(parts[0].shape[-1], options)
+    geometry = LayerGeometry(parts[0].shape[-1], options, robust)
     for tokens in parts:
         geometry.update(tokens, keep=True)
     geometry.find_axes()

@@ -2,9 +2,10 @@
 
 The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD and dataset PCA); the rule is kdvit's:
 
-- *need* is the number of shared axes that hold 95 % of the energy of 99 % of the teacher's images (PCA p99), *rank* the
-  number of directions that hold as much of one image alone (SVD p99), *rotation* their ratio, *have* the width of the
-  student's blocks, whether or not it has a remedy already.
+- *need* is the number of shared axes that hold 95 % of the energy of 99 % of the teacher's images (dataset PCA), *rank*
+  the number of directions that hold as much of one image alone (per-image SVD), *have* the width of the student's
+  blocks, whether or not it has a remedy already. (Need and rank are some image's own and not interpolated, so that
+  *have* axes hold 95 % of 99 % of the images exactly where have >= need.)
 - have >= need: no remedy. A linear map of the student's channels can hold what matters of the teacher's.
 - have < need and have < rank: WideLast at the teacher's width. The lifted map of one image has at most the rank of the
   student's tokens, so that Lift could not hold even a single image.
@@ -12,65 +13,66 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
   (78.23 against 77.53 % for DeiT-Tiny from CaiT-S24), if it costs at most a third more parameters and operations, as it
   does there; else Lift at the teacher's width, which costs nothing once it is trained and folded (`kdvit.models.fold`).
 
+The rule is asked of the tokens as they are, at length 1, and centred, as far as no outlier fools these (see
+`kdvit.analysis.variants`); if all are fooled, of standardised channels. Where they differ, or the ends of a figure's
+95 % interval over the images do, the advice is undecided.
+
 Its limits: it rests on one pair of one paper and on linear subspaces; 95 % and the third are conventions; it says
 nothing of logit distillation, which works beside any of them, nor of how much is gained.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from kdvit.analysis.geometry import LEVEL, LayerReport, p99
-from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
-from kdvit.models import LiftViT, Network, TimmStudent, WideLastViT
+from kdvit.analysis.costs import Cost, Remedy, remedy_costs, without_remedy
+from kdvit.analysis.geometry import LayerReport
+from kdvit.analysis.variants import VARIANTS, Spread, decisive, shown, spread_json
+from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.tables import text_table
 
 AFFORDABLE = 4 / 3
-Remedy = Literal["none", "Lift", "WideLast"]
-REMEDIES: dict[Remedy, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
-DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
-    "none": ("feature", FeatureDistiller),
-    "Lift": ("lift", LiftDistiller),
-    "WideLast": ("wide_last", WideLastDistiller),
-}
-"""The map objective of each remedy, and its name in a config."""
-MAP_OBJECTIVES = {
-    name
-    for _, kind in DISTILLERS.values()
-    for name in (kind.__name__, f"kdvit.distillers.{kind.__name__}", f"{kind.__module__}.{kind.__name__}")
-}
-"""Class paths of them in a config."""
-OF_A_REMEDY = ("width", "num_heads", "folded")
 
 
-class Cost(NamedTuple):
-    """What a student costs.
+class Opinion(NamedTuple):
+    """What one variant of the teacher's tokens says.
 
     Attributes:
-        remedy: The remedy that it has.
-        width: Width of the map that is distilled.
-        parameters: Number of parameters.
-        flops: Operations of one image's logits; a multiply-add counts as 2.
-        num_heads: Heads of the wide block, where the head dimension does not divide the width.
-        folded: Whether it is the cost of a lift that is folded after training.
+        variant: The variant in words.
+        as_they_are: Whether lengths of tokens and scales of channels are as the network gives them.
+        decides: Whether the advice listens to it.
+        spread: Its figures with their intervals: of them all, the rule asks for need and rank.
+        sure: Whether the remedy is one at both ends of the intervals.
+        held: Share of the energy that the leading shared axes, as many as the student's channels, hold of 99 % of the
+            images.
+        remedy: What the rule makes of them.
+        why: In words.
     """
 
+    variant: str
+    as_they_are: bool
+    decides: bool
+    spread: Spread
+    sure: bool
+    held: float
     remedy: Remedy
-    width: int
-    parameters: int
-    flops: int
-    num_heads: int | None = None
-    folded: bool = False
+    why: str
 
     @property
-    def student(self) -> str:
-        """The student's name in tables."""
-        return "no remedy" if self.remedy == "none" else f"{self.remedy}, folded" if self.folded else self.remedy
+    def need(self) -> int:
+        """Shared axes that hold 95 % of the energy of 99 % of the teacher's images."""
+        return int(self.spread.need.value)
+
+    @property
+    def rank(self) -> int:
+        """Directions that hold as much of one image alone."""
+        return int(self.spread.rank.value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain types."""
+        return {**self._asdict(), "spread": spread_json(self.spread)}
 
 
 class Advice(NamedTuple):
@@ -81,26 +83,56 @@ class Advice(NamedTuple):
         width: Width of the map that is distilled.
         have: Width of the student's blocks.
         present: The remedy that the student has already, or "none".
-        need: Shared axes that hold 95 % of the energy of 99 % of the teacher's images.
-        rank: Directions that hold as much of one image alone.
         teacher_width: Channels of the teacher's map.
-        held: Share of the energy that the `have` leading shared axes hold of 99 % of the images.
         why: The verdict in words.
         unchanged: Whether the student is as advised already.
         costs: Of the student without a remedy and with each that it can have.
+        opinions: The remedy by each variant of the tokens. The first that decides is the one the advice rests on.
+        outliers: What outliers the teacher's tokens have, in words.
     """
 
     remedy: Remedy
     width: int
     have: int
     present: Remedy
-    need: int
-    rank: int
     teacher_width: int
-    held: float
     why: str
     unchanged: bool
     costs: list[Cost]
+    opinions: list[Opinion]
+    outliers: list[str]
+
+    @property
+    def rests_on(self) -> Opinion:
+        """The variant that the figures of the advice are of: the first that decides, or the first."""
+        return next((each for each in self.opinions if each.decides), self.opinions[0])
+
+    @property
+    def need(self) -> int:
+        """Shared axes that hold 95 % of the energy of 99 % of the teacher's images."""
+        return self.rests_on.need
+
+    @property
+    def rank(self) -> int:
+        """Directions that hold as much of one image alone."""
+        return self.rests_on.rank
+
+    @property
+    def held(self) -> float:
+        """Share of the energy that the `have` leading shared axes hold of 99 % of the images."""
+        return self.rests_on.held
+
+    @property
+    def decided(self) -> bool:
+        """Whether there are variants that decide, and they give one remedy, each within its intervals."""
+        deciding = [each for each in self.opinions if each.decides]
+        agree = len({(each.remedy, self.have >= each.need) for each in deciding}) == 1
+        return agree and all(each.sure for each in deciding)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the student, as advised, has the channels that the teacher's map needs."""
+        return self.remedy != "none" or self.have >= min(self.need, self.teacher_width)
 
     @property
     def rotation(self) -> float:
@@ -109,23 +141,39 @@ class Advice(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain types."""
-        costs = [{"student": cost.student, **cost._asdict()} for cost in self.costs]
-        return {**self._asdict(), "rotation": self.rotation, "costs": costs}
+        return {
+            **self._asdict(),
+            **{name: getattr(self, name) for name in ("decided", "need", "rank", "held", "rotation")},
+            "variant": self.rests_on.variant,
+            "costs": [{"student": cost.student, **cost._asdict()} for cost in self.costs],
+            "opinions": [each.to_json() for each in self.opinions],
+        }
 
     def facts(self) -> list[str]:
         """Returns what the verdict rests on, a sentence each."""
-        turned = (
-            f"the images' subspaces turn from each other, and all together take {self.rotation:.1f} times as many."
-            if self.rotation >= 1.05
-            else "the images share one subspace."
+        spread = self.rests_on.spread
+        taken = f"all together take {self.rotation:.1f} times as many"
+        if spread.shuffled is not None and spread.turn is not None:
+            taken += f" (tokens shuffled among images: {spread.shuffled.value:.1f} times), "
+            taken += (
+                f"as the images' subspaces turn from each other, by a factor of {shown(spread.turn, '.2f')}"
+                if spread.turned
+                else f"which is what any tokens take of so many channels: a factor of {shown(spread.turn, '.2f')}"
+            )
+        target = (
+            "a fixed target of that many (FeatureDistiller, projector: phi_s) keeps as much, and costs nothing at "
+            "inference."
+            if self.rests_on.as_they_are
+            else "but a fixed target (projector: phi_s) takes its axes from tokens as they are, and keeps the outliers."
         )
         return [
+            *(f"Outliers: {each}." for each in self.outliers),
+            f"These figures are of the {self.rests_on.variant}.",
             f"The teacher's map has {self.teacher_width} channels. 99 % of the images keep 95 % of their energy in "
-            f"{self.need} axes that all share (dataset PCA).",
-            f"One image alone needs {self.rank} directions for that (per-image SVD): {turned}",
+            f"{shown(spread.need)} axes that all share (dataset PCA; in brackets 95 % intervals over the images).",
+            f"One image alone needs {shown(spread.rank)} directions for that (per-image SVD); {taken}.",
             f"The student's blocks have {self.have} channels. The {min(self.have, self.teacher_width)} leading shared "
-            f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images: a fixed target of that "
-            "many (FeatureDistiller, projector: phi_s) keeps as much, and costs nothing at inference.",
+            f"axes hold {100 * self.held:.1f} % of the energy, or more, of 99 % of the images: {target}",
         ]
 
     def cost_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -133,8 +181,21 @@ class Advice(NamedTuple):
         rows = [(c.student, str(c.width), f"{c.parameters:,}", f"{c.flops / 1e9:.3g}") for c in self.costs]
         return ("student", "distilled width", "parameters", "GFLOP"), rows
 
+    def opinion_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Returns head and rows of the table of what each variant of the tokens says."""
+        rows = [
+            (each.variant, shown(each.spread.need), shown(each.spread.rank), each.remedy, _decides(each))
+            for each in self.opinions
+        ]
+        return ("teacher's tokens", "shared axes", "of one image", "remedy", "decides"), rows
+
     def __str__(self) -> str:
-        return "\n".join([*self.facts(), f"Advice: {self.why}", "", text_table(*self.cost_table())])
+        tables = [text_table(*self.opinion_table()), "", text_table(*self.cost_table())]
+        return "\n".join([*self.facts(), f"Advice: {self.why}", "", *tables])
+
+
+def _decides(opinion: Opinion) -> str:
+    return "no" if not opinion.decides else "yes" if opinion.sure else "not within its intervals"
 
 
 def advise(teacher: LayerReport, student: Network) -> Advice:
@@ -144,11 +205,25 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
         teacher: What was measured at the teacher's layer that is distilled.
         student: The student, with or without a remedy.
     """
-    present, bare = _bare(student)
+    present, bare = without_remedy(student)
     have = bare.output_shapes((-1,), logits=False).features[0][0]
-    need, rank = (math.ceil(p99(values)) for values in (teacher.pca_dimension(LEVEL), teacher.svd_rank(LEVEL)))
     costs = [Cost("none", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
-    remedy, why = _verdict(have, need, rank, teacher.width, costs)
+    deciding = [each.variant for each in decisive(teacher.variants)]
+    opinions = []
+    for ranks in teacher.variants.values():
+        spread = ranks.spread()
+        (verdict, *bounds) = (
+            _verdict(have, int(need), int(rank), teacher.width, costs)
+            for need, rank in zip(spread.need, spread.rank, strict=True)
+        )
+        sure = all(remedy == verdict[0] for remedy, _ in bounds)
+        held = ranks.held(min(have, teacher.width))
+        of = VARIANTS[ranks.variant]
+        as_they_are = not (of.unit or of.standardised)
+        opinions.append(Opinion(of.label, as_they_are, ranks.variant in deciding, spread, sure, held, *verdict))
+    outliers = list(teacher.outliers.found().values())
+    advice = Advice("none", have, have, present, teacher.width, "", False, costs, opinions, outliers)
+    remedy, why = advice.rests_on.remedy, advice.rests_on.why
     width = have if remedy == "none" else teacher.width
     facing = student.output_shapes(tuple(student.named_layers()) or (-1,), logits=False).features[-1][0]
     unchanged = (present, facing) == (remedy, width)
@@ -156,16 +231,22 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
         why = f"nothing to change: the student has {why}"
     elif present != "none":
         why = f"{why} (Now it has {present} at width {facing}.)"
-    held = float(np.percentile(teacher.pca_energy[:, min(have, teacher.width) - 1], 1))
-    return Advice(remedy, width, have, present, need, rank, teacher.width, held, why, unchanged, costs)
+    if not advice.decided:
+        why = f"{_undecided(advice)} {why}"
+    return advice._replace(remedy=remedy, width=width, why=why, unchanged=unchanged)
 
 
-def _bare(student: Network) -> tuple[Remedy, Network]:
-    """Returns the remedy that a student has, and the student without it."""
-    for name, remedy in REMEDIES.items():
-        if isinstance(student, remedy):
-            return name, TimmStudent(**remedy_args(student))
-    return "none", student
+def _undecided(advice: Advice) -> str:
+    """Returns why there is no one answer, and what is assumed."""
+    deciding = [each for each in advice.opinions if each.decides]
+    if not deciding:
+        return f"undecided, as outliers fool every variant of the tokens. By the {advice.rests_on.variant}:"
+    remedies = ("no remedy" if each.remedy == "none" else each.remedy for each in deciding)
+    said = [
+        f"{remedy} by the {each.variant} ({shown(each.spread.need)} axes)"
+        for remedy, each in zip(remedies, deciding, strict=True)
+    ]
+    return f"undecided: {', '.join(said)}, and the student has {advice.have} channels. By the first:"
 
 
 def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) -> tuple[Remedy, str]:
@@ -187,7 +268,8 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
     if len(by_remedy) == 1:
         return "none", (
             f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
-            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or take one."
+            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or a fixed target "
+            "(FeatureDistiller, projector: phi_s); or take one of these."
         )
     if wide is None:
         return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."
@@ -208,68 +290,3 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
         f"{ratio:.2f} times the student's parameters or operations. Once trained, Lift folds into a student that costs "
         "what this one costs (kdvit export --fold)."
     )
-
-
-def remedy_costs(student: Network, width: int) -> list[Cost]:
-    """Returns the costs of a student with each remedy that its architecture allows."""
-    costs = []
-    for name, remedy in REMEDIES.items():
-        heads: list[int | None] = [None] if name == "Lift" else [None, _heads(student, width)]
-        for num_heads in heads:
-            args = {**remedy_args(student), "width": width, **({} if num_heads is None else {"num_heads": num_heads})}
-            try:
-                remedied = remedy(**args)
-            except (ValueError, TypeError):  # heads that do not divide the width, or another family of timm's
-                continue
-            costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
-            if isinstance(remedied, LiftViT):
-                folded = remedied.folded()
-                costs.append(Cost(name, width, parameter_count(folded), forward_flops(folded), folded=True))
-            break
-    return costs
-
-
-def _heads(student: Network, width: int) -> int:
-    """Returns the number of heads that divides a width and comes nearest to the student's head dimension."""
-    blocks: Any = getattr(getattr(student, "model", None), "blocks", None)
-    heads = getattr(getattr(blocks[-1], "attn", None), "num_heads", 1) if blocks is not None and len(blocks) else 1
-    head_dim = student.output_shapes((-1,), logits=False).features[0][0] / heads
-    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(width / n - head_dim))
-
-
-def remedy_args(student: Network) -> dict[str, Any]:
-    """Returns the arguments of a student's narrow architecture, without those of a remedy that it may have."""
-    given: Mapping[str, Any] = getattr(student, "init_args", None) or {}
-    return {name: value for name, value in given.items() if name not in OF_A_REMEDY}
-
-
-def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `model` part of a config, changed as the advice says.
-
-    Student and map objective change; all the rest stays, and of the objective its weight and loss.
-
-    Args:
-        advice: The advice.
-        model: The `model` part: student, teacher, distillers and the rest.
-    """
-    given = model.get("distillers") or {}
-    replaced = [each.get("init_args", {}) for each in given.values() if each["class_path"] in MAP_OBJECTIVES]
-    if advice.unchanged and replaced:
-        return dict(model)
-    student = model["student"]
-    args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
-    name, objective = DISTILLERS[advice.remedy]
-    more: dict[str, Any] = {}
-    if advice.remedy == "none":
-        kind = "TimmStudent" if advice.present != "none" else student["class_path"]
-        more = {"projector": None if advice.have == advice.teacher_width else "linear"}
-    else:
-        kind = REMEDIES[advice.remedy].__name__
-        heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
-        args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
-    options = {"weight": 0.2}
-    for init_args in replaced:
-        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
-    kept = {key: each for key, each in given.items() if each["class_path"] not in MAP_OBJECTIVES}
-    distillers = {**kept, name: {"class_path": objective.__name__, "init_args": {**options, **more}}}
-    return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}

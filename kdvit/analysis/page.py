@@ -27,11 +27,9 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         report: The report.
         pictures: PNG files by the name of the figure; they are written into the page.
     """
-    levels = report.options.energies
     ranks = {
         **FIRST,
-        **{f"SVD {100 * level:g} %": f"{{0[svd_rank_p99_{level:g}]:.0f}}" for level in levels},
-        **{f"PCA {100 * level:g} %": f"{{0[pca_dimension_p99_{level:g}]:.0f}}" for level in levels},
+        **report.level_columns(),
         "rotation": "{0[rotation_0.95]:.2f}",
         "spread": "{0[participation]:.3f}",
         "in shared axes": "{0[participation_shared]:.3f}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -73,12 +75,11 @@ def in_shared_basis(tokens: Tensor, basis: SharedBasis) -> tuple[Tensor, Tensor]
     return torch.cat(energies), torch.cat(ratios)
 
 
-class DatasetPCA(Metric):
-    """The `SharedBasis` of a data set, from float64 sums over all batches and ranks.
+class TokenMoments(Metric):
+    """The second moment and the mean of a data set's tokens, from float64 sums over all batches and ranks.
 
     Args:
         width: Channels D.
-        centred: Take the covariance instead of the second moment, which is the paper's.
     """
 
     full_state_update = False
@@ -86,9 +87,8 @@ class DatasetPCA(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, width: int, centred: bool = False) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.centred = centred
         self.add_state("moment", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
@@ -99,6 +99,23 @@ class DatasetPCA(Metric):
         self.moment += second
         self.total += first
         self.count += tokens.shape[0] * tokens.shape[1]
+
+    def compute(self) -> Any:
+        """Returns the mean of ``x x^T`` over all tokens, ``[D, D]``, and the mean token ``[D]``."""
+        return self.moment / self.count, self.total / self.count
+
+
+class DatasetPCA(TokenMoments):
+    """The `SharedBasis` of a data set.
+
+    Args:
+        width: Channels D.
+        centred: Take the covariance instead of the second moment, which is the paper's.
+    """
+
+    def __init__(self, width: int, centred: bool = False) -> None:
+        super().__init__(width)
+        self.centred = centred
 
     def compute(self) -> SharedBasis:
         """Returns the basis."""

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdvit.analysis.geometry import LEVEL, LayerReport, p99
+from kdvit.analysis.geometry import LayerReport
 from kdvit.analysis.report import NetworkReport, Report
+from kdvit.analysis.variants import LEVEL, p99
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -26,10 +27,11 @@ def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
         width: In inches: 7 for a page, 3.5 for a column.
 
     Returns:
-        Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several layers were measured.
+        Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several blocks were measured.
     """
     drawn = {"ranks": draw_ranks(report, width), "energy": draw_energy(report, width), "sep": draw_sep(report, width)}
-    if any(len(network.layers) > 1 for network in report.networks):
+    blocks = [sum(layer.index < network.depth for layer in network.layers) for network in report.networks]
+    if max(blocks) > 1:  # a remedy's map is none
         drawn["depth"] = draw_depth(report, width)
     return drawn
 

@@ -12,8 +12,10 @@ import numpy as np
 import timm
 import torch
 
-from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths, p99
+from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
+from kdvit.analysis.published import LEVELS, published
+from kdvit.analysis.variants import Ranks, p99, shown, spread_json
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
 
@@ -53,6 +55,11 @@ class NetworkReport(NamedTuple):
     passes: int
 
     @property
+    def arch(self) -> str:
+        """Its architecture, as timm calls it."""
+        return self.kind.split(" ")[-1]
+
+    @property
     def face(self) -> LayerReport:
         """The last layer, or a remedy's map: what a feature-map objective compares."""
         return self.layers[-1]
@@ -85,14 +92,61 @@ class Report(NamedTuple):
         """
         return list(columns), [[each.format(row) for each in columns.values()] for row in self.rows()]
 
-    def table(self) -> str:
-        """Returns the short table of the terminal."""
+    def outliers(self) -> list[str]:
+        """Returns what outliers the layers have, a sentence each."""
+        found = [
+            f"Outliers in {network.name}, layer {layer.layer}: {', '.join(layer.outliers.found().values())}."
+            for network, layer in self.layers()
+            if layer.outliers.found()
+        ]
+        return found or ["No layer has outliers: no massive channels, no sink tokens and no constant offset."]
+
+    def variant_cells(self) -> Cells:
+        """Returns the table of ranks and axes beside those that outliers cannot fool, of each network's last layer."""
+        head = ("network", "tokens", "SVD 95 %", "PCA 95 %", "rotation", "shuffled", "ratio", "outliers")
+        rows = []
+        for network in self.networks:
+            for ranks in network.face.variants.values():
+                spread = ranks.spread()
+                figures = (shown(spread.rank), shown(spread.need), f"{spread.rotation.value:.2f}")
+                shuffled = "" if spread.shuffled is None else f"{spread.shuffled.value:.2f}"
+                turn = "" if spread.turn is None else shown(spread.turn, ".2f")
+                left = ", ".join(ranks.outliers.found()) or "none"
+                rows.append((network.name, ranks.label, *figures, shuffled, turn, left))
+        return head, rows
+
+    def level_columns(self) -> dict[str, str]:
+        """Returns the columns of SVD ranks and PCA dimensions, all levels of the energy in one each."""
         energies = self.options.energies
         levels = "/".join(f"{100 * level:g}" for level in energies)
+        measured = {"SVD rank": "svd_rank", "PCA dim": "pca_dimension"}
+        return {
+            f"{said} p99 at {levels} %": " / ".join(f"{{0[{name}_p99_{level:g}]:.0f}}" for level in energies)
+            for said, name in measured.items()
+        }
+
+    def publishable(self, against: bool = False) -> Cells:
+        """Returns the table for a paper: SVD ranks and PCA dimensions of all layers.
+
+        Args:
+            against: With the paper's own row behind each network that is one of its models.
+        """
+        head, rows = self.cells({**FIRST, **self.level_columns()})
+        lines: list[Sequence[str]] = []
+        for (network, layer), row in zip(self.layers(), rows, strict=True):
+            lines.append(row)
+            theirs = published(network.arch) if against and layer is network.face else None
+            if theirs is not None:
+                figures = (dict(zip(LEVELS, found, strict=True)) for found in (theirs.svd, theirs.pca))
+                cells = (" / ".join(str(of.get(level, "")) for level in self.options.energies) for of in figures)
+                lines.append((f"{theirs.name} (paper)", "last", f"N x {theirs.width}", *cells))
+        return head, lines
+
+    def table(self) -> str:
+        """Returns what the terminal shows: outliers, the short table, and the last layers without outliers."""
         columns = {
             **FIRST,
-            f"SVD rank p99 at {levels} %": " / ".join(f"{{0[svd_rank_p99_{level:g}]:.0f}}" for level in energies),
-            f"PCA dim p99 at {levels} %": " / ".join(f"{{0[pca_dimension_p99_{level:g}]:.0f}}" for level in energies),
+            **self.level_columns(),
             "rotation": "{0[rotation_0.95]:.1f}",
             "SEP 90 %": "{0[sep_0.9_tokens]:.2f}",
             "permuted": "{0[sep_0.9_permuted_mean]:.2f}",
@@ -100,7 +154,8 @@ class Report(NamedTuple):
             "DC": "{0[dc_share]:.0%}",
             "spread": "{0[participation]:.2f}",
         }
-        return text_table(*self.cells(columns), left=3)
+        tables = [text_table(*self.cells(columns), left=3), "", text_table(*self.variant_cells(), left=2)]
+        return "\n".join([*self.outliers(), "", *tables])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every number in plain types."""
@@ -156,6 +211,7 @@ class Report(NamedTuple):
                 **{f"svd_rank_p99_{level:g}": p99(layer.svd_rank(level)) for level in self.options.energies},
                 **{f"pca_dimension_p99_{level:g}": p99(layer.pca_dimension(level)) for level in self.options.energies},
                 "rotation_0.95": layer.rotation(),
+                **{f"outliers_{name}": share for name, share in layer.outliers._asdict().items()},
                 **{f"sep_{at}_{of}": value for at, found in bandwidths(layer).items() for of, value in found.items()},
                 "dc_share": layer.dc_share,
                 "participation": float(layer.participation.mean()),
@@ -172,9 +228,16 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
         "index": layer.index,
         "tokens": layer.tokens,
         "width": layer.width,
-        "svd_rank": {f"{level:g}": _statistics(layer.svd_rank(level)) for level in options.energies},
-        "pca_dimension": {f"{level:g}": _statistics(layer.pca_dimension(level)) for level in options.energies},
-        "rotation": {f"{level:g}": layer.rotation(level) for level in options.energies},
+        "outliers": layer.outliers._asdict(),
+        **_ranks_json(layer.ranks, options),
+        "variants": {
+            ranks.variant: {
+                "outliers": ranks.outliers._asdict(),
+                **_ranks_json(ranks, options),
+                "spread": spread_json(ranks.spread()),
+            }
+            for ranks in layer.variants.values()
+        },
         "sep": {
             "dc_share": layer.dc_share,
             "full": bandwidths(layer, folded=False),
@@ -188,6 +251,14 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
             "channels": _statistics(layer.participation),
             "shared_axes": _statistics(layer.participation_shared),
         },
+    }
+
+
+def _ranks_json(ranks: Ranks, options: Options) -> dict[str, Any]:
+    return {
+        "svd_rank": {f"{level:g}": _statistics(ranks.svd_rank(level)) for level in options.energies},
+        "pca_dimension": {f"{level:g}": _statistics(ranks.pca_dimension(level)) for level in options.energies},
+        "rotation": {f"{level:g}": ranks.rotation(level) for level in options.energies},
     }
 
 

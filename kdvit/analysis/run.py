@@ -106,7 +106,8 @@ class AnalysisModule(pl.LightningModule):
             own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
             chosen = chosen_layers(network, own)
             shapes = network.output_shapes(chosen, logits=False).features
-            geometries = [LayerGeometry(width, options) for width, _, _ in shapes]
+            face = len(shapes) - 1  # what a feature-map objective compares
+            geometries = [LayerGeometry(width, options, i == face) for i, (width, _, _) in enumerate(shapes)]
             self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, geometries))
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
         self.orders = [CatMetric(), CatMetric()]
@@ -126,13 +127,13 @@ class AnalysisModule(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures one batch: a `Batch`, a tensor of images, or a tuple that starts with one."""
         image = batch if isinstance(batch, Tensor) else batch[0]
+        first = 1e6 * batch_idx + 1e3 * self.global_rank
+        numbers = batch.index if isinstance(batch, Batch) else first + torch.arange(len(image), device=self.device)
         for each in self.measured:
             features = each.holder(image, each.layers, logits=False).features
             with torch.autocast(self.device.type, enabled=False):
                 for feature, geometry in zip(features, each.geometries, strict=True):
-                    geometry.update(as_tokens(feature), self.keep)
-        first = 1e6 * batch_idx + 1e3 * self.global_rank
-        numbers = batch.index if isinstance(batch, Batch) else first + torch.arange(len(image), device=self.device)
+                    geometry.update(as_tokens(feature), self.keep, numbers)
         self.orders[self.passes - 1].update(numbers.double())
 
     def on_test_epoch_end(self) -> None:
@@ -235,7 +236,8 @@ def analyze(
         trainer: Where to run: devices, precision. By default one process, on the GPU if there is one.
         memory: Gigabytes that a process may keep of tokens. The energy in the axes that all images share needs all
             images again once the axes are known; with less, they pass through the networks a second time. (The curves
-            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case.)
+            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case; of the last, five times, and the
+            tokens of 64 images.)
 
     Raises:
         ValueError: If a layer or an option does not exist, a layer has one token an image, there is no image, or

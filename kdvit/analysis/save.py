@@ -1,4 +1,4 @@
-"""A report as files: a page to read, numbers, a table, curves and figures."""
+"""A report as files: a page to read, numbers, tables, curves and figures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy as np
 from kdvit.analysis.page import page
 from kdvit.analysis.plots import FIGURES, figures
 from kdvit.analysis.report import Report
+from kdvit.tables import latex_table, markdown_table
 
 
-def save(report: Report, folder: str | Path) -> list[Path]:
-    """Writes report.html, report.json, tables.csv, curves.npz and the figures; returns the files.
+def save(report: Report, folder: str | Path, against: bool = False) -> list[Path]:
+    """Writes report.html, report.json, tables (CSV, Markdown, LaTeX), curves.npz and the figures; returns the files.
 
     Args:
         report: The report.
         folder: Made if it is not there.
+        against: In the tables in Markdown and LaTeX, the paper's figures beside the models that it has.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +37,9 @@ def save(report: Report, folder: str | Path) -> list[Path]:
         table = csv.DictWriter(stream, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
+    cells = report.publishable(against)
+    (folder / "tables.md").write_text(markdown_table(*cells) + "\n")
+    (folder / "tables.tex").write_text(latex_table(*cells) + "\n")
     (folder / "report.html").write_text(page(report, {name: folder / f"{name}.png" for name in drawn}))
-    names = ["report.html", "report.json", "tables.csv", "curves.npz"]
+    names = ["report.html", "report.json", "tables.csv", "tables.md", "tables.tex", "curves.npz"]
     return [folder / name for name in (*names, *(f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")))]

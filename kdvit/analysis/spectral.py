@@ -43,11 +43,16 @@ def _channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return shares * multiplicity(width, shares) / (width * counts[:, None]), counts
 
 
-def unit_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of ``x x^T / |x|^2`` over an image's tokens, ``[B, D, D]``, and how many count, ``[B]``."""
-    norm: Tensor = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
-    unit = tokens / norm.where(norm > 0, torch.inf)
-    return unit.mT @ unit, (norm > 0).sum((1, 2))
+def unit(tokens: Tensor) -> Tensor:
+    """Returns tokens ``[..., D]`` at length 1, and tokens of zeros as they are."""
+    norm: Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens / norm.where(norm > 0, torch.inf)
+
+
+def unit_moments(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the sums over an image's tokens at length 1 of ``x x^T``, ``[B, D, D]``, of x, and how many count."""
+    at_one = unit(tokens)
+    return at_one.mT @ at_one, at_one.sum(1), tokens.any(2).sum(1)
 
 
 def spectrum_of_moment(moment: Tensor) -> Tensor:
@@ -118,9 +123,9 @@ def bandwidth(curve: Tensor, level: float) -> Tensor:
     return energy_rank(curve, level).double() / curve.shape[-1]
 
 
-def _measure(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    moments, counts = unit_moments(tokens)
-    return spectrum_of_moment(moments) / counts[:, None], counts, moments.sum(0)
+def _measure(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments, totals, counts = unit_moments(tokens)
+    return spectrum_of_moment(moments) / counts[:, None], counts, moments.sum(0), totals.sum(0)
 
 
 class SpectralEnergyPattern(Metric):
@@ -134,26 +139,29 @@ class SpectralEnergyPattern(Metric):
     spectrum: list[Tensor]
     counts: list[Tensor]
     moment: Tensor
+    total: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.add_state("spectrum", [], dist_reduce_fx="cat")
         self.add_state("counts", [], dist_reduce_fx="cat")
         self.add_state("moment", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor) -> None:
         """Adds images by their tokens ``[B, N, D]``."""
-        spectra, counts, moments = zip(*over_images(_measure, tokens), strict=True)
+        spectra, counts, moments, totals = zip(*over_images(_measure, tokens), strict=True)
         self.spectrum += spectra
         self.counts += counts
         self.moment += torch.stack(moments).sum(0)
+        self.total += torch.stack(totals).sum(0)
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns what the curve and its controls are made of.
 
         Returns:
-            The spectrum of every image ``[images, D // 2 + 1]``, the tokens that count in each ``[images]``, and the
-            second moment of all tokens at length 1, ``[D, D]``, whose trace is 1.
+            The spectrum of every image ``[images, D // 2 + 1]``, the tokens that count in each ``[images]``, and of all
+            tokens at length 1 the second moment ``[D, D]``, whose trace is 1, and the mean ``[D]``.
         """
         counts = dim_zero_cat(self.counts)
-        return dim_zero_cat(self.spectrum), counts, self.moment / counts.sum()
+        return dim_zero_cat(self.spectrum), counts, self.moment / counts.sum(), self.total / counts.sum()

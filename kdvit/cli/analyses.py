@@ -12,6 +12,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
+from kdvit.analysis.published import PUBLISHED, published
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.save import save
@@ -170,7 +171,8 @@ def features_of(file: str, label: str, options: Options) -> NetworkReport:
     """Analyses features that others saved."""
     with shown(prefix=f"{file!r}: "):
         found = read_features(file).items()
-        layers = [measure(tokens, options, name, index) for index, (name, tokens) in enumerate(found)]
+        face = len(found) - 1
+        layers = [measure(tokens, options, name, index, index == face) for index, (name, tokens) in enumerate(found)]
     return NetworkReport(label, "features in a file", 0, 0, "", None, len(layers), layers, file, 0)
 
 
@@ -198,9 +200,9 @@ def _short(name: str, taken: list[str]) -> str:
 
 
 @rank_zero_only
-def write(report: Report, config: dict[str, Any] | None, out: str) -> None:
+def write(report: Report, config: dict[str, Any] | None, out: str, against: str | None = None) -> None:
     """Writes the report, prints its table, and says where everything is."""
-    files = save(report, out)
+    files = save(report, out, against is not None)
     advised = Path(out) / "advised.yaml"
     advised.unlink(missing_ok=True)
     print(f"\n{report.table()}\n")
@@ -210,6 +212,8 @@ def write(report: Report, config: dict[str, Any] | None, out: str) -> None:
         print(f"{report.advice}\n")
     for note in report.notes:
         print(note)
+    if against and not any(published(network.arch) for network in report.networks):
+        print(f"--against {against}: the paper's figures are of {', '.join(PUBLISHED)}.")
     if config is not None and report.advice is not None:
         head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "
         logits = "# (Logits are distilled where the numbers of classes agree: see that they are the same classes.)\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdvit.analysis import Options, advise, advised_model, measure
+from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.geometry import LayerReport
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent
 from kdvit.models.timm_model import create_timm_model
@@ -17,9 +17,11 @@ from tests.tiny import student
 
 def _layer(need: int, rank: int, width: int) -> LayerReport:
     """A teacher's layer with given ranks at 95 %."""
-    report = measure(torch.randn(3, 4, 5), Options(permutations=1))
-
-    return report._replace(width=width, svd_energy=_energy(rank, width), pca_energy=_energy(need, width))
+    report = measure(torch.randn(3, 4, 5), Options(permutations=1), robust=False)
+    ranks = report.ranks._replace(
+        svd_energy=_energy(rank, width), pca_energy=_energy(need, width), outliers=Outliers(0, 0, 0)
+    )
+    return report._replace(width=width, variants={"raw": ranks})
 
 
 def _energy(rank: int, width: int) -> np.ndarray:
@@ -104,3 +106,29 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
         },
         "task_weight": 0.5,
     }
+
+
+def _of(distillers: dict) -> dict:
+    return {"student": {"class_path": "TimmStudent", "init_args": {"arch": "resnet18"}}, "distillers": distillers}
+
+
+def test_a_narrow_student_that_no_remedy_fits_distils_logits_or_the_fixed_target() -> None:
+    advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
+    assert "Distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: phi_s)" in advice.why
+    logit = {"class_path": "LogitDistiller", "init_args": {"weight": 0.9}}
+    linear = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.3, "projector": "linear"}}
+    assert advised_model(advice, _of({"logit": logit, "map": linear}))["distillers"] == {"logit": logit}
+    assert advised_model(advice, _of({"map": linear}))["distillers"] == {
+        "feature": {"class_path": "FeatureDistiller", "init_args": {"weight": 0.3, "projector": "phi_s"}}
+    }
+
+
+@pytest.mark.parametrize(("target", "projector"), [(24, "linear"), (16, "pool")])
+def test_pooled_channels_become_a_linear_projector_where_the_advice_says_so(target: int, projector: str) -> None:
+    pooled = {"weight": 0.3, "projector": "pool", "student_layers": [0, -1], "teacher_layers": [0, -1]}
+    model = _of({"map": {"class_path": "FeatureDistiller", "init_args": pooled}})
+    advice = advise(_layer(10, 5, target), student())
+    assert advice.unchanged
+    assert ("projector: linear" in advice.why) == (projector == "linear")
+    expected = {"class_path": "FeatureDistiller", "init_args": {**pooled, "projector": projector}}
+    assert advised_model(advice, model) == {**model, "distillers": {"map": expected}}

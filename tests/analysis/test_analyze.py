@@ -13,7 +13,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader
 
-from kdvit.analysis import Options, Report, analyze, as_tokens, measure
+from kdvit.analysis import Options, Report, analyze, as_tokens, measure, p99
 from kdvit.analysis.run import analysis_trainer, chosen_layers
 from kdvit.analysis.save import save
 from kdvit.models import TimmNetwork
@@ -153,7 +153,8 @@ def report() -> Report:
 def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: Report, tmp_path: Path) -> None:
     files = {file.name for file in save(report, tmp_path / "out")}
     figures = {f"{name}.{kind}" for name in ("ranks", "energy", "sep", "depth") for kind in ("png", "pdf")}
-    assert files == {"report.html", "report.json", "tables.csv", "curves.npz"} | figures
+    tables = {f"tables.{kind}" for kind in ("csv", "md", "tex")}
+    assert files == {"report.html", "report.json", "curves.npz"} | tables | figures
     assert files == {file.name for file in (tmp_path / "out").iterdir()}
     numbers = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     layers = numbers["networks"][1]["layers"]
@@ -168,6 +169,31 @@ def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: R
     curves = np.load(tmp_path / "out/curves.npz")
     np.testing.assert_array_equal(curves["student/lift/sep"], face.sep())
     assert curves["student/lift/svd_rank"].shape == (40, 4)
+
+
+def test_a_remedys_map_alone_makes_no_depth(tmp_path: Path) -> None:
+    loader = TinyData().val_dataloader()
+    files = save(analyze({"student": student("lift")}, loader, options=FEW), tmp_path)
+    assert not [file for file in files if file.stem == "depth"]
+    assert [file for file in save(analyze(student("lift"), loader, [0], FEW), tmp_path) if file.stem == "depth"]
+
+
+def test_tables_for_a_paper_have_its_figures_beside_ones_own(report: Report, tmp_path: Path) -> None:
+    teacher, student = report.networks
+    cait = teacher._replace(name="my_cait", kind="TimmTeacher cait_s24_224.fb_dist_in1k", layers=teacher.layers[-2:])
+    own = report._replace(networks=[cait, student._replace(layers=student.layers[-1:])])
+    save(own, tmp_path, against=True)
+    table = (tmp_path / "tables.md").read_text().splitlines()
+    assert table[0] == "| network | layer | N x D | SVD rank p99 at 80/90/95/99 % | PCA dim p99 at 80/90/95/99 % |"
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| my_cait"] * 2 + ["| CaiT-S24 (paper)", "| student"]
+    assert table[4] == "| CaiT-S24 (paper) | last | N x 384 | 14 / 34 / 61 / 121 | 167 / 247 / 302 / 359 |"
+    ranks = " / ".join(f"{p99(cait.face.svd_rank(level)):.0f}" for level in (0.8, 0.9, 0.95, 0.99))
+    assert ranks in table[3]
+    latex = (tmp_path / "tables.tex").read_text()
+    assert r"my\_cait & 3 & 16 x 24 & " + ranks in latex
+    assert r"at 80/90/95/99 \%" in latex
+    save(own, tmp_path)
+    assert "paper" not in (tmp_path / "tables.md").read_text()
 
 
 def test_names_on_the_page_are_escaped_and_nothing_is_fetched(report: Report, tmp_path: Path) -> None:

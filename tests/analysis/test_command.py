@@ -68,6 +68,34 @@ def test_several_models_by_timm_name_each_get_the_images_in_their_own_format() -
     assert list(report["networks"][0]["layers"][0]["svd_rank"]) == ["0.5", "0.99"]
 
 
+def test_the_papers_figures_stand_beside_the_models_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pretrained", "false", "--data", "Digits", *QUICK, "--images", "2", "--against", "published"]
+    main(["analyze", "--model", "vit_tiny_patch16_224", *options])
+    row = "| ViT-Tiny (21k) (paper) | last | N x 192 | 1 / 2 / 7 / 52 | 1 / 17 / 71 / 154 |"
+    assert row in Path("out/tables.md").read_text().splitlines()
+    assert "--against" not in capsys.readouterr().out
+    main(["analyze", "--model", _exported("student", student()), *options])
+    assert "--against published: the paper's figures are of cait_s24_224, deit_small" in capsys.readouterr().out
+
+
+def test_outliers_are_said_first(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.random.default_rng(0).standard_normal((12, 9, 30))
+    np.save("plain.npy", tokens)
+    np.save("offset.npy", tokens + 10)
+    main(["analyze", "--model", "plain.npy", *QUICK])
+    assert "No layer has outliers" in capsys.readouterr().out
+    main(["analyze", "--model", "offset.npy", *QUICK])
+    said = capsys.readouterr().out
+    outliers = "Outliers in offset, layer offset: a constant offset holds 99."
+    assert said.index(outliers) < said.index("SVD rank p99")
+    layer = _report()["networks"][0]["layers"][0]
+    assert layer["outliers"]["offset"] == pytest.approx(0.99, abs=0.005)
+    raw, centred = (layer["variants"][name] for name in ("raw", "centred"))
+    assert (raw["svd_rank"]["0.95"]["p99"], raw["spread"]["turned"]) == (1, False)
+    assert centred["svd_rank"]["0.95"]["p99"] == pytest.approx(measure(torch.from_numpy(tokens)).ranks.rank, abs=1)
+    assert outliers in Path("out/report.html").read_text()
+
+
 def test_features_that_others_saved_are_analysed_without_images() -> None:
     tokens = np.random.default_rng(0).standard_normal((12, 9, 6)).astype(np.float16)
     np.save("one.npy", tokens)

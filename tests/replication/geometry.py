@@ -9,9 +9,10 @@ import numpy as np
 
 from kdvit import load_student
 from kdvit.analysis import Report, analyze
-from kdvit.analysis.geometry import LEVEL, LayerReport, bandwidths, p99
+from kdvit.analysis.geometry import LayerReport, bandwidths
 from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
+from kdvit.analysis.variants import LEVEL, p99
 from kdvit.cli.fit import parse_fit
 from kdvit.cli.images import ChosenImages, Images, choose
 from kdvit.cli.lookup import build

@@ -45,6 +45,7 @@ def analyze(
     centred: bool = False,
     permutations: int = 100,
     seed: int = 0,
+    against: Literal["published"] | None = None,
     out: str = "runs/analysis",
     batch_size: PositiveInt = 32,
     num_workers: NonNegativeInt = 2,
@@ -67,9 +68,10 @@ def analyze(
         images: How many, one of each class first.
         layers: Indices, fractions of the depth or names; or all. By default the last.
         energies: Shares of the energy.
-        centred: Dataset PCA without the mean token.
+        centred: SVD and dataset PCA without the mean token.
         permutations: Of the channels, beside SEP.
         seed: Of the choice of images, the controls and random weights.
+        against: The paper's figures beside one's own in tables.md and tables.tex, for the models that it has.
         out: Folder of the report.
         batch_size: Images at once.
         num_workers: Processes that load images.
@@ -93,11 +95,11 @@ def analyze(
     chosen = "all" if layers == ["all"] else layers
     analysis = Analysis(data, pretrained, images, chosen, options, batch_size, num_workers, memory, trainer)
     if model:
-        write(analysis.of_models(model), None, out)
+        write(analysis.of_models(model), None, out, against)
     elif config:
-        write(*analysis.of_config(config), out)
+        write(*analysis.of_config(config), out, against)
     elif teacher and student:
-        write(*analysis.of_pair(teacher, student), out)
+        write(*analysis.of_pair(teacher, student), out, against)
 
 
 def make_folder(out: str) -> None:

@@ -1,0 +1,63 @@
+"""The config that follows the advice on a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kdvit.analysis.costs import OF_A_REMEDY, REMEDIES, Remedy
+from kdvit.analysis.mismatch import Advice
+from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
+
+DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
+    "none": ("feature", FeatureDistiller),
+    "Lift": ("lift", LiftDistiller),
+    "WideLast": ("wide_last", WideLastDistiller),
+}
+"""The map objective of each remedy, and its name in a config."""
+MAP_OBJECTIVES = {
+    name
+    for _, kind in DISTILLERS.values()
+    for name in (kind.__name__, f"kdvit.distillers.{kind.__name__}", f"{kind.__module__}.{kind.__name__}")
+}
+"""Class paths of them in a config."""
+
+
+def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `model` part of a config, changed as the advice says.
+
+    Student and map objective change; all the rest stays, and of the objective its weight and loss. A narrow student
+    that no remedy fits keeps its other objectives alone, or gets the fixed target where it has none.
+
+    Args:
+        advice: The advice.
+        model: The `model` part: student, teacher, distillers and the rest.
+    """
+    given = model.get("distillers") or {}
+    maps = {key: each for key, each in given.items() if each["class_path"] in MAP_OBJECTIVES}
+    kept = {key: each for key, each in given.items() if key not in maps}
+    if advice.unchanged and maps and advice.fits:
+        bridge = {"projector": "linear"} if advice.remedy == "none" and advice.have != advice.teacher_width else {}
+        bridged = {
+            key: {**each, "init_args": {**each.get("init_args", {}), **bridge}} if key in maps else each
+            for key, each in given.items()
+        }
+        return {**model, "distillers": bridged}
+    student = model["student"]
+    args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
+    name, objective = DISTILLERS[advice.remedy]
+    options: dict[str, Any] = {"weight": 0.2}
+    for each in maps.values():
+        init_args = each.get("init_args", {})
+        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
+    if advice.remedy == "none":
+        kind = "TimmStudent" if advice.present != "none" else student["class_path"]
+        bridged_by = "linear" if advice.fits else "phi_s"
+        options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}
+    else:
+        kind = REMEDIES[advice.remedy].__name__
+        heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
+        args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
+    new = {name: {"class_path": objective.__name__, "init_args": options}}
+    distillers = {**kept, **new} if advice.fits or not kept else kept
+    return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
