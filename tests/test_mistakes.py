@@ -31,7 +31,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "model key": ({"model/task_wight": 1}, "no option 'model.task_wight'. Did you mean task_weight?"),
     "trainer key": ({"trainer/max_epoch": 1}, "no option 'trainer.max_epoch'. Did you mean max_epochs?"),
     "type": ({"model/student/init_args/width": "wide"}, "width: expected int, got 'wide'."),
-    "distiller type": ({"model/distillers/lift/init_args/weight": "heavy"}, "weight: expected float, got 'heavy'."),
+    "distiller type": (
+        {"model/distillers/lift/init_args/weight": "heavy"},
+        "weight: expected a number, or a schedule of start, end, epochs and shape (got 'heavy')",
+    ),
     "optional type": ({"trainer/max_epochs": "ten"}, "trainer.max_epochs: expected int (got 'ten')"),
     "layer out of range": (
         {"model/distillers/lift/init_args/teacher_layer": 9},

@@ -16,6 +16,7 @@ from kdvit.distillers.relations import (
 from kdvit.distillers.rkd import RKDDistiller
 from kdvit.distillers.spectral import spectral_mse
 from kdvit.distillers.vitkd import ViTKDDistiller
+from kdvit.distillers.weights import Weight, WeightSchedule
 from kdvit.distillers.wide_last import WideLastDistiller
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "RKDDistiller",
     "TokenRelationDistiller",
     "ViTKDDistiller",
+    "Weight",
+    "WeightSchedule",
     "WideLastDistiller",
     "attention_transfer",
     "dist",

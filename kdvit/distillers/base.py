@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from kdvit.distillers.weights import Weight, require_weight
 from kdvit.structures import FixedTarget, Layer, OutputShapes, SharedBasis, ViTOutput
 
 
@@ -20,7 +21,8 @@ class Distiller(nn.Module, ABC):
     it would have drawn.
 
     Args:
-        weight: Factor of this term in the total loss. `DistillationModule` applies it, once.
+        weight: Factor of this term in the total loss, or a `WeightSchedule` of it over the epochs.
+            `DistillationModule` applies it, once.
 
     Attributes:
         student_layers: Student feature maps wanted, in the order in which `forward` receives them.
@@ -47,10 +49,9 @@ class Distiller(nn.Module, ABC):
     needs_teacher_logits: ClassVar[bool] = True
     calibration_images: int = 0
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"{type(self).__name__}: weight must be 0 or more, got {weight}.")
+        require_weight(weight, f"{type(self).__name__}: weight")
         self.weight = weight
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.distillers.logit import LogitObjective
+from kdvit.distillers.weights import Weight
 from kdvit.structures import ViTOutput
 
 
@@ -46,7 +47,7 @@ class DISTDistiller(LogitObjective):
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
     """
 
-    def __init__(self, weight: float = 1.0, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(weight, temperature)
         if beta < 0 or gamma < 0:
             raise ValueError(f"DISTDistiller: beta and gamma must be 0 or more, got {beta} and {gamma}.")

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from kdvit.distillers.logit import LogitObjective, hard_kd, soft_kd
+from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, ViTOutput
 
 Mode = Literal["hard", "soft"]
@@ -33,7 +34,7 @@ class DistillationTokenDistiller(LogitObjective):
 
     student_layers: tuple[Layer, ...] = ("distillation_logits",)
 
-    def __init__(self, weight: float = 1.0, mode: Mode = "hard", temperature: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0, mode: Mode = "hard", temperature: float = 1.0) -> None:
         super().__init__(weight, temperature)
         if mode not in get_args(Mode):
             raise ValueError(f"DistillationTokenDistiller: mode must be hard or soft, got {mode!r}.")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.distillers.logit import LogitObjective
+from kdvit.distillers.weights import Weight
 from kdvit.structures import ViTOutput
 
 
@@ -52,7 +53,7 @@ class DKDDistiller(LogitObjective):
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
     """
 
-    def __init__(self, weight: float = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+    def __init__(self, weight: Weight = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__(weight, temperature)
         if alpha < 0 or beta < 0:
             raise ValueError(f"DKDDistiller: alpha and beta must be 0 or more, got {alpha} and {beta}.")

@@ -14,6 +14,7 @@ from torchmetrics.functional import explained_variance
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.bases import energies_kept, pca_projection, phi_s_projection
 from kdvit.distillers.spectral import spectral_mse
+from kdvit.distillers.weights import Weight
 from kdvit.structures import FixedTarget, Layer, OutputShapes, SharedBasis, ViTOutput, at_least_float32
 
 
@@ -192,7 +193,7 @@ class FeatureDistiller(Distiller):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         student_layers: Sequence[Layer] = (-1,),
         teacher_layers: Sequence[Layer] = (-1,),
         loss: Loss = "mse",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdvit.distillers.feature import FeatureDistiller, Loss
+from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer
 
 
@@ -23,5 +24,5 @@ class LiftDistiller(FeatureDistiller):
 
     way_out = "Set the width of LiftViT to {width}."
 
-    def __init__(self, weight: float = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1) -> None:
+    def __init__(self, weight: Weight = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1) -> None:
         super().__init__(weight, student_layers=("lift",), teacher_layers=(teacher_layer,), loss=loss)

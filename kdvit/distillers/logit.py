@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
+from kdvit.distillers.weights import Weight
 from kdvit.structures import OutputShapes, ViTOutput
 
 
@@ -59,7 +60,7 @@ class LogitObjective(Distiller):
         ValueError: If the temperature is not positive; at `build`, if student and teacher have different classes.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0, temperature: float = 1.0) -> None:
         super().__init__(weight)
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be greater than 0, got {temperature}.")
@@ -97,7 +98,7 @@ class LogitDistiller(LogitObjective):
     """
 
     def __init__(
-        self, weight: float = 1.0, temperature: float = 1.0, hard: bool = False, standardize: bool = False
+        self, weight: Weight = 1.0, temperature: float = 1.0, hard: bool = False, standardize: bool = False
     ) -> None:
         super().__init__(weight, temperature)
         if hard and (temperature != 1.0 or standardize):

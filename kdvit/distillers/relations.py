@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.feature import same_grid
+from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, OutputShapes, ViTOutput
 
 
@@ -48,7 +49,7 @@ class RelationDistiller(Distiller):
 
     needs_teacher_logits: ClassVar[bool] = False
 
-    def __init__(self, weight: float = 1.0, student_layer: Layer = -1, teacher_layer: Layer = -1) -> None:
+    def __init__(self, weight: Weight = 1.0, student_layer: Layer = -1, teacher_layer: Layer = -1) -> None:
         super().__init__(weight)
         self.student_layers, self.teacher_layers = (student_layer,), (teacher_layer,)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
+from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, ViTOutput
 
 
@@ -54,7 +55,7 @@ class RKDDistiller(Distiller):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         distance: float = 25.0,
         angle: float = 50.0,
         student_layer: Layer = -1,

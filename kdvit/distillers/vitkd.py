@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.feature import layer_normed, same_grid
+from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, OutputShapes, ViTOutput
 
 
@@ -45,7 +46,7 @@ class ViTKDDistiller(Distiller):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         student_layers: Sequence[Layer] = (0, 1, -1),
         teacher_layers: Sequence[Layer] = (0, 1, -1),
         alpha: float = 3e-5,

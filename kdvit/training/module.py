@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdvit.distillers import Distiller
+from kdvit.distillers import Distiller, Weight
+from kdvit.distillers.weights import require_weight, weight_at
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data
 from kdvit.models.checkpoint import student_spec
 from kdvit.seeding import mixed_seed, seed_torch
@@ -19,7 +20,7 @@ from kdvit.training.calibration import calibrate
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
 from kdvit.training.optim import OptimizerOptions, gradient_norm, optimizer_and_schedule
-from kdvit.training.schedule import LearningRate, ScheduleOptions
+from kdvit.training.schedule import ScheduleOptions
 from kdvit.training.sharding import split
 
 
@@ -32,7 +33,7 @@ class DistillationModule(pl.LightningModule):
         student: The network to train; a timm model is wrapped.
         teacher: The frozen network to learn from; null for a supervised run.
         distillers: Objectives by name. The name is that of the logs.
-        task_weight: Weight of the cross-entropy; 0.1 beside a logit term of 0.9 in the paper's runs, else 1.
+        task_weight: Weight of the cross-entropy, or its schedule; 0.1 beside a logit term of 0.9 in the paper's runs.
         label_smoothing: Label smoothing of the cross-entropy.
         optimizer: The optimizer.
         schedule: The learning rate over epochs.
@@ -52,7 +53,7 @@ class DistillationModule(pl.LightningModule):
         student: Network,
         teacher: Network | None = None,
         distillers: dict[str, Distiller] | None = None,
-        task_weight: float = 1.0,
+        task_weight: Weight = 1.0,
         label_smoothing: float = 0.0,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
@@ -61,8 +62,7 @@ class DistillationModule(pl.LightningModule):
         compile: Literal["none", "student", "teacher", "both"] = "none",
     ) -> None:
         super().__init__()
-        if task_weight < 0:
-            raise ValueError(f"task_weight must be 0 or more, got {task_weight}.")
+        require_weight(task_weight, "task_weight")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
         if compile in ("teacher", "both") and teacher is None:
@@ -75,8 +75,7 @@ class DistillationModule(pl.LightningModule):
         self.task_weight, self.label_smoothing = task_weight, label_smoothing
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.class_names, self.compiled = class_names, compile
-        self.scores = classification_scores(self.num_classes)
-        self._run_seed = torch.initial_seed()
+        self.scores, self._run_seed = classification_scores(self.num_classes), torch.initial_seed()
         self._spec = student_spec(self.student, self.image_format, class_names)  # a split student is of another class
 
     def configure_model(self) -> None:
@@ -105,8 +104,7 @@ class DistillationModule(pl.LightningModule):
 
     def teacher_output(self, batch: Batch) -> ViTOutput | None:
         """Returns what the distillers want of the teacher, from the cache or computed; None without a teacher."""
-        output = batch.teacher
-        if output is None and self.teacher is not None:
+        if (output := batch.teacher) is None and self.teacher is not None:
             output = self.teacher(batch.image, self.distillers.teacher_layers, self.distillers.teacher_logits)
         return None if output is None else output.at_least_float32()
 
@@ -117,8 +115,12 @@ class DistillationModule(pl.LightningModule):
         return {"task": task, **self.distillers.terms(student, teacher, target)}
 
     def weights(self) -> dict[str, float]:
-        """Returns the weight of every term."""
-        return {"task": self.task_weight, **self.distillers.weights()}
+        """Returns the weight of every term in the current epoch."""
+        return {name: weight_at(w, self.current_epoch) for name, w in self.distillers.weights(self.task_weight).items()}
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the weights that change over the epochs."""
+        self.log_dict(self.distillers.changing_weights(self.task_weight, self.current_epoch))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate, and seeds dropout by step and rank: a resumed run does what it would have done."""
@@ -177,15 +179,14 @@ class DistillationModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the learning rate and the gradient norm before clipping."""
         if self._is_logged_step():
-            self.log("train/grad_norm", gradient_norm(self))
-            self.log("train/lr", optimizer.param_groups[0]["lr"])
+            self.log_dict({"train/grad_norm": gradient_norm(self), "train/lr": optimizer.param_groups[0]["lr"]})
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""
         options = self.optimizer_options, self.schedule_options
         return optimizer_and_schedule(self.trainer, (self.student, self.distillers), *options)
 
-    def lr_scheduler_step(self, scheduler: LearningRate, metric: Any) -> None:  # type: ignore[override]
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Moves the learning rate to the coming epoch or step."""
         scheduler.set(self.current_epoch + 1, self.trainer.global_step)
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from kdvit.distillers import Distiller
+from kdvit.distillers import Distiller, Weight, WeightSchedule
 from kdvit.models import FrozenTeacher, Network
 from kdvit.structures import Layer, TeacherMap, ViTOutput
 
@@ -96,9 +96,14 @@ class Objectives(nn.ModuleDict):
         """Returns the distillers by name."""
         return cast("ItemsView[str, Distiller]", super().items())
 
-    def weights(self) -> dict[str, float]:
-        """Returns the weight of every distiller."""
-        return {name: distiller.weight for name, distiller in self.items()}
+    def weights(self, task: Weight) -> dict[str, Weight]:
+        """Returns the weight of every term, that of the cross-entropy first."""
+        return {"task": task, **{name: distiller.weight for name, distiller in self.items()}}
+
+    def changing_weights(self, task: Weight, epoch: int) -> dict[str, float]:
+        """Returns the weights that are schedules, in an epoch, by the names of the log."""
+        weights = self.weights(task).items()
+        return {f"train/{name}_weight": each.at(epoch) for name, each in weights if isinstance(each, WeightSchedule)}
 
     def terms(self, student: ViTOutput, teacher: ViTOutput | None, target: Tensor) -> dict[str, Tensor]:
         """Computes the term of every distiller, unweighted.
