@@ -86,10 +86,12 @@ class OutputShapes(NamedTuple):
     Attributes:
         classes: Number of classes K, or None where no logits were asked for.
         features: ``(C, H, W)`` for each layer asked for.
+        class_names: Names of the classes in the order of the logits, where known.
     """
 
     classes: int | None
     features: tuple[tuple[int, int, int], ...] = ()
+    class_names: tuple[str, ...] | None = None
 
 
 class FixedTarget(NamedTuple):

@@ -13,6 +13,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from kdvit.distillers.classes import first_difference
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
@@ -38,7 +39,8 @@ class TeacherScores(pl.Callback):
         teacher = pl_module.teacher
         if teacher is None or trainer.val_dataloaders is None or trainer.global_step > 0:
             return
-        if teacher.output_shapes().classes != pl_module.num_classes:
+        other = first_difference(pl_module.class_names, teacher.network.spec.get("class_names"))
+        if teacher.output_shapes().classes != pl_module.num_classes or other:
             rank_zero_info("The teacher has other classes than the data, so its accuracy is not measured.")
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)

@@ -100,6 +100,10 @@ class Distiller(nn.Module, ABC):
         """
         return feature
 
+    def conversions(self) -> list[str]:
+        """Says what it converts of the pair that it is built for, a sentence each; nothing by default."""
+        return []
+
     @abstractmethod
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
         """Computes the unweighted loss.

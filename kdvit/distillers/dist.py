@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
 from kdvit.structures import ViTOutput
@@ -42,13 +43,22 @@ class DISTDistiller(LogitObjective):
         beta: Weight of the correlations in each image; 2 in the paper's ImageNet runs.
         gamma: Weight of the correlations in each class over the batch; 2 in the paper's ImageNet runs.
         temperature: Softens both distributions; 1 for ImageNet in the paper, 4 for CIFAR-100.
+        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
+            teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
 
     Raises:
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
     """
 
-    def __init__(self, weight: Weight = 1.0, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__(weight, temperature)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        classes: Classes | None = None,
+    ) -> None:
+        super().__init__(weight, temperature, classes)
         if beta < 0 or gamma < 0:
             raise ValueError(f"DISTDistiller: beta and gamma must be 0 or more, got {beta} and {gamma}.")
         self.beta, self.gamma = beta, gamma

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective, hard_kd, soft_kd
 from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, ViTOutput
@@ -26,6 +27,9 @@ class DistillationTokenDistiller(LogitObjective):
         mode: "hard" takes the teacher's most probable class as the label, which is better in the paper (its table 3);
             "soft" its probabilities.
         temperature: Softens both distributions, in "soft"; 3 in the paper.
+        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
+            teacher's to the student's, by index or name. Softmax and the most probable class are over these alone; see
+            `LogitObjective`.
 
     Raises:
         ValueError: If an option is unknown or out of range; at `build`, if student and teacher have different classes.
@@ -34,8 +38,14 @@ class DistillationTokenDistiller(LogitObjective):
 
     student_layers: tuple[Layer, ...] = ("distillation_logits",)
 
-    def __init__(self, weight: Weight = 1.0, mode: Mode = "hard", temperature: float = 1.0) -> None:
-        super().__init__(weight, temperature)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mode: Mode = "hard",
+        temperature: float = 1.0,
+        classes: Classes | None = None,
+    ) -> None:
+        super().__init__(weight, temperature, classes)
         if mode not in get_args(Mode):
             raise ValueError(f"DistillationTokenDistiller: mode must be hard or soft, got {mode!r}.")
         if mode == "hard" and temperature != 1.0:
@@ -46,6 +56,5 @@ class DistillationTokenDistiller(LogitObjective):
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
         """Returns `hard_kd` or `soft_kd` of the distillation head's logits."""
-        _, theirs = self.logits(student, teacher)
-        ours = student.features[0].flatten(1)
+        ours, theirs = self.logits(student._replace(logits=student.features[0].flatten(1)), teacher)
         return hard_kd(ours, theirs) if self.mode == "hard" else soft_kd(ours, theirs, self.temperature)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
-from kdvit.structures import ViTOutput
+from kdvit.structures import OutputShapes, ViTOutput
 
 
 def dkd(
@@ -48,16 +49,36 @@ class DKDDistiller(LogitObjective):
         alpha: Weight of the target class.
         beta: Weight of the other classes; 8 for CIFAR-100 in the paper, 0.5 for ImageNet.
         temperature: Softens both distributions; 4 for CIFAR-100 in the paper, 1 for ImageNet.
+        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
+            teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
+            All classes of the student must be among them, as the target is one.
 
     Raises:
-        ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
+        ValueError: If a number is out of range; at `build`, if student and teacher have different classes, or a class
+            of the student is not among `classes`.
     """
 
-    def __init__(self, weight: Weight = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
-        super().__init__(weight, temperature)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        classes: Classes | None = None,
+    ) -> None:
+        super().__init__(weight, temperature, classes)
         if alpha < 0 or beta < 0:
             raise ValueError(f"DKDDistiller: alpha and beta must be 0 or more, got {alpha} and {beta}.")
         self.alpha, self.beta = alpha, beta
+
+    def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
+        """Finds the classes; the target may be any of the student's."""
+        super().build(student, teacher)
+        if self.classes is not None and len(self.student_classes) != student.classes:
+            raise ValueError(
+                f"DKDDistiller: classes has {len(self.student_classes)} of the student's {student.classes} classes, "
+                "and an image's own must be one of them. Name a class of the teacher for each, or use LogitDistiller."
+            )
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
         """Returns `dkd` of the logits."""

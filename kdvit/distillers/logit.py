@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdvit.distillers.base import Distiller
+from kdvit.distillers.classes import Classes, require_same_classes, share_classes
 from kdvit.distillers.weights import Weight
 from kdvit.structures import OutputShapes, ViTOutput
 
@@ -52,34 +54,63 @@ def standardized(logits: Tensor) -> Tensor:
 class LogitObjective(Distiller):
     """What objectives on logits share: a temperature, and one set of classes.
 
+    With `classes`, both logits are cut down to the classes that are mapped before anything else, so that each softmax
+    is over these alone: the student is told nothing of its other classes, and the teacher's probabilities are those
+    given that the class is one of them, for images of any class.
+
     Args:
         weight: Factor of this term in the total loss.
         temperature: Softens both distributions.
+        classes: By default all, which must be the same in the same order. Else a mapping from classes of the teacher to
+            classes of the student, each by index (a number) or name (text), or "by_name" for those that have the same
+            name. The student's names are the data's; the teacher's are known where kdvit or timm has exported it, and
+            for timm's published ImageNet weights, whose names are WordNet ids.
 
     Raises:
-        ValueError: If the temperature is not positive; at `build`, if student and teacher have different classes.
+        ValueError: If the temperature is not positive or `classes` names none; at `build`, if student and teacher have
+            different classes, or a class that is named is not there.
     """
 
-    def __init__(self, weight: Weight = 1.0, temperature: float = 1.0) -> None:
+    student_classes: Tensor
+    teacher_classes: Tensor
+
+    def __init__(self, weight: Weight = 1.0, temperature: float = 1.0, classes: Classes | None = None) -> None:
         super().__init__(weight)
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be greater than 0, got {temperature}.")
-        self.temperature = temperature
+        if classes is not None and classes != "by_name" and not (isinstance(classes, dict) and classes):
+            raise ValueError(
+                f"{type(self).__name__}: classes must be by_name or a mapping from the teacher's to the student's, got "
+                f"{classes!r}."
+            )
+        self.temperature, self.classes = temperature, classes
+        self._conversions: list[str] = []
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
-        """Checks that both networks tell apart the same number of classes."""
-        if student.classes != teacher.classes:
-            raise ValueError(
-                f"{type(self).__name__} needs one set of classes, but the student has {student.classes} classes and "
-                f"the teacher {teacher.classes}. Use a teacher trained on the student's classes, or distill features "
-                "instead (FeatureDistiller, LiftDistiller, WideLastDistiller)."
-            )
+        """Checks that both networks have the same classes, or finds those that are mapped."""
+        try:
+            if self.classes is None:
+                require_same_classes(student, teacher)
+                return
+            shared = share_classes(self.classes, student, teacher)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from error
+        these = f"{len(shared.student)} of the student's {student.classes} and the teacher's {teacher.classes} classes"
+        self._conversions = [f"softmax over {these}"]
+        self.register_buffer("student_classes", torch.tensor(shared.student), persistent=False)
+        self.register_buffer("teacher_classes", torch.tensor(shared.teacher), persistent=False)
+
+    def conversions(self) -> list[str]:
+        """Says which classes are distilled, if not all are."""
+        return self._conversions
 
     def logits(self, student: ViTOutput, teacher: ViTOutput) -> tuple[Tensor, Tensor]:
-        """Returns the logits of both, each ``[B, K]``."""
+        """Returns the logits of both, each ``[B, K]``, of the classes that are distilled, in the student's order."""
         assert student.logits is not None
         assert teacher.logits is not None
-        return student.logits, teacher.logits
+        if self.classes is None:
+            return student.logits, teacher.logits
+        return student.logits[:, self.student_classes], teacher.logits[:, self.teacher_classes]
 
 
 class LogitDistiller(LogitObjective):
@@ -91,16 +122,24 @@ class LogitDistiller(LogitObjective):
         hard: Use the teacher's most probable class as the label, instead of its probabilities.
         standardize: Standardise both logits before they are softened (arXiv:2403.01427, with temperature 2 and weight
             9), so that the student need not match the range of the teacher's.
+        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
+            teacher's to the student's, by index or name. Softmax, standardisation and the most probable class are over
+            these alone; see `LogitObjective`.
 
     Raises:
         ValueError: If the temperature is not positive, or something is set beside `hard`; at `build`, if student and
-            teacher tell apart different numbers of classes.
+            teacher have different classes, or a class that is named is not there.
     """
 
     def __init__(
-        self, weight: Weight = 1.0, temperature: float = 1.0, hard: bool = False, standardize: bool = False
+        self,
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        hard: bool = False,
+        standardize: bool = False,
+        classes: Classes | None = None,
     ) -> None:
-        super().__init__(weight, temperature)
+        super().__init__(weight, temperature, classes)
         if hard and (temperature != 1.0 or standardize):
             raise ValueError(
                 f"LogitDistiller: hard labels have no temperature and no range; got hard=True, "

@@ -25,7 +25,7 @@ class Network(nn.Module):
     Attributes:
         depth: Number of layers whose output can be asked for.
         image_format: Input size and normalisation that the network was made for.
-        spec: What a loaded student's file says of it, in plain types; empty otherwise.
+        spec: What a loaded network's file says of it, in plain types; its `class_names`, where they are known.
 
     Example:
         A network of one's own, usable in YAML by its class path::

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdvit.models.checkpoint import CONFIG
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
@@ -55,6 +59,19 @@ class TimmTeacher(TimmNetwork):
             use_fast_talking_heads(model)
         super().__init__(model)
         self.init_args = args
+        if checkpoint is None and (names := _class_names(arch, model, pretrained)):
+            self.spec["class_names"] = names
+
+
+def _class_names(arch: str, model: Any, pretrained: bool) -> list[str] | None:
+    """Returns the names of a timm model's classes, where known; those of published weights are ImageNet's."""
+    source, _, folder = arch.rpartition(":")
+    names = model.pretrained_cfg.get("label_names")
+    if not names and source == "local-dir":
+        names = (json.loads((Path(folder) / CONFIG).read_text()).get("kdvit") or {}).get("class_names")
+    elif not names and not source and pretrained and (subset := infer_imagenet_subset(model)):
+        names = ImageNetInfo(subset).label_names()  # type: ignore[no-untyped-call]
+    return list(names) if names and len(names) == model.num_classes else None
 
 
 class FrozenTeacher:

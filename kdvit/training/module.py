@@ -71,7 +71,7 @@ class DistillationModule(pl.LightningModule):
         self.image_format = image_format or self.student.image_format
         self.num_classes = fit_to_data(self.student, self.image_format, class_names)
         self.teacher = None if teacher is None else FrozenTeacher(as_network(teacher), self.image_format)
-        self.distillers = Objectives(distillers or {}, self.student, self.teacher)
+        self.distillers = Objectives(distillers or {}, self.student, self.teacher, class_names)
         self.task_weight, self.label_smoothing = task_weight, label_smoothing
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.class_names, self.compiled = class_names, compile

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdvit.distillers import Distiller, Weight, WeightSchedule
 from kdvit.models import FrozenTeacher, Network
-from kdvit.structures import Layer, TeacherMap, ViTOutput
+from kdvit.structures import Layer, OutputShapes, TeacherMap, ViTOutput
 
 
 class Objectives(nn.ModuleDict):
@@ -21,6 +21,7 @@ class Objectives(nn.ModuleDict):
         distillers: Objectives by name; none for a supervised run.
         student: The student.
         teacher: The teacher; None for a supervised run.
+        class_names: Names of the student's classes, where known.
 
     Attributes:
         student_layers: The student's layers that the distillers want, in the order of the distillers.
@@ -35,8 +36,15 @@ class Objectives(nn.ModuleDict):
             distillers is given.
     """
 
-    def __init__(self, distillers: dict[str, Distiller], student: Network, teacher: FrozenTeacher | None) -> None:
+    def __init__(
+        self,
+        distillers: dict[str, Distiller],
+        student: Network,
+        teacher: FrozenTeacher | None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        self._class_names = class_names
         self.student_layers: tuple[Layer, ...] = ()
         self.teacher_layers: tuple[Layer, ...] = ()
         self.teacher_indices: tuple[Layer, ...] = ()
@@ -67,12 +75,13 @@ class Objectives(nn.ModuleDict):
         try:
             ours = student.output_shapes(distiller.student_layers)
             theirs = teacher.output_shapes(distiller.teacher_layers, distiller.needs_teacher_logits)
-            distiller.build(ours, theirs)
+            distiller.build(_named(ours, self._class_names), _named(theirs, teacher.network.spec.get("class_names")))
         except ValueError as error:
             raise ValueError(f"distillers.{name}: {error}") from error
         if [shape[1:] for shape in ours.features] != [shape[1:] for shape in theirs.features]:
             shapes = f"distillers.{name}: {ours.features} and {theirs.features}"
             self.conversions.append(f"Of maps with unequal grids, the finer is resized. [C, H, W] in {shapes}.")
+        self.conversions += [f"distillers.{name}: {each}" for each in distiller.conversions()]
         before = len(self.student_layers), len(self.teacher_layers)
         self.student_layers += distiller.student_layers
         self.teacher_layers += distiller.teacher_layers
@@ -153,3 +162,7 @@ class Objectives(nn.ModuleDict):
                     teacher._replace(features=teacher.features[theirs]),
                 ),
             )
+
+
+def _named(shapes: OutputShapes, names: Sequence[str] | None) -> OutputShapes:
+    return shapes._replace(class_names=tuple(names) if names is not None and len(names) == shapes.classes else None)

@@ -99,7 +99,7 @@ def _distillers(module: DistillationModule) -> Rows:
                 f"student {_layer(module.student, layer)} {_shape(shape)} <- "
                 f"teacher {_layer(module.teacher.network, other)} {_shape(target)}{resized}"
             )
-        rows.append((f"distiller {name}", "; ".join(parts)))
+        rows.append((f"distiller {name}", "; ".join([*parts, *distiller.conversions()])))
     return rows
 
 
