@@ -63,7 +63,8 @@ def test_each_objective_gets_the_layers_that_it_asked_for_from_one_pass() -> Non
     module.trainer = trainer(".", log_every_n_steps=10**9)
     module.training_step(Batch(image, torch.tensor([0, 1]), torch.tensor([0, 1])), 0)
     assert len(passes) == 2
-    assert module.teacher_request() == ((0, 3, 2), True)
+    request = module.distillers.only_request()
+    assert ([each.layer for each in request.maps], request.logits) == ([0, 3, 2], True)
     for each in asked.values():
         ours, theirs = module.student(image, each.student_layers), module.teacher(image, each.teacher_layers)
         for given, expected in zip(each.given, (ours, theirs), strict=True):
@@ -219,7 +220,7 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"teacher": None}, r"distillers \['logit', 'feature'\] need a teacher"),
+        ({"teacher": None}, "distiller 'logit' needs a teacher, and teacher is null"),
         ({"distillers": {}}, "nothing is distilled from it"),
         (
             {"distillers": {"task": LogitDistiller()}},

@@ -48,7 +48,7 @@ class GeometryMonitor(pl.Callback):
         self._epoch = -1
         self._share: Tensor | None = None
         self._order = torch.empty(0)
-        self._teacher: NetworkReport | None = None
+        self._teachers: list[NetworkReport] | None = None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures and logs, where the epoch's turn has come."""
@@ -62,12 +62,12 @@ class GeometryMonitor(pl.Callback):
         if self._share is None:
             self._choose(trainer)
         measured = [self._measure(trainer, "student", pl_module.student, pl_module.student, pl_module.device)]
-        if pl_module.teacher is not None:
-            holder = pl_module.teacher
-            self._teacher = self._teacher or self._measure(trainer, "teacher", holder.network, holder, pl_module.device)
-            measured.append(self._teacher)
+        if self._teachers is None:
+            holders = pl_module.teachers.values()
+            self._teachers = [self._measure(trainer, x.label, x.network, x, pl_module.device) for x in holders]
+        measured += self._teachers
         for network in measured:
-            prefix = "geometry/" if network.name == "student" else "geometry/teacher_"
+            prefix = "geometry/" if network.name == "student" else f"geometry/{network.name}_"
             values = scalars(network.face)
             pl_module.log_dict({f"{prefix}{name}": value for name, value in values.items()})
         self._draw(trainer, Report(measured, self.options))

@@ -172,7 +172,7 @@ class CacheComparison(TeacherPass):
         super().__init__(*args, **kwargs)
         self.samples = min(samples, self.manifest.rows)
         maps = self.manifest.maps
-        foreign = [str(each) for each in maps if each.target and each not in self.objectives.teacher_maps]
+        foreign = [str(each) for each in maps if each.target and each not in self.objectives.only_request().maps]
         if foreign:
             raise CacheError(
                 f"The cache {str(self.folder)!r} holds {', '.join(foreign)}, which no distiller of this config makes. "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdvit.data import ImageDataModule
 from kdvit.runtime.checkpoints import WholeCheckpointIO
-from kdvit.structures import Batch, ViTOutput
+from kdvit.structures import Batch
 
 SHOWN = 5
 
@@ -38,12 +38,14 @@ def bad_terms(trainer: pl.Trainer, pl_module: Any, seen: SeenBatch) -> list[str]
 
 def _sources(trainer: pl.Trainer, pl_module: Any, batch: Batch) -> dict[str, Tensor]:
     with trainer.precision_plugin.forward_context():
-        output = pl_module.teacher_output(batch) or ViTOutput(None)
-    whose = "the teacher's" if batch.teacher is None else "the cached teacher's"
-    layers = [f"{whose} layer {layer}" for layer in pl_module.teacher_request()[0]]
-    names = ["the image", *layers, f"{whose} output of logits"]
-    values = [batch.image, *output.features, output.logits]
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        outputs = pl_module.distillers.ask(pl_module.teachers, batch)
+    named = {"the image": batch.image}
+    for name, (logits, features) in outputs.items():
+        whose = f"the {'' if batch.teacher is None else 'cached '}{pl_module.teachers[name].label}'s"
+        layers = [f"{whose} layer {each.layer}" for each in pl_module.distillers.requests[name].maps]
+        named |= dict(zip(layers, features, strict=True))
+        named |= {} if logits is None else {f"{whose} output of logits": logits}
+    return named
 
 
 def bad_gradients(pl_module: Any) -> list[str]:

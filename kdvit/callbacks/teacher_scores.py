@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from kdvit.distillers.classes import first_difference
+from kdvit.models import FrozenTeacher
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch
 from kdvit.training.metrics import classification_scores
 
 
 class TeacherScores(pl.Callback):
-    """Scores the teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
+    """Scores each teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
 
     A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does
     not repeat it; a teacher with other classes than the data is not scored.
@@ -35,13 +36,15 @@ class TeacherScores(pl.Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Runs the teacher over the images, each rank over its share."""
-        teacher = pl_module.teacher
-        if teacher is None or trainer.val_dataloaders is None or trainer.global_step > 0:
-            return
+        """Runs each teacher over the images, each rank over its share."""
+        if trainer.val_dataloaders is not None and trainer.global_step == 0:
+            for teacher in pl_module.teachers.values():
+                self._score(trainer, pl_module, teacher)
+
+    def _score(self, trainer: pl.Trainer, pl_module: Any, teacher: FrozenTeacher) -> None:
         other = first_difference(pl_module.class_names, teacher.network.spec.get("class_names"))
         if teacher.output_shapes().classes != pl_module.num_classes or other:
-            rank_zero_info("The teacher has other classes than the data, so its accuracy is not measured.")
+            rank_zero_info(f"The {teacher.label} has other classes than the data, so its accuracy is not measured.")
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)
         scored = 0
@@ -51,11 +54,12 @@ class TeacherScores(pl.Callback):
                 logits = teacher(image).logits
             scores.update(logits, target)
             scored += len(target)
-        measured = {f"teacher/{name}": float(value) for name, value in scores.compute().items()}
+        measured = {f"{teacher.label}/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
+        acc1 = measured[f"{teacher.label}/acc1"]
         images = sum(gather(trainer, scored))
-        rank_zero_info(f"Teacher on {images:,} validation images: {measured['teacher/acc1']:.2%} top-1.")
+        rank_zero_info(f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1.")
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
         """Returns this rank's share of the images, within the Trainer's limit; reads a stream to its end."""

@@ -95,8 +95,12 @@ class Analysis:
         root = ["--data.init_args.root", self.data] if self.data else []
         experiment = read_experiment(file, root, random=() if self.pretrained else (TEACHER,), data=True)
         note = _take_best(experiment)
-        networks = {} if experiment.teacher is None else {TEACHER: experiment.teacher}
-        networks |= {STUDENT: experiment.student}
+        if len(experiment.teachers) > 1:
+            raise UserError(
+                f"--config {file}: an analysis is of one pair, and the config has {', '.join(experiment.teachers)}. "
+                "Give the pair by --teacher NAME --student NAME, or all networks by --model."
+            )
+        networks = {**experiment.teachers, STUDENT: experiment.student}
         report = self._run(networks, images_of_config(experiment, file))._replace(notes=(note,))
         if TEACHER not in networks:
             return report, None

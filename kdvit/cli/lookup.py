@@ -22,14 +22,14 @@ class Experiment(NamedTuple):
         config: What it says beyond the defaults.
         root: Its run directory.
         student: Its student.
-        teacher: Its teacher, if it has one.
+        teachers: Its teachers, "teacher" where there is one, else "teacher_NAME".
         data: Its data, if they are asked for.
     """
 
     config: dict[str, Any]
     root: Path
     student: Network
-    teacher: Network | None
+    teachers: dict[str, Network]
     data: pl.LightningDataModule | None
 
 
@@ -53,13 +53,16 @@ def read_experiment(
     """
     read = ReadFit("fit", find_configs(["--config", name, *changes]))
     config = read.config["fit"]
-    for part in random:
-        if config.model[part] is not None and "pretrained" in config.model[part].get("init_args", {}):
-            config.model[part].init_args.pretrained = False
+    named = config.model.teachers or ({"teacher": config.model.teacher} if config.model.teacher else {})
+    teachers = {"teacher" if len(named) == 1 else f"teacher_{name}": each for name, each in named.items()}
+    specs = {"student": {"student": config.model.student}, "teacher": teachers}
+    for spec in (each for part in random for each in specs[part].values()):
+        if "pretrained" in spec.get("init_args", {}):
+            spec["init_args"]["pretrained"] = False
     student = build("student", Network, config.model.student)
-    teacher = None if config.model.teacher is None else build("teacher", Network, config.model.teacher)
+    built = {label: build(label, Network, spec) for label, spec in teachers.items()}
     images = build("data", pl.LightningDataModule, config.data) if data else None
-    return Experiment(read.plain(), Path(config.trainer.default_root_dir), student, teacher, images)
+    return Experiment(read.plain(), Path(config.trainer.default_root_dir), student, built, images)
 
 
 def build(part: str, kind: type, spec: Mapping[str, Any]) -> Any:
@@ -103,5 +106,5 @@ def find_networks(name: str, config: str | None = None) -> list[tuple[str, Netwo
     if config is None:
         return [(name, find_network(name, pretrained=False, kind=TimmTeacher))]
     found = read_experiment(config, random=("student", "teacher"))
-    roles = {"student": found.student, "teacher": found.teacher}
-    return [(f"{Path(name).stem}: {role}", network) for role, network in roles.items() if network is not None]
+    roles = {"student": found.student, **found.teachers}
+    return [(f"{Path(name).stem}: {role}", network) for role, network in roles.items()]

@@ -102,8 +102,8 @@ def _unknown_class(text: str, match: re.Match[str]) -> str:
     from kdvit.structures import subclasses
 
     key = text.partition(":")[0]
-    kinds: dict[str, type] = {"model.distillers": Distiller, "model.student": Network, "model.teacher": Network}
-    kind = {**kinds, "data": LightningDataModule}.get(key)
+    networks: dict[str, type] = dict.fromkeys(("model.student", "model.teacher", "model.teachers"), Network)
+    kind = {**networks, "model.distillers": Distiller, "data": LightningDataModule}.get(key)
     known: dict[str, type] = subclasses(kind) if kind else {}
     listed = f" Known: {', '.join(sorted(known))}." if known else ""
     return (

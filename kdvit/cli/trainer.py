@@ -74,13 +74,14 @@ class Trainer(pl.Trainer):
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
         self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]
-        data, objectives, teacher = datamodule.fingerprint(), model.distillers, model.teacher
+        teacher, objectives, data = model.teacher, model.distillers, datamodule.fingerprint()
+        wanted = objectives.only_request()
         datamodule.trainer = self
-        measure = partial(calibrate, objectives, teacher, self, datamodule)
+        measure = partial(calibrate, objectives, model.teachers, self, datamodule)
         loading = datamodule.batch_size, datamodule.replay_dataloader, objectives, measure
         if out is not None:
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
-            manifest = plan(teacher, (objectives.teacher_maps, objectives.teacher_logits), data, **options)
+            manifest = plan(teacher, (wanted.maps, wanted.logits), data, **options)
             assert teacher is not None
             done = fill(self, CacheWriting(teacher, Path(out), manifest, *loading))
         else:

@@ -100,8 +100,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Opens the cache of a fit, and raises if it was made for another run."""
         if stage == "fit" and self.cache is not None and self.trainer is not None:
             module: Any = self.trainer.lightning_module
-            maps, logits = module.distillers.teacher_maps, module.distillers.teacher_logits
-            self._reader = open_cache(Path(self.cache), module.teacher, maps, logits, self.fingerprint())
+            teacher, wanted = module.teacher, module.distillers.only_request()
+            self._reader = open_cache(Path(self.cache), teacher, wanted.maps, wanted.logits, self.fingerprint())
 
     @property
     def bases(self) -> dict[str, SharedBasis]:

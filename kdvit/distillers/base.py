@@ -23,6 +23,7 @@ class Distiller(nn.Module, ABC):
     Args:
         weight: Factor of this term in the total loss, or a `WeightSchedule` of it over the epochs.
             `DistillationModule` applies it, once.
+        teacher: Name of the teacher that `forward` gets, where there are several.
 
     Attributes:
         student_layers: Student feature maps wanted, in the order in which `forward` receives them.
@@ -49,10 +50,10 @@ class Distiller(nn.Module, ABC):
     needs_teacher_logits: ClassVar[bool] = True
     calibration_images: int = 0
 
-    def __init__(self, weight: Weight = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0, teacher: str | None = None) -> None:
         super().__init__()
         require_weight(weight, f"{type(self).__name__}: weight")
-        self.weight = weight
+        self.weight, self.teacher = weight, teacher
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
         """Checks the pair and creates the parameters that depend on it. Runs once, before optimizer and DDP.

@@ -45,6 +45,7 @@ class DISTDistiller(LogitObjective):
         temperature: Softens both distributions; 1 for ImageNet in the paper, 4 for CIFAR-100.
         classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
             teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
@@ -57,8 +58,9 @@ class DISTDistiller(LogitObjective):
         gamma: float = 1.0,
         temperature: float = 1.0,
         classes: Classes | None = None,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight, temperature, classes)
+        super().__init__(weight, temperature, classes, teacher)
         if beta < 0 or gamma < 0:
             raise ValueError(f"DISTDistiller: beta and gamma must be 0 or more, got {beta} and {gamma}.")
         self.beta, self.gamma = beta, gamma

@@ -30,6 +30,7 @@ class DistillationTokenDistiller(LogitObjective):
         classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
             teacher's to the student's, by index or name. Softmax and the most probable class are over these alone; see
             `LogitObjective`.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If an option is unknown or out of range; at `build`, if student and teacher have different classes.
@@ -44,8 +45,9 @@ class DistillationTokenDistiller(LogitObjective):
         mode: Mode = "hard",
         temperature: float = 1.0,
         classes: Classes | None = None,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight, temperature, classes)
+        super().__init__(weight, temperature, classes, teacher)
         if mode not in get_args(Mode):
             raise ValueError(f"DistillationTokenDistiller: mode must be hard or soft, got {mode!r}.")
         if mode == "hard" and temperature != 1.0:

@@ -52,6 +52,7 @@ class DKDDistiller(LogitObjective):
         classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
             teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
             All classes of the student must be among them, as the target is one.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes, or a class
@@ -65,8 +66,9 @@ class DKDDistiller(LogitObjective):
         beta: float = 8.0,
         temperature: float = 4.0,
         classes: Classes | None = None,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight, temperature, classes)
+        super().__init__(weight, temperature, classes, teacher)
         if alpha < 0 or beta < 0:
             raise ValueError(f"DKDDistiller: alpha and beta must be 0 or more, got {alpha} and {beta}.")
         self.alpha, self.beta = alpha, beta

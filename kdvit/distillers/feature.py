@@ -179,6 +179,7 @@ class FeatureDistiller(Distiller):
             alike in the target, whatever the teacher's scale, and it is the student that comes to it. "unit_norm" gives
             those of both the length 1: a direction is compared, and a length that only one side had would be an error
             that no direction can mend.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If the lists differ in length, are empty or an option is unknown; at `build`, if widths differ and
@@ -200,8 +201,9 @@ class FeatureDistiller(Distiller):
         projector: Projector | None = None,
         calibration_images: int = 1000,
         normalize: Normalize | None = None,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, teacher)
         if not student_layers or len(student_layers) != len(teacher_layers):
             raise ValueError(
                 f"{type(self).__name__}: student_layers and teacher_layers are pairs and must be lists of one length, "

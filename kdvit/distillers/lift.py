@@ -17,6 +17,7 @@ class LiftDistiller(FeatureDistiller):
         weight: Factor of this term in the total loss; 0.2 in the paper's runs.
         loss: "mse", "smooth_l1", or "spectral" for SpectralKD; the paper's best Lift run takes "spectral".
         teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: At construction of the run, if the student has no lift or is not as wide as the teacher.
@@ -24,5 +25,7 @@ class LiftDistiller(FeatureDistiller):
 
     way_out = "Set the width of LiftViT to {width}."
 
-    def __init__(self, weight: Weight = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1) -> None:
-        super().__init__(weight, student_layers=("lift",), teacher_layers=(teacher_layer,), loss=loss)
+    def __init__(
+        self, weight: Weight = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1, teacher: str | None = None
+    ) -> None:
+        super().__init__(weight, ("lift",), (teacher_layer,), loss, teacher=teacher)

@@ -65,6 +65,7 @@ class LogitObjective(Distiller):
             classes of the student, each by index (a number) or name (text), or "by_name" for those that have the same
             name. The student's names are the data's; the teacher's are known where kdvit or timm has exported it, and
             for timm's published ImageNet weights, whose names are WordNet ids.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If the temperature is not positive or `classes` names none; at `build`, if student and teacher have
@@ -74,8 +75,14 @@ class LogitObjective(Distiller):
     student_classes: Tensor
     teacher_classes: Tensor
 
-    def __init__(self, weight: Weight = 1.0, temperature: float = 1.0, classes: Classes | None = None) -> None:
-        super().__init__(weight)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        classes: Classes | None = None,
+        teacher: str | None = None,
+    ) -> None:
+        super().__init__(weight, teacher)
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be greater than 0, got {temperature}.")
         if classes is not None and classes != "by_name" and not (isinstance(classes, dict) and classes):
@@ -125,6 +132,7 @@ class LogitDistiller(LogitObjective):
         classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
             teacher's to the student's, by index or name. Softmax, standardisation and the most probable class are over
             these alone; see `LogitObjective`.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If the temperature is not positive, or something is set beside `hard`; at `build`, if student and
@@ -138,8 +146,9 @@ class LogitDistiller(LogitObjective):
         hard: bool = False,
         standardize: bool = False,
         classes: Classes | None = None,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight, temperature, classes)
+        super().__init__(weight, temperature, classes, teacher)
         if hard and (temperature != 1.0 or standardize):
             raise ValueError(
                 f"LogitDistiller: hard labels have no temperature and no range; got hard=True, "

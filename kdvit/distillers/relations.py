@@ -42,6 +42,7 @@ class RelationDistiller(Distiller):
         weight: Factor of this term in the total loss.
         student_layer: Layer of the student.
         teacher_layer: Layer of the teacher.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: At `build`, if a map has one token, as "pooled" has.
@@ -49,8 +50,14 @@ class RelationDistiller(Distiller):
 
     needs_teacher_logits: ClassVar[bool] = False
 
-    def __init__(self, weight: Weight = 1.0, student_layer: Layer = -1, teacher_layer: Layer = -1) -> None:
-        super().__init__(weight)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        student_layer: Layer = -1,
+        teacher_layer: Layer = -1,
+        teacher: str | None = None,
+    ) -> None:
+        super().__init__(weight, teacher)
         self.student_layers, self.teacher_layers = (student_layer,), (teacher_layer,)
 
     def build(self, student: OutputShapes, teacher: OutputShapes) -> None:
@@ -73,6 +80,7 @@ class AttentionTransferDistiller(RelationDistiller):
         weight: Factor of this term in the total loss; about 1,000 in the paper, as the loss is small.
         student_layer: Layer of the student.
         teacher_layer: Layer of the teacher.
+        teacher: Name of the teacher, where there are several.
     """
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
@@ -87,6 +95,7 @@ class TokenRelationDistiller(RelationDistiller):
         weight: Factor of this term in the total loss.
         student_layer: Layer of the student.
         teacher_layer: Layer of the teacher.
+        teacher: Name of the teacher, where there are several.
     """
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:

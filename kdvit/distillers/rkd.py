@@ -46,6 +46,7 @@ class RKDDistiller(Distiller):
         angle: Weight of the angles; 50 in the paper's classification runs.
         student_layer: Layer of the student whose tokens are averaged.
         teacher_layer: The same for the teacher.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If a weight is negative.
@@ -60,8 +61,9 @@ class RKDDistiller(Distiller):
         angle: float = 50.0,
         student_layer: Layer = -1,
         teacher_layer: Layer = -1,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, teacher)
         if distance < 0 or angle < 0:
             raise ValueError(f"RKDDistiller: distance and angle must be 0 or more, got {distance} and {angle}.")
         self.distance, self.angle = distance, angle

@@ -37,6 +37,7 @@ class ViTKDDistiller(Distiller):
         alpha: Weight of the mimicking.
         beta: Weight of the generation.
         masked: Share of the deep map's tokens that are masked.
+        teacher: Name of the teacher, where there are several.
 
     Raises:
         ValueError: If the lists differ in length or have fewer than two layers, or a number is out of range.
@@ -52,8 +53,9 @@ class ViTKDDistiller(Distiller):
         alpha: float = 3e-5,
         beta: float = 3e-6,
         masked: float = 0.5,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, teacher)
         if len(student_layers) != len(teacher_layers) or len(student_layers) < 2:
             raise ValueError(
                 "ViTKDDistiller: student_layers and teacher_layers are pairs, the shallow ones and then the deep one, "

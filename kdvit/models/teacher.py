@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdvit.errors import UserError
 from kdvit.models.checkpoint import CONFIG
-from kdvit.models.network import Network, TimmNetwork
+from kdvit.models.network import Network, TimmNetwork, as_network
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
@@ -85,10 +86,11 @@ class FrozenTeacher:
     Args:
         network: The teacher.
         image_format: How the images arrive; None if they come as the teacher wants them.
+        label: How logs and messages call it.
     """
 
-    def __init__(self, network: Network, image_format: ImageFormat | None = None) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: Network, image_format: ImageFormat | None = None, label: str = "teacher") -> None:
+        self.network, self.label = network.eval().requires_grad_(False), label
         self.image_format = image_format or network.image_format
         self._device = torch.device("cpu")
         theirs, ours = network.image_format, self.image_format
@@ -128,8 +130,8 @@ class FrozenTeacher:
 
     def conversions(self) -> list[str]:
         """Says in what the images are converted."""
-        size = f"The teacher's input is resized to {self.network.image_format.size}."
-        values = "The teacher's input is converted to its own mean and standard deviation."
+        size = f"The {self.label}'s input is resized to {self.network.image_format.size}."
+        values = f"The {self.label}'s input is converted to its own mean and standard deviation."
         return [size] * self.converts_size + [values] * self.converts_values
 
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
@@ -139,3 +141,38 @@ class FrozenTeacher:
     def _move(self, device: torch.device) -> None:
         self.network.to(device)
         self._scale, self._shift, self._device = self._scale.to(device), self._shift.to(device), device
+
+
+def freeze_teachers(
+    teacher: nn.Module | None, teachers: Mapping[str, nn.Module] | None, image_format: ImageFormat
+) -> dict[str, FrozenTeacher]:
+    """Returns the teachers of a run by name, none for a supervised run.
+
+    Args:
+        teacher: The only one, whose name is "teacher".
+        teachers: Several by name, instead.
+        image_format: How the images arrive.
+
+    Raises:
+        TypeError: If one is not a network.
+        ValueError: If both are given.
+    """
+    if teacher is not None and teachers:
+        raise ValueError(f"Give either teacher or teachers, got both: a teacher, and {', '.join(teachers)}.")
+    named = teachers or ({} if teacher is None else {"teacher": teacher})
+    labels = {name: "teacher" if len(named) == 1 else f"teacher_{name}" for name in named}
+    return {name: FrozenTeacher(as_network(each), image_format, labels[name]) for name, each in named.items()}
+
+
+def only_teacher(teachers: Mapping[str, FrozenTeacher]) -> FrozenTeacher | None:
+    """Returns the teacher of a run that has but one, None for a supervised run.
+
+    Raises:
+        UserError: If there are several.
+    """
+    if len(teachers) > 1:
+        raise UserError(
+            f"A cache holds the outputs of one teacher, and this run has several: {', '.join(teachers)}. Leave the "
+            "cache out, so that they run in training, or distil from one."
+        )
+    return next(iter(teachers.values()), None)

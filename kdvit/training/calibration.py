@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -24,19 +25,19 @@ from kdvit.training.objectives import Objectives
 @torch.no_grad()
 def calibrate(
     objectives: Objectives,
-    teacher: FrozenTeacher | None,
+    teachers: Mapping[str, FrozenTeacher],
     trainer: pl.Trainer,
     data: Any = None,
     stored: dict[str, SharedBasis] | None = None,
 ) -> dict[str, SharedBasis]:
-    """Fixes each distiller that wants the principal axes of the teacher's tokens and has none yet.
+    """Fixes each distiller that wants the principal axes of its teacher's tokens and has none yet.
 
     They are those of the run's cache, where it holds targets. Else they are measured, on the first images of the
     training loader, each rank its share; sums run over ranks in float64. A resumed run has them in its checkpoint.
 
     Args:
         objectives: The distillers.
-        teacher: The teacher; None for a supervised run.
+        teachers: The teachers by name.
         trainer: The Trainer, whose run is about to start.
         data: The training data; by default the Trainer's.
         stored: Axes by name; by default those of the cache.
@@ -50,10 +51,12 @@ def calibrate(
     data = data or trainer.datamodule  # type: ignore[attr-defined]
     bases = dict(getattr(data, "bases", {}) if stored is None else stored)
     for name, distiller in objectives.items():
-        if teacher is None or not distiller.calibration_images:
+        if not distiller.calibration_images:
             continue
+        teacher = teachers[objectives.teacher_of[name]]
         layers = [teacher.network.canonical(layer) for layer in distiller.teacher_layers]
-        keys = [f"layer {layer}, {distiller.calibration_images} images" for layer in layers]
+        whose = f"{teacher.label}, " if len(teachers) > 1 else ""  # a cache has one
+        keys = [f"{whose}layer {layer}, {distiller.calibration_images} images" for layer in layers]
         known = all(key in bases for key in keys)
         if distiller.is_calibrated():
             if known:
@@ -67,7 +70,7 @@ def calibrate(
         chosen = [bases[key] for key in keys]
         distiller.calibrate(chosen)
         said = "".join(f" {each}" for each in distiller.describe_calibration(chosen))
-        rank_zero_info(f"distillers.{name}: the teacher's axes {source}.{said}")
+        rank_zero_info(f"distillers.{name}: the {teacher.label}'s axes {source}.{said}")
     return bases
 
 

@@ -14,8 +14,9 @@ from kdvit.distillers import Distiller, Weight
 from kdvit.distillers.weights import require_weight, weight_at
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data
 from kdvit.models.checkpoint import student_spec
+from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
-from kdvit.structures import Batch, ImageFormat, Layer, ViTOutput
+from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.calibration import calibrate
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
@@ -32,6 +33,7 @@ class DistillationModule(pl.LightningModule):
     Args:
         student: The network to train; a timm model is wrapped.
         teacher: The frozen network to learn from; null for a supervised run.
+        teachers: Several of them by name, instead of `teacher`; each distiller then names the one that it is of.
         distillers: Objectives by name. The name is that of the logs.
         task_weight: Weight of the cross-entropy, or its schedule; 0.1 beside a logit term of 0.9 in the paper's runs.
         label_smoothing: Label smoothing of the cross-entropy.
@@ -60,18 +62,19 @@ class DistillationModule(pl.LightningModule):
         image_format: ImageFormat | None = None,
         class_names: list[str] | None = None,
         compile: Literal["none", "student", "teacher", "both"] = "none",
+        teachers: dict[str, Network] | None = None,
     ) -> None:
         super().__init__()
         require_weight(task_weight, "task_weight")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
-        if compile in ("teacher", "both") and teacher is None:
+        if compile in ("teacher", "both") and not (teacher or teachers):
             raise ValueError(f"compile is {compile!r}, and teacher is null. Give a teacher, or compile the student.")
         self.student = as_network(student)
         self.image_format = image_format or self.student.image_format
         self.num_classes = fit_to_data(self.student, self.image_format, class_names)
-        self.teacher = None if teacher is None else FrozenTeacher(as_network(teacher), self.image_format)
-        self.distillers = Objectives(distillers or {}, self.student, self.teacher, class_names)
+        self.teachers = freeze_teachers(teacher, teachers, self.image_format)
+        self.distillers = Objectives(distillers or {}, self.student, self.teachers, class_names)
         self.task_weight, self.label_smoothing = task_weight, label_smoothing
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.class_names, self.compiled = class_names, compile
@@ -91,28 +94,23 @@ class DistillationModule(pl.LightningModule):
             avoid_slow_attention(self.student, self.trainer.strategy.root_device, torch.bfloat16)
         if self.compiled in ("student", "both"):
             self.student.compile()
-        if self.compiled in ("teacher", "both") and self.teacher is not None:
-            self.teacher.network.compile()
+        for teacher in self.teachers.values() if self.compiled in ("teacher", "both") else ():
+            teacher.network.compile()
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns the student's logits ``[B, K]``: the deployed path."""
         return self.student(image).logits  # type: ignore[no-any-return]
 
-    def teacher_request(self) -> tuple[tuple[Layer, ...], bool]:
-        """Returns the teacher's layers that the distillers want, as `Objectives` names them, and whether logits too."""
-        return self.distillers.teacher_indices, self.distillers.teacher_logits
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The teacher of a run that has but one; see `only_teacher`."""
+        return only_teacher(self.teachers)
 
-    def teacher_output(self, batch: Batch) -> ViTOutput | None:
-        """Returns what the distillers want of the teacher, from the cache or computed; None without a teacher."""
-        if (output := batch.teacher) is None and self.teacher is not None:
-            output = self.teacher(batch.image, self.distillers.teacher_layers, self.distillers.teacher_logits)
-        return None if output is None else output.at_least_float32()
-
-    def terms(self, student: ViTOutput, teacher: ViTOutput | None, target: Tensor) -> dict[str, Tensor]:
+    def terms(self, student: ViTOutput, teachers: dict[str, ViTOutput], target: Tensor) -> dict[str, Tensor]:
         """Computes every loss term, unweighted and in float32: "task", and those of `Objectives.terms`."""
         assert student.logits is not None
         task = F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing)
-        return {"task": task, **self.distillers.terms(student, teacher, target)}
+        return {"task": task, **self.distillers.terms(student, teachers, target)}
 
     def weights(self) -> dict[str, float]:
         """Returns the weight of every term in the current epoch."""
@@ -129,18 +127,18 @@ class DistillationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Measures what distillers need to know of the teacher, unless a checkpoint has brought it."""
-        calibrate(self.distillers, self.teacher, self.trainer)
+        calibrate(self.distillers, self.teachers, self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch, and keeps its terms, unweighted, as `last_terms`."""
-        teacher = self.teacher_output(batch)
+        teachers = self.distillers.ask(self.teachers, batch)
         student = self.student(batch.image, self.distillers.student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
-            terms = self.terms(student, teacher, batch.target)
+            terms = self.terms(student, teachers, batch.target)
             self.last_terms = {name: term.detach() for name, term in terms.items()}
             loss = torch.stack([weight * terms[name] for name, weight in self.weights().items()]).sum()
             if self._is_logged_step():
-                self._log_step(batch.target, student, teacher, loss.detach())
+                self._log_step(batch.target, student, teachers, loss.detach())
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -167,13 +165,13 @@ class DistillationModule(pl.LightningModule):
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     @torch.no_grad()
-    def _log_step(self, target: Tensor, student: ViTOutput, teacher: ViTOutput | None, loss: Tensor) -> None:
+    def _log_step(self, target: Tensor, student: ViTOutput, teachers: dict[str, ViTOutput], loss: Tensor) -> None:
         assert student.logits is not None
         classes = target if target.ndim == 1 else target.argmax(dim=1)
         accuracy = (student.logits.argmax(dim=1) == classes).float().mean()
         self.log_dict({"train/loss": loss, "train/acc1": accuracy}, prog_bar=True)
         weighted = {f"{name}_weighted": weight * self.last_terms[name] for name, weight in self.weights().items()}
-        values = {**self.last_terms, **weighted, **self.distillers.metrics(student, teacher)}
+        values = {**self.last_terms, **weighted, **self.distillers.metrics(student, teachers)}
         self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
 from kdvit.distillers import Distiller, Weight, WeightSchedule
 from kdvit.models import FrozenTeacher, Network
-from kdvit.structures import Layer, OutputShapes, TeacherMap, ViTOutput
+from kdvit.structures import Batch, Layer, OutputShapes, TeacherMap, ViTOutput
+
+
+@dataclass
+class TeacherRequest:
+    """What the distillers want of one teacher.
+
+    Attributes:
+        layers: Its layers, in the order of the distillers.
+        maps: The same, each with what the distiller makes of it before it looks at the student. Blocks have their
+            index, layers behind the blocks keep their name.
+        logits: Whether logits, too.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    maps: tuple[TeacherMap, ...] = ()
+    logits: bool = False
 
 
 class Objectives(nn.ModuleDict):
-    """The distillers by name, built for a pair of student and teacher.
+    """The distillers by name, each built for the student and its teacher.
 
-    Student and teacher run once a batch, for the layers of all distillers; each distiller gets its own part.
+    Each network runs once a batch, for the layers of all its distillers; each distiller gets its own part.
 
     Args:
         distillers: Objectives by name; none for a supervised run.
         student: The student.
-        teacher: The teacher; None for a supervised run.
+        teachers: The teachers by name; none for a supervised run.
         class_names: Names of the student's classes, where known.
 
     Attributes:
         student_layers: The student's layers that the distillers want, in the order of the distillers.
-        teacher_layers: The same for the teacher.
-        teacher_indices: `teacher_layers`, each block by its index; layers behind the blocks keep their name.
-        teacher_maps: The same, each with what the distiller makes of it before it looks at the student.
-        teacher_logits: Whether a distiller wants the teacher's logits.
+        requests: What the distillers want of each teacher, by its name.
+        teacher_of: The name of each distiller's teacher.
         conversions: What is converted on the way, in words: the teacher's input, and maps of unequal grids.
 
     Raises:
-        ValueError: If a name cannot be used, a distiller does not go with the pair, or only one of teacher and
-            distillers is given.
+        ValueError: If a name cannot be used, a distiller does not go with the pair, a distiller has no teacher, or a
+            teacher no distiller.
     """
 
     def __init__(
         self,
         distillers: dict[str, Distiller],
         student: Network,
-        teacher: FrozenTeacher | None,
+        teachers: Mapping[str, FrozenTeacher],
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self._class_names = class_names
         self.student_layers: tuple[Layer, ...] = ()
-        self.teacher_layers: tuple[Layer, ...] = ()
-        self.teacher_indices: tuple[Layer, ...] = ()
-        self.teacher_maps: tuple[TeacherMap, ...] = ()
-        self.teacher_logits = False
-        self.conversions = [] if teacher is None else teacher.conversions()
+        self.requests = {name: TeacherRequest() for name in teachers}
+        self.conversions = [each for teacher in teachers.values() for each in teacher.conversions()]
         self._slices: dict[str, tuple[slice, slice]] = {}
         try:
             if "task" in distillers:
@@ -59,17 +71,15 @@ class Objectives(nn.ModuleDict):
         except KeyError as error:
             message = f"distillers: {list(distillers)} has a name that cannot be used: {error.args[0]}."
             raise ValueError(message) from error
-        if teacher is not None and not distillers:
-            raise ValueError(
-                "A teacher is given, but nothing is distilled from it. Add distillers, or set teacher: null."
-            )
-        for name, distiller in self.items():
-            if teacher is None:
+        self.teacher_of = {name: _teacher_of(name, each, teachers) for name, each in self.items()}
+        for name, teacher in teachers.items():
+            if name not in self.teacher_of.values():
                 raise ValueError(
-                    f"The distillers {list(self)} need a teacher, and teacher is null. Give a teacher, or leave the "
-                    "distillers out for a supervised run."
+                    f"A {teacher.label} is given, but nothing is distilled from it. Add distillers, or leave it out "
+                    "(teacher: null for a supervised run)."
                 )
-            self._build(name, distiller, student, teacher)
+        for name, distiller in self.items():
+            self._build(name, distiller, student, teachers[self.teacher_of[name]])
 
     def _build(self, name: str, distiller: Distiller, student: Network, teacher: FrozenTeacher) -> None:
         try:
@@ -82,14 +92,14 @@ class Objectives(nn.ModuleDict):
             shapes = f"distillers.{name}: {ours.features} and {theirs.features}"
             self.conversions.append(f"Of maps with unequal grids, the finer is resized. [C, H, W] in {shapes}.")
         self.conversions += [f"distillers.{name}: {each}" for each in distiller.conversions()]
-        before = len(self.student_layers), len(self.teacher_layers)
+        asked = self.requests[self.teacher_of[name]]
+        before = len(self.student_layers), len(asked.layers)
         self.student_layers += distiller.student_layers
-        self.teacher_layers += distiller.teacher_layers
+        asked.layers += distiller.teacher_layers
         layers = tuple(map(teacher.network.canonical, distiller.teacher_layers))
-        self.teacher_indices += layers
-        self.teacher_maps += tuple(map(TeacherMap, layers, distiller.fixed_targets()))
-        self.teacher_logits |= distiller.needs_teacher_logits
-        self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(self.teacher_layers))
+        asked.maps += tuple(map(TeacherMap, layers, distiller.fixed_targets()))
+        asked.logits |= distiller.needs_teacher_logits
+        self._slices[name] = slice(before[0], len(self.student_layers)), slice(before[1], len(asked.layers))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objectives:
         """Moves the distillers, and keeps them in float32 at least, under bf16-true too: losses need it."""
@@ -105,6 +115,18 @@ class Objectives(nn.ModuleDict):
         """Returns the distillers by name."""
         return cast("ItemsView[str, Distiller]", super().items())
 
+    def ask(self, teachers: Mapping[str, FrozenTeacher], batch: Batch) -> dict[str, ViTOutput]:
+        """Returns what is asked for in `requests`, in float32, of a cache where the batch brings it."""
+        outputs = {}
+        for name, asked in self.requests.items():
+            output = batch.teacher or teachers[name](batch.image, asked.layers, asked.logits)
+            outputs[name] = output.at_least_float32()
+        return outputs
+
+    def only_request(self) -> TeacherRequest:
+        """Returns what is asked of the one teacher of a run; nothing in a supervised run."""
+        return next(iter(self.requests.values()), TeacherRequest())
+
     def weights(self, task: Weight) -> dict[str, Weight]:
         """Returns the weight of every term, that of the cross-entropy first."""
         return {"task": task, **{name: distiller.weight for name, distiller in self.items()}}
@@ -114,33 +136,33 @@ class Objectives(nn.ModuleDict):
         weights = self.weights(task).items()
         return {f"train/{name}_weight": each.at(epoch) for name, each in weights if isinstance(each, WeightSchedule)}
 
-    def terms(self, student: ViTOutput, teacher: ViTOutput | None, target: Tensor) -> dict[str, Tensor]:
+    def terms(self, student: ViTOutput, teachers: Mapping[str, ViTOutput], target: Tensor) -> dict[str, Tensor]:
         """Computes the term of every distiller, unweighted.
 
         Args:
             student: Logits, and the maps of `student_layers`, in float32.
-            teacher: The same for `teacher_layers`; None where there is no distiller.
+            teachers: What is asked for in `requests`, in float32, by the teacher's name.
             target: Class indices ``[B]``, or probabilities ``[B, K]``.
         """
-        return {name: self[name](*pair, target) for name, pair in self._pairs(student, teacher)}
+        return {name: self[name](*pair, target) for name, pair in self._pairs(student, teachers)}
 
-    def metrics(self, student: ViTOutput, teacher: ViTOutput | None) -> dict[str, Tensor]:
+    def metrics(self, student: ViTOutput, teachers: Mapping[str, ViTOutput]) -> dict[str, Tensor]:
         """Measures what every distiller measures, named ``DISTILLER_METRIC``."""
-        pairs = dict(self._pairs(student, teacher))
+        pairs = dict(self._pairs(student, teachers))
         measured = {name: distiller.metrics(*pairs[name]) for name, distiller in self.items()}
         return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
 
     def as_stored(self, output: ViTOutput, maps: Sequence[TeacherMap]) -> ViTOutput:
-        """Makes of the teacher's output what a cache stores.
+        """Makes of the one teacher's output what a cache stores.
 
         Args:
             output: The output of the layer of each of `maps`, float32.
-            maps: Maps as they are, and targets of `teacher_maps`.
+            maps: Maps as they are, and targets of the request.
         """
         makers = {
             each: (distiller, i)
             for name, distiller in self.items()
-            for i, each in enumerate(self.teacher_maps[self._slices[name][1]])
+            for i, each in enumerate(self.only_request().maps[self._slices[name][1]])
         }
         features = list(output.features)
         for k, each in enumerate(maps):
@@ -150,11 +172,11 @@ class Objectives(nn.ModuleDict):
         return output._replace(features=tuple(features))
 
     def _pairs(
-        self, student: ViTOutput, teacher: ViTOutput | None
+        self, student: ViTOutput, teachers: Mapping[str, ViTOutput]
     ) -> Iterator[tuple[str, tuple[ViTOutput, ViTOutput]]]:
         """Cuts the outputs into what each distiller asked for."""
         for name, (ours, theirs) in self._slices.items():
-            assert teacher is not None
+            teacher = teachers[self.teacher_of[name]]
             yield (
                 name,
                 (
@@ -162,6 +184,22 @@ class Objectives(nn.ModuleDict):
                     teacher._replace(features=teacher.features[theirs]),
                 ),
             )
+
+
+def _teacher_of(name: str, distiller: Distiller, teachers: Mapping[str, FrozenTeacher]) -> str:
+    """Returns the name of a distiller's teacher."""
+    if not teachers:
+        raise ValueError(
+            f"The distiller {name!r} needs a teacher, and teacher is null. Give a teacher, or leave the distillers out "
+            "for a supervised run."
+        )
+    named = distiller.teacher
+    if named is None and len(teachers) == 1:
+        return next(iter(teachers))
+    if named is None or named not in teachers:
+        wrong = "there are several teachers" if named is None else f"there is no teacher {named!r}"
+        raise ValueError(f"distillers.{name}: {wrong}. Set its teacher to one of: {', '.join(teachers)}.")
+    return named
 
 
 def _named(shapes: OutputShapes, names: Sequence[str] | None) -> OutputShapes:

@@ -56,10 +56,11 @@ def _stored(module: DistillationModule, batch: Batch, folder: Path, store: Store
     """Writes the teacher's outputs for a batch as `kdvit cache` does."""
     teacher, objectives = module.teacher, module.distillers
     assert teacher is not None
-    wanted, data = (objectives.teacher_maps, objectives.teacher_logits), {"images": BATCH, "repeats": 1}
+    asked = objectives.only_request()
+    wanted, data = (asked.maps, asked.logits), {"images": BATCH, "repeats": 1}
     manifest = plan(teacher, wanted, data, views=1, store=store, topk=None, precision="bf16-mixed")
     with torch.autocast("cpu", torch.bfloat16):
-        output = teacher(batch.image, manifest.layers, objectives.teacher_logits)
+        output = teacher(batch.image, manifest.layers, asked.logits)
     stored = objectives.as_stored(output.at_least_float32(), manifest.maps)
     append_records(folder, manifest, range(BATCH), encode(batch.index, stored, manifest))
-    return CacheReader(folder, manifest, manifest.maps, objectives.teacher_logits)
+    return CacheReader(folder, manifest, manifest.maps, asked.logits)

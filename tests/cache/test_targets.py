@@ -186,11 +186,11 @@ def test_two_processes_project_all_shards_by_the_same_axes_and_train_from_them(d
 def test_targets_of_cait_s24_for_deit_tiny_take_half_the_bytes_of_its_maps() -> None:
     student = TimmStudent("deit_tiny_patch16_224")
     teacher = FrozenTeacher(TimmTeacher("cait_s24_224", pretrained=False, model_args={"depth": 1}))
-    objectives = Objectives({"map": FeatureDistiller(projector="phi_s")}, student, teacher)
+    objectives = Objectives({"map": FeatureDistiller(projector="phi_s")}, student, {"teacher": teacher})
     data = {"images": 10, "repeats": 1}
     options: dict[str, Any] = {"views": 1, "topk": None, "precision": "32-true"}
     whole, projected = (
-        record_type(plan(teacher, (objectives.teacher_maps, True), data, store=store, **options)).itemsize
+        record_type(plan(teacher, (objectives.only_request().maps, True), data, store=store, **options)).itemsize
         for store in ("both", "auto")
     )
     assert (whole, projected) == (4 + 2 * (1000 + 384 * 196), 4 + 2 * (1000 + 192 * 196))

@@ -92,7 +92,7 @@ def test_steps_left_out_are_as_if_they_had_not_been(reading: str, accumulated: i
         optimizer.zero_grad()
         for batch in (batches[i] for i in step):
             output = expected.student(batch.image, expected.distillers.student_layers)
-            terms = expected.terms(output, expected.teacher_output(batch), batch.target)
+            terms = expected.terms(output, expected.distillers.ask(expected.teachers, batch), batch.target)
             (
                 torch.stack([expected.weights()[name] * term for name, term in terms.items()]).sum() / accumulated
             ).backward()
@@ -201,7 +201,7 @@ def test_a_saved_batch_and_the_weights_before_it_give_the_bad_number_again() -> 
     module.load_state_dict(torch.load("nonfinite/step_1.ckpt", weights_only=True)["state_dict"])
     batch = Batch(bad["image"], bad["target"], bad["index"])
     output = module.student(batch.image, module.distillers.student_layers)
-    terms = module.terms(output, module.teacher_output(batch), batch.target)
+    terms = module.terms(output, module.distillers.ask(module.teachers, batch), batch.target)
     assert all(term.isnan() for term in terms.values())
     assert all(value != value for value in bad["terms"].values())
 
@@ -240,7 +240,8 @@ def test_a_cached_output_that_is_not_finite_is_named_and_saved() -> None:
 
     def collate(samples: Any) -> Batch:
         batch = take(samples)
-        output = module.teacher(batch.image, *module.teacher_request())
+        asked = module.distillers.only_request()
+        output = module.teacher(batch.image, asked.layers, asked.logits)
         output.features[0][batch.index == 3] = torch.nan
         return batch._replace(teacher=output)
 

@@ -53,7 +53,7 @@ def test_losses_gradients_and_predictions_are_those_of_timms_task(mode: Any, tem
     given = batch()
     expected = task(given.image, given.target)
     output = module.student(given.image, module.distillers.student_layers)
-    terms = module.terms(output, module.teacher_output(given), given.target)
+    terms = module.terms(output, module.distillers.ask(module.teachers, given), given.target)
     torch.testing.assert_close(output.logits, expected["output"])
     torch.testing.assert_close(terms["task"], expected["task_loss"])
     torch.testing.assert_close(terms["token"], expected["distill_loss"])

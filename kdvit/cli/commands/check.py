@@ -49,7 +49,7 @@ def describe(
     image, rate = _load(datamodule)
     rows = [
         ("student", _network(module.student)),
-        ("teacher", "none: a supervised run" if module.teacher is None else _network(module.teacher.network)),
+        *(_teachers(module) or [("teacher", "none: a supervised run")]),
         ("classes", str(module.num_classes)),
         ("images", _images(module.image_format)),
         *_teacher_input(module),
@@ -76,20 +76,24 @@ def _images(images: ImageFormat) -> str:
     return f"{images.size[0]} x {images.size[1]}, mean ({mean}), std ({std})"
 
 
+def _teachers(module: DistillationModule) -> Rows:
+    return [(each.label, _network(each.network)) for each in module.teachers.values()]
+
+
 def _teacher_input(module: DistillationModule) -> Rows:
-    if module.teacher is None:
-        return []
-    converts = module.teacher.converts_size or module.teacher.converts_values
-    own = _images(module.teacher.network.image_format)
-    return [("teacher's input", f"{own} (converted from the images)" if converts else "the same images")]
+    rows = []
+    for each in module.teachers.values():
+        own = f"{_images(each.network.image_format)} (converted from the images)"
+        rows.append((f"{each.label}'s input", own if each.converts_size or each.converts_values else "the same images"))
+    return rows
 
 
 def _distillers(module: DistillationModule) -> Rows:
     rows = []
     for name, distiller in module.distillers.items():
-        assert module.teacher is not None
+        teacher = module.teachers[module.distillers.teacher_of[name]]
         ours = module.student.output_shapes(distiller.student_layers).features
-        theirs = module.teacher.output_shapes(distiller.teacher_layers, logits=False).features
+        theirs = teacher.output_shapes(distiller.teacher_layers, logits=False).features
         parts = [f"{type(distiller).__name__} x {distiller.weight:g}"]
         for layer, shape, other, target in zip(
             distiller.student_layers, ours, distiller.teacher_layers, theirs, strict=True
@@ -97,7 +101,7 @@ def _distillers(module: DistillationModule) -> Rows:
             resized = ", finer map resized" if shape[1:] != target[1:] else ""
             parts.append(
                 f"student {_layer(module.student, layer)} {_shape(shape)} <- "
-                f"teacher {_layer(module.teacher.network, other)} {_shape(target)}{resized}"
+                f"{teacher.label} {_layer(teacher.network, other)} {_shape(target)}{resized}"
             )
         rows.append((f"distiller {name}", "; ".join([*parts, *distiller.conversions()])))
     return rows
@@ -111,16 +115,16 @@ def _energies(module: DistillationModule, image: Tensor) -> Rows:
             continue
         if all(ours >= theirs for ours, theirs in distiller.widths):
             continue
-        assert module.teacher is not None
+        teacher = module.teachers[module.distillers.teacher_of[name]]
         metrics = [DatasetPCA(theirs, centred=True) for _, theirs in distiller.widths]
         for part in torch.split(image, TEACHER_BATCH):
-            features = module.teacher(part, distiller.teacher_layers, logits=False).features
+            features = teacher(part, distiller.teacher_layers, logits=False).features
             for metric, feature in zip(metrics, features, strict=True):
                 metric.update(as_tokens(feature))
         for layer, (ours, theirs), metric in zip(distiller.teacher_layers, distiller.widths, metrics, strict=True):
             if ours < theirs:
                 kept = ", ".join(f"{way} {share:.1%}" for way, share in energies_kept(metric.compute(), ours).items())
-                where = f"{ours} of {theirs} channels of teacher {_layer(module.teacher.network, layer)}"
+                where = f"{ours} of {theirs} channels of {teacher.label} {_layer(teacher.network, layer)}"
                 told = f"in {where}, of the centred energy of {len(image)} training images: {kept}"
                 rows.append((f"energy kept by {name}", told))
     return rows
@@ -177,7 +181,7 @@ def _loading(rate: float, workers: int, wanted: float | None) -> Rows:
 def _counts(module: DistillationModule) -> Rows:
     student = parameter_count(module.student)
     distillers = parameter_count(module.distillers)
-    frozen = parameter_count(module.teacher.network) if module.teacher else 0
+    frozen = sum(parameter_count(each.network) for each in module.teachers.values())
     return [
         ("trainable", f"{student + distillers:,} parameters: student {student:,}, distillers {distillers:,}"),
         ("frozen", f"{frozen:,} parameters"),
