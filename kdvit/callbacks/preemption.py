@@ -50,7 +50,11 @@ class Preemption(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Answers the requests, unless gradients wait for more batches: a checkpoint has no gradients."""
         if gradients_are_taken(trainer, batch_idx):
-            self._save_if_requested(trainer)
+            try:
+                self._save_if_requested(trainer)
+            except Stopped:
+                self._log_step(trainer)
+                raise
         if trainer.is_last_batch or validation_is_due(trainer):
             self._wait()
 
@@ -104,6 +108,16 @@ class Preemption(Checkpoint):
         if trainer.world_size > 1:
             requests = torch.tensor(_own_requests(trainer), device=trainer.strategy.root_device)
             self._broadcast = requests, dist.all_reduce(requests, dist.ReduceOp.MAX, async_op=True)
+
+    def _log_step(self, trainer: pl.Trainer) -> None:
+        """Logs the step at which a run is stopped, as Lightning would behind this hook."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            logged = trainer.logged_metrics.items()
+            values = {name: float(value) for name, value in logged if name.startswith("train/")}
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=trainer.global_step - 1)
+                logger.save()
 
     def _wait(self) -> None:
         """Waits for the broadcast: no collective may end while workers are forked, see `kdvit.data.workers`."""

@@ -138,9 +138,6 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer; what is wrong with a config shows here."""
-        if self.command == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
-            with shown((OSError,), prefix="trainer.default_root_dir: "):
-                self.held.enter_context(run_lock(self.config["fit"].trainer.default_root_dir))
         if self.command != "check":
             trainer = self.config[self.command].trainer
             require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
@@ -157,6 +154,9 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the Trainer of the command, and refuses what would go wrong in its processes."""
+        if self.command == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            with shown((OSError,), prefix="trainer.default_root_dir: "):
+                self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
         if self.command == "check":
             return trainer

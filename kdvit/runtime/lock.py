@@ -31,6 +31,7 @@ def run_lock(root: str | Path) -> Iterator[None]:
         UserError: If another process trains there; the message says which.
     """
     file, ended = Path(root) / LOCK, threading.Event()
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     ours = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     if not _create(file, ours):
@@ -51,6 +52,9 @@ def run_lock(root: str | Path) -> Iterator[None]:
         ended.set()
         if _read(file) == ours:
             file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what a run that did not begin leaves empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _create(file: Path, content: dict[str, Any]) -> bool:
