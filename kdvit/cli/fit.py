@@ -197,10 +197,8 @@ class KdvitCLI(LightningCLI):
         given = self.config_init["check"]
         workers = getattr(self.datamodule, "num_workers", 0)
         self.datamodule.num_workers = 0
-        processes = planned_processes(given.trainer.devices, given.trainer.num_nodes)
-        batches = given.trainer.accumulate_grad_batches
         with unforeseen("The config cannot be described."):
-            told = describe(self.model, self.datamodule, processes, batches, workers, given.images_per_second)
+            told = describe(self.model, self.datamodule, given.trainer, workers, given.images_per_second)
         print(told, flush=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit.analysis import GeometryMonitor
 from kdvit.cache import open_cache
@@ -16,7 +17,7 @@ from kdvit.cache.writer import CacheComparison, CacheWriting, compare, fill
 from kdvit.callbacks import BadImages, StudentExport
 from kdvit.cli.messages import unforeseen
 from kdvit.data import ImageDataModule
-from kdvit.errors import UserError
+from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import require_monitors
 from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
@@ -26,6 +27,11 @@ CHECKED_IMAGES = 8
 
 class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Run Lightning's own, and show a mistake that it finds, such as a callback without its logger, in one line."""
+        with shown((MisconfigurationException,)):
+            super().fit(*args, **kwargs)
 
     def check(
         self, model: DistillationModule, datamodule: pl.LightningDataModule, images_per_second: float | None = None

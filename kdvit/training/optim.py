@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from kdvit.errors import nearest
 from kdvit.runtime.length import RunEnd
-from kdvit.training.schedule import RunLength, ScheduleOptions
+from kdvit.training.schedule import RunLength, ScheduleOptions, planned_length
 
 FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
 FUSED_DEVICES = ("cpu", "cuda")
@@ -107,9 +107,7 @@ def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
-    if epochs > 0:
-        return RunLength(epochs, epochs * an_epoch, an_epoch)
-    return RunLength(math.ceil(steps / an_epoch), steps, an_epoch)
+    return planned_length(epochs, steps, an_epoch)
 
 
 def training_loader(trainer: pl.Trainer) -> Any:

@@ -39,6 +39,18 @@ class RunLength(NamedTuple):
     steps_an_epoch: int | None = None
 
 
+def planned_length(epochs: int, steps: int, an_epoch: int) -> RunLength:
+    """Returns the length of a run that is given by epochs or, where those are below 1, by steps.
+
+    Example:
+        >>> planned_length(epochs=-1, steps=25, an_epoch=10)
+        RunLength(epochs=3, steps=25, steps_an_epoch=10)
+    """
+    if epochs > 0:
+        return RunLength(epochs, epochs * an_epoch, an_epoch)
+    return RunLength(math.ceil(steps / an_epoch), steps, an_epoch)
+
+
 @dataclass
 class ScheduleOptions:
     """The learning rate over a run. It follows from the epoch or step and these options, and is never restored.
@@ -86,11 +98,7 @@ class ScheduleOptions:
 
     def build(self, optimizer: torch.optim.Optimizer, length: RunLength) -> LearningRate:
         """Builds the schedule of an optimizer for a run of some length."""
-        total, unit = length.epochs, 1
-        if self.interval == "step":
-            assert length.steps is not None
-            assert length.steps_an_epoch is not None
-            total, unit = length.steps, length.steps_an_epoch
+        total, unit = self._measure(length)
         args: dict[str, Any] = {
             name: ([each * unit for each in value] if isinstance(value, (list, tuple)) else value * unit)
             if name in IN_EPOCHS
@@ -99,7 +107,7 @@ class ScheduleOptions:
         }
         if self.name == "constant":
             args |= {"decay_epochs": total, "decay_rate": 1.0}
-        warmup = self._warmup(total, unit)
+        warmup = self.warmup(length)
         left = total - args.get("cooldown_epochs", 0) - (warmup if args.get("warmup_prefix") else 0)
         cycles = sum(args.get("cycle_mul", 1) ** i for i in range(args.get("cycle_limit", 1)))
         schedule, _ = create_scheduler_v2(
@@ -115,8 +123,17 @@ class ScheduleOptions:
         )
         return LearningRate(schedule)
 
-    def _warmup(self, total: int, unit: int) -> int:
-        """Returns the length of the warm-up in epochs or steps."""
+    def _measure(self, length: RunLength) -> tuple[int, int]:
+        """Returns how many epochs or steps a run has, and how many of them an epoch is."""
+        if self.interval == "epoch":
+            return length.epochs, 1
+        assert length.steps is not None
+        assert length.steps_an_epoch is not None
+        return length.steps, length.steps_an_epoch
+
+    def warmup(self, length: RunLength) -> int:
+        """Returns how many epochs or steps of a run are warm-up."""
+        total, unit = self._measure(length)
         if self.warmup_steps is not None:
             return self.warmup_steps
         return round(self.warmup_epochs * unit if self.warmup_share is None else self.warmup_share * total)

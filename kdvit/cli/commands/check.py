@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
+from kdvit.cli.plan import Rows, describe_plan
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
@@ -20,7 +22,6 @@ from kdvit.structures import ImageFormat, Layer
 from kdvit.tables import text_table
 from kdvit.training.module import DistillationModule
 
-Rows = list[tuple[str, str]]
 LOADED_IMAGES = 32
 TEACHER_BATCH = 8
 
@@ -28,8 +29,7 @@ TEACHER_BATCH = 8
 def describe(
     module: DistillationModule,
     datamodule: pl.LightningDataModule,
-    processes: int | None,
-    batches: int,
+    trainer: Any,
     workers: int,
     images_per_second: float | None = None,
 ) -> str:
@@ -38,8 +38,7 @@ def describe(
     Args:
         module: The module to train.
         datamodule: Its data.
-        processes: Processes that will train, devices times nodes; None where the machine of the run decides.
-        batches: Batches accumulated before a step.
+        trainer: Options of the Trainer that will train.
         workers: Processes that will load images, for each training process.
         images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
 
@@ -56,7 +55,7 @@ def describe(
         ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
         *_distillers(module),
         *_energies(module, image),
-        *_steps(module, datamodule, processes, batches),
+        *describe_plan(module, datamodule, trainer),
         *_loading(rate, workers, images_per_second),
         *_counts(module),
     ]
@@ -138,31 +137,14 @@ def _shape(shape: tuple[int, int, int]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
 
 
-def _steps(module: DistillationModule, datamodule: Any, processes: int | None, batches: int) -> Rows:
-    options = module.optimizer_options
-    loader = datamodule.train_dataloader()
-    known = processes or 1
-    global_batch = loader.batch_size * known * batches
-    steps = len(loader.sampler) // global_batch or 1
-    scaling = (
-        "unscaled" if options.lr_base_batch is None else f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
-    )
-    shown = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
-    return [
-        ("global batch", f"{global_batch} = {loader.batch_size} images x {shown} x {batches} accumulated batches"),
-        ("steps an epoch", f"{steps}"),
-        (
-            "optimizer",
-            f"{options.name}, learning rate {options.scaled_lr(global_batch):.3g} ({scaling}), "
-            f"weight decay {options.weight_decay:g}",
-        ),
-    ]
-
-
 def _load(datamodule: Any) -> tuple[Tensor, float]:
     """Returns some training images ``[B, 3, H, W]``, and how many of them this process loads in a second."""
     loader = datamodule.train_dataloader()
     dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        start = time.perf_counter()
+        image = next(iter(loader)).image[:LOADED_IMAGES]
+        return image, len(image) / (time.perf_counter() - start)
     numbers = np.linspace(0, len(dataset) - 1, LOADED_IMAGES).astype(int).tolist()
     load_all = getattr(dataset, "__getitems__", None) or (lambda each: [dataset[i] for i in each])
     load_all(numbers[:1])

@@ -1,0 +1,103 @@
+"""What a run is planned to be, in numbers, and what of it cannot be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from kdvit.errors import UserError
+from kdvit.models.cost import parameter_count
+from kdvit.runtime.processes import planned_processes
+from kdvit.training.module import DistillationModule
+from kdvit.training.schedule import planned_length
+
+Rows = list[tuple[str, str]]
+
+
+def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any) -> Rows:
+    """Describes batches, steps, learning rate and checkpoints of a run.
+
+    Args:
+        module: The module to train.
+        datamodule: Its data.
+        trainer: The Trainer's options.
+
+    Raises:
+        UserError: If an epoch has no batch, a validation would never be due, or the run directory cannot be written.
+    """
+    options, batches = module.optimizer_options, trainer.accumulate_grad_batches
+    loader = datamodule.train_dataloader()
+    processes = planned_processes(trainer.devices, trainer.num_nodes)
+    size = loader.batch_size * (processes or 1)
+    global_batch = size * batches
+    scaled = f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
+    known = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
+    rate = options.scaled_lr(global_batch)
+    return [
+        ("global batch", f"{global_batch} = {loader.batch_size} images x {known} x {batches} accumulated batches"),
+        *_length(module, _epoch(loader, size, trainer), trainer, rate),
+        (
+            "optimizer",
+            f"{options.name}, learning rate {rate:.3g} ({'unscaled' if options.lr_base_batch is None else scaled}), "
+            f"weight decay {options.weight_decay:g}",
+        ),
+        *_checkpoints(module, Path(trainer.default_root_dir)),
+    ]
+
+
+def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
+    """Returns the batches of an epoch; None for a stream, whose length nobody knows."""
+    try:
+        images = len(loader.sampler)
+    except TypeError:
+        return None
+    batches, limit = images // size or 1, trainer.limit_train_batches
+    if limit is not None:
+        limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if limited == 0:
+            raise UserError(f"trainer.limit_train_batches {limit} leaves none of the {batches} batches of an epoch.")
+        batches = limited
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
+        raise UserError(
+            f"trainer.val_check_interval is {every}, and an epoch has {batches} batches: no validation would be held. "
+            "Lower it, or set trainer.check_val_every_n_epoch: null to count over epochs."
+        )
+    return batches
+
+
+def _length(module: DistillationModule, epoch: int | None, trainer: Any, rate: float) -> Rows:
+    if epoch is None:
+        return [("steps an epoch", "unknown: the training images are a stream")]
+    an_epoch = -(-epoch // trainer.accumulate_grad_batches)
+    epochs, limit = trainer.max_epochs or -1, trainer.max_steps
+    length = planned_length(epochs, limit, an_epoch)
+    steps = length.epochs * an_epoch if limit < 1 else min(limit, length.epochs * an_epoch)
+    schedule = module.schedule_options
+    rates = schedule.rates(rate, length)
+    highest = rates.index(max(rates))
+    text = (
+        f"{schedule.name} by {schedule.interval}: {rates[0]:.3g} at first, {rates[highest]:.3g} at {schedule.interval} "
+    )
+    text += f"{highest}, {rates[-1]:.3g} at last"
+    warmup = schedule.warmup(length)
+    if warmup >= len(rates):
+        text += (
+            f". The warm-up of {warmup} {schedule.interval}s fills the run of {len(rates)}, which never comes to "
+            f"{rate:.3g}: lower schedule.warmup_epochs"
+        )
+    return [
+        ("steps an epoch", f"{an_epoch}"),
+        ("run", f"{length.epochs} epochs, {steps:,} steps"),
+        ("learning rate", text),
+    ]
+
+
+def _checkpoints(module: DistillationModule, root: Path) -> Rows:
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"trainer.default_root_dir: {str(root)!r} cannot be made or written to.")
+    trained = parameter_count(module.student) + parameter_count(module.distillers)
+    megabytes = 3 * 4 * trained / 1e6  # the weights, and two moments of Adam's
+    return [("checkpoints", f"best.ckpt and last.ckpt in {root / 'checkpoints'}, about {megabytes:,.1f} MB each")]

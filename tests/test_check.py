@@ -1,0 +1,106 @@
+"""`kdvit check` means ready: the plan in numbers, and what of it cannot be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from kdvit.cli import main
+from tests.runs import QUIET, demo_fit, fit
+from tests.tiny import FORMAT, STUDENT, Blobs, _collate
+
+CHECK = ["check", *demo_fit("plain", "", *QUIET)[1:]]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        data = Blobs(40, 0)
+        return (data[i] for i in range(40))
+
+
+class StreamData(pl.LightningDataModule):
+    image_format = FORMAT
+    class_names = list("abcde")
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(), batch_size=8, collate_fn=_collate)
+
+    val_dataloader = train_dataloader
+
+
+def row(name: str, told: str) -> str:
+    found = re.search(rf"^{name} +(.*)$", told, re.MULTILINE)
+    assert found, told
+    return found[1]
+
+
+def test_the_plan_is_told_in_numbers(capsys) -> None:
+    main(CHECK)
+    told = capsys.readouterr().out
+    assert row("steps an epoch", told) == "20"
+    assert row("run", told) == "40 epochs, 800 steps"
+    assert row("learning rate", told) == "cosine by epoch: 1e-05 at first, 0.00385 at epoch 5, 1.61e-05 at last"
+    assert row("checkpoints", told) == "best.ckpt and last.ckpt in run/checkpoints, about 0.2 MB each"
+
+
+@pytest.mark.parametrize(
+    ("options", "run", "rate"),
+    [
+        (
+            ["--trainer.max_epochs=3"],
+            "3 epochs, 60 steps",
+            "The warm-up of 5 epochs fills the run of 3, which never comes to 0.004: lower schedule.warmup_epochs",
+        ),
+        (
+            ["--trainer.max_epochs=-1", "--trainer.max_steps=45", "--model.schedule.interval=step"],
+            "3 epochs, 45 steps",
+            "The warm-up of 100 steps fills the run of 45",
+        ),
+        (["--trainer.max_steps=50", "--trainer.accumulate_grad_batches=2"], "40 epochs, 50 steps", "at epoch 5"),
+    ],
+)
+def test_a_short_run_is_told_what_becomes_of_its_warm_up(options: list[str], run: str, rate: str, capsys) -> None:
+    main([*CHECK, *options])
+    told = capsys.readouterr().out
+    assert row("run", told) == run
+    assert rate in row("learning rate", told)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.val_check_interval=50", "val_check_interval is 50, and an epoch has 20 batches: no validation"),
+        ("--trainer.limit_train_batches=0.01", "limit_train_batches 0.01 leaves none of the 20 batches of an epoch."),
+        ("--trainer.default_root_dir=file/run", "trainer.default_root_dir: 'file/run' cannot be made or written to."),
+    ],
+)
+def test_what_cannot_be_is_refused(option: str, message: str, capsys) -> None:
+    Path("file").touch()
+    with pytest.raises(SystemExit) as end:
+        main([*CHECK, option])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_stream_of_images_is_checked_and_trained_on(capsys) -> None:
+    student = {"arch": STUDENT["arch"], "img_size": 16, "num_classes": 5, "model_args": "{patch_size: 8, depth: 1}"}
+    run = ["--data=tests.test_check.StreamData", "--model.student=TimmStudent", "--trainer.accelerator=cpu", *QUIET]
+    run += [f"--model.student.init_args.{key}={value}" for key, value in student.items()]
+    run += ["--model.optimizer.lr_base_batch=null", "--trainer.max_epochs=1", "--trainer.default_root_dir=run"]
+    main(["check", *run])
+    assert row("steps an epoch", capsys.readouterr().out) == "unknown: the training images are a stream"
+    main(["fit", *run])
+    assert Path("run/checkpoints/last.ckpt").is_file()
+
+
+def test_a_callback_that_cannot_work_is_one_message(capsys) -> None:
+    more = ["--trainer.logger=false", "--trainer.callbacks=LearningRateMonitor"]
+    with pytest.raises(SystemExit) as end:
+        fit("plain", "", *QUIET, *more)
+    assert end.value.code == 2
+    assert "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger." in capsys.readouterr().err
