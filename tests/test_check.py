@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+import yaml
 from torch.utils.data import DataLoader, IterableDataset
 
 from kdvit.cli import main
@@ -98,9 +100,26 @@ def test_a_stream_of_images_is_checked_and_trained_on(capsys) -> None:
     assert Path("run/checkpoints/last.ckpt").is_file()
 
 
-def test_a_callback_that_cannot_work_is_one_message(capsys) -> None:
-    more = ["--trainer.logger=false", "--trainer.callbacks=LearningRateMonitor"]
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ("LearningRateMonitor", "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger."),
+        ("LearningRateFinder", "LearningRateFinder would train with other numbers than config.yaml says. Leave it out"),
+        ("BatchSizeFinder", "BatchSizeFinder would train with other numbers than config.yaml says. Leave it out"),
+    ],
+)
+def test_a_callback_that_cannot_work_is_one_message(callback: str, message: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        fit("plain", "", *QUIET, *more)
+        fit("plain", "", *QUIET, "--trainer.logger=false", f"--trainer.callbacks={callback}")
     assert end.value.code == 2
-    assert "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger." in capsys.readouterr().err
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_timer_ends_a_run() -> None:
+    timer = "{class_path: Timer, init_args: {duration: 00:00:00:00}}"
+    fit("plain", "", *QUIET, f"--trainer.callbacks={timer}")
+    assert (
+        yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]["interval"]
+        == "step"
+    )
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -158,6 +158,12 @@ class KdvitCLI(LightningCLI):
             with shown((OSError,), prefix="trainer.default_root_dir: "):
                 self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
+        for each in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(each, (LearningRateFinder, BatchSizeFinder)):
+                raise UserError(
+                    f"{type(each).__name__} would train with other numbers than config.yaml says. Leave it out, and set "
+                    "model.optimizer.lr and the data's batch_size."
+                )
         if self.command == "check":
             return trainer
         if isinstance(trainer.strategy, ShardedStrategy) and self.command != "cache":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ CACHE = "data.init_args.cache"
 """May move, too: what it holds is compared when it is opened."""
 UNSAID = ("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar")
 HISTORY = "# from step "
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))
+"""Callbacks of Lightning, such as Timer, have defaults that PyYAML cannot write."""
 
 
 class SaveConfig(SaveConfigCallback):

@@ -29,8 +29,8 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Run Lightning's own, and show a mistake that it finds, such as a callback without its logger, in one line."""
-        with shown((MisconfigurationException,)):
+        """Run Lightning's own, and show in one line what a callback lacks: a logger, or a package."""
+        with shown((MisconfigurationException, ModuleNotFoundError)):
             super().fit(*args, **kwargs)
 
     def check(
