@@ -161,8 +161,8 @@ class KdvitCLI(LightningCLI):
         for each in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(each, (LearningRateFinder, BatchSizeFinder)):
                 raise UserError(
-                    f"{type(each).__name__} would train with other numbers than config.yaml says. Leave it out, and set "
-                    "model.optimizer.lr and the data's batch_size."
+                    f"{type(each).__name__} would train with other numbers than config.yaml says. Leave it out, and "
+                    "set model.optimizer.lr and the data's batch_size."
                 )
         if self.command == "check":
             return trainer
