@@ -72,6 +72,15 @@ def test_a_job_has_the_size_that_was_asked_for(tmp_path: Path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gpus_may_be_of_a_kind_and_asked_for_as_the_cluster_wants(capsys) -> None:
+    text = script(capsys, "--gpus", "a100:4")
+    assert {"--gpus-per-node=a100:4", "--ntasks-per-node=4"} <= set(directives(text))
+    assert "--trainer.devices 4" in text
+    text = script(capsys, "--gpus=2", "--sbatch=--gres=gpu:v100:2")
+    assert "--gres=gpu:v100:2" in directives(text)
+    assert not [each for each in directives(text) if each.startswith("--gpus")]
+
+
 def test_a_processor_is_asked_for_each_loader_worker_and_one_process_needs_no_ddp(capsys) -> None:
     text = script(capsys, "--gpus", "0", "--data.init_args.num_workers=3")
     assert "--cpus-per-task=4" in directives(text)

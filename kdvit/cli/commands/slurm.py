@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt, restricted_string_type
 
 from kdvit.errors import UserError
 from kdvit.files import write_whole
@@ -33,12 +33,13 @@ exec srun --cpus-per-task={cpus} --kill-on-bad-exit=1 {fit}
 """
 OURS = ("--trainer.devices", "--trainer.num_nodes", "--trainer.accelerator")
 SEED = '"$SLURM_ARRAY_TASK_ID"'
+Gpus = restricted_string_type("Gpus", r"^(\w[\w.-]*:)?\d+$", docstring="a number, or KIND:NUMBER")
 
 
 def slurm(
     *,
     nodes: PositiveInt = 1,
-    gpus: NonNegativeInt = 1,
+    gpus: Gpus = "1",  # type: ignore[valid-type]
     tasks_per_node: PositiveInt | None = None,
     cpus_per_task: PositiveInt | None = None,
     mem: str | None = None,
@@ -61,7 +62,8 @@ def slurm(
 
     Args:
         nodes: Machines.
-        gpus: GPUs a node, one process each; 0 for processes on CPUs.
+        gpus: GPUs a node, one process each, such as 4 or a100:4; 0 for processes on CPUs. A cluster that wants --gres
+            gets it by --sbatch=--gres=gpu:4, in place of --gpus-per-node.
         tasks_per_node: With --gpus 0, processes a node; by default 1.
         cpus_per_task: Processors a process; by default one, and one for each loader worker.
         mem: Memory a node, such as 64G; by default what the cluster gives.
@@ -81,17 +83,18 @@ def slurm(
     Example:
         kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
     """
-    refuse_options(rest, gpus, tasks_per_node, seeds, sbatch)
+    count = int(str(gpus).rpartition(":")[2])
+    refuse_options(rest, count, tasks_per_node, seeds, sbatch)
     config = parsed(rest, seeds)
     root = Path(config.trainer.default_root_dir).absolute()
-    name, tasks = job_name or root.name, gpus or tasks_per_node or 1
+    name, tasks = job_name or root.name, count or tasks_per_node or 1
     workers = config.get("data.init_args.num_workers") or 0
     cpus = cpus_per_task or workers + 1
     directives = {
         "job-name": name,
         "nodes": nodes,
         "ntasks-per-node": tasks,
-        "gpus-per-node": gpus or None,
+        "gpus-per-node": gpus if count and not any(each.startswith("--gres") for each in sbatch) else None,
         "cpus-per-task": cpus,
         "mem": mem,
         "time": time,
@@ -106,7 +109,7 @@ def slurm(
     }
     given = [f"--{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
     planned = {
-        "--trainer.accelerator": "gpu" if gpus else "cpu",
+        "--trainer.accelerator": "gpu" if count else "cpu",
         "--trainer.devices": tasks,
         "--trainer.num_nodes": nodes,
         "--trainer.strategy": "ddp" if nodes * tasks > 1 and config.trainer.strategy == "auto" else None,
