@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: 
     assert {"config.yaml", "metrics.csv", "checkpoints", "student"} <= {file.name for file in run.iterdir()}
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     events = EventAccumulator(str(run)).Reload()
-    pair = {"train/lift_cosine", "train/lift_explained_variance"}
+    pair = {f"train/lift_{name}" for name in ("cosine", "explained_variance", "r2", "r2_median")}
     terms = {f"train/{term}{suffix}" for term in ("task", "logit", "lift") for suffix in ("", "_weighted")}
     others = {"train/lr", "train/grad_norm", "train/images_per_second", "train/loss", "train/acc1", "teacher/acc1"}
     scores = {f"val/{name}{suffix}" for name in ("acc1", "acc5", "loss") for suffix in ("", "_ema")}
