@@ -317,7 +317,7 @@ class FeatureDistiller(Distiller):
 
     def metrics(self, student: ViTOutput, teacher: ViTOutput) -> dict[str, Tensor]:
         """Measures each pair of maps as `kdvit.distillers.agreement` does."""
-        measured = {}
+        measured: dict[str, Tensor] = {}
         for i, (ours, theirs) in enumerate(self.aligned(student, teacher)):
             suffix = f"_{i}" if len(self.student_layers) > 1 else ""
             measured |= {f"{name}{suffix}": value for name, value in agreement(ours, theirs).items()}
