@@ -60,7 +60,7 @@ def test_a_table_and_a_file_have_medians_quartiles_and_the_conditions(monkeypatc
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
             assert each[name] == pytest.approx(median)
             assert each[f"{name}_quartiles"] == pytest.approx([low, high])
-        assert f"{each['images_per_second']:.0f} (" in rows[k]
+        assert f"{each['images_per_second']:.1f} (" in rows[k]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

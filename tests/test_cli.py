@@ -306,14 +306,6 @@ def test_one_value_in_a_distiller_is_changed_from_the_command_line(capsys) -> No
     assert printed["model"]["distillers"]["logit"]["init_args"]["weight"] == 0.9
 
 
-@pytest.mark.parametrize("command", [["fit"], ["check"], ["cache"], ["analyze"], ["compare"], ["distillers"]])
-def test_help_helps(command: list[str], capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--help"])
-    assert end.value.code in (None, 0)
-    assert "usage: kdvit" in capsys.readouterr().out
-
-
 def test_all_commands_are_listed_and_a_mistyped_one_is_named(capsys) -> None:
     main(["--help"])
     shown = capsys.readouterr().out

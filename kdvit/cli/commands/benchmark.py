@@ -96,7 +96,7 @@ def _table(results: list[dict[str, Any]], batch_size: int) -> str:
     for each in results:
         latency, rate = (
             f"{each[name]:{form}} ({each[f'{name}_quartiles'][0]:{form}}-{each[f'{name}_quartiles'][1]:{form}})"
-            for name, form in (("latency_ms", ".2f"), ("images_per_second", ".0f"))
+            for name, form in (("latency_ms", ".2f"), ("images_per_second", ".1f"))
         )
         rows.append((each["name"], f"{each['parameters']:,}", f"{each['gflops']:.3g}", latency, rate))
     return text_table(("network", "parameters", "GFLOP", "latency (ms)", f"images/s at {batch_size}"), rows)

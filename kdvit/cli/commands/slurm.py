@@ -79,7 +79,7 @@ def slurm(
         typed: All options.
 
     Example:
-        kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
+        kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --dry_run
     """
     refuse_options(rest, gpus, tasks_per_node, seeds, sbatch)
     config = parsed(rest, seeds)
