@@ -60,6 +60,16 @@ ON_ONE_CPU = {
     "enable_model_summary": False,
 }
 """How a check runs, whatever the config says."""
+OF_A_RUN = "--config runs/demo/plain/config.yaml"
+EXAMPLES = {
+    "check": "--config demo/plain.yaml",
+    "fit": "--config demo/plain.yaml",
+    "validate": OF_A_RUN,
+    "test": OF_A_RUN,
+    "predict": OF_A_RUN,
+    "cache": "--config demo/lift.yaml --out runs/demo/cache --views 4",
+}
+"""What stands behind the name of a command in the example at the end of its help."""
 
 
 class KdvitCLI(LightningCLI):
@@ -82,7 +92,7 @@ class KdvitCLI(LightningCLI):
                 trainer_class=Trainer,
                 trainer_defaults={"default_root_dir": "runs/default"},
                 seed_everything_default=0,
-                parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: {"exit_on_error": False}},
+                parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: _help(command)},
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -232,6 +242,12 @@ class ReadFit(PlannedFit):
 def parse_fit(args: list[str]) -> Any:
     """Returns the config of a `kdvit fit`, checked as far as that goes without building anything."""
     return PlannedFit("fit", find_configs(args)).config["fit"]
+
+
+def _help(command: str) -> dict[str, Any]:
+    """Returns the options of a command's parser: a usage of one line, and an example at the end."""
+    example = f"example: kdvit {command} {EXAMPLES[command]}"
+    return {"exit_on_error": False, "usage": f"kdvit {command} --config CONFIG [options]", "epilog": example}
 
 
 def _checkpoint_folder(root: Any) -> str:

@@ -32,12 +32,12 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         ArgumentError: If a word is unknown, or a value has another type.
     """
     parameters = inspect.signature(function).parameters
-    description, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")
+    text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
     parser = ArgumentParser(
         prog=f"kdvit {name}",
         usage=usage(function, name),
-        description=description,
-        epilog="example: " + " ".join(more.partition("Example:\n")[2].split()),
+        description=text.partition("\n\nArgs:")[0],
+        epilog=f"example: {example.strip()}",
         exit_on_error=False,
     )
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*PASSED})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
-from torchmetrics.functional import explained_variance
 
+from kdvit.distillers.agreement import agreement
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.bases import energies_kept, pca_projection, phi_s_projection
 from kdvit.distillers.spectral import spectral_mse
@@ -316,12 +316,9 @@ class FeatureDistiller(Distiller):
         return torch.stack([loss(ours, theirs) for ours, theirs in self.aligned(student, teacher)]).mean()
 
     def metrics(self, student: ViTOutput, teacher: ViTOutput) -> dict[str, Tensor]:
-        """Measures, for each pair, the mean cosine similarity of tokens and the explained share of the variance."""
-        measured = {}
+        """Measures each pair of maps as `kdvit.distillers.agreement` does."""
+        measured: dict[str, Tensor] = {}
         for i, (ours, theirs) in enumerate(self.aligned(student, teacher)):
             suffix = f"_{i}" if len(self.student_layers) > 1 else ""
-            measured[f"cosine{suffix}"] = F.cosine_similarity(ours, theirs, dim=1).mean()
-            ours, theirs = (x.movedim(1, -1).flatten(0, -2) for x in (ours, theirs))
-            explained = explained_variance(ours, theirs, multioutput="variance_weighted")
-            measured[f"explained_variance{suffix}"] = torch.as_tensor(explained)
+            measured |= {f"{name}{suffix}": value for name, value in agreement(ours, theirs).items()}
         return measured

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from kdvit.models.network import Network
+
+WARM_UP = 3
+"""Rounds that do not count."""
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -30,14 +36,33 @@ def forward_flops(network: Network) -> int:
 
 
 @torch.inference_mode()
-def latency_ms(network: Network, batch_size: int = 1, repeats: int = 50) -> float:
-    """Returns the median time of a batch, in milliseconds, on the device of the network."""
-    image = network.blank_image().expand(batch_size, -1, -1, -1).contiguous()
-    times = []
-    for _ in range(repeats + 3):
+def round_times_ms(networks: Sequence[Network], batch_size: int = 1, rounds: int = 50) -> list[list[float]]:
+    """Times networks by turns, each once a round, so that whatever else the machine does meets all alike.
+
+    The order is drawn anew for each round, as a network may leave the caches and the clock rate to the next. The first
+    three rounds warm up and do not count. A terminal is shown a progress bar.
+
+    Args:
+        networks: In eval; each on its own device and in its own precision.
+        batch_size: Images at once.
+        rounds: How often each is timed.
+
+    Returns:
+        For each network the milliseconds of a batch in each round.
+    """
+    images = [network.blank_image().expand(batch_size, -1, -1, -1).contiguous() for network in networks]
+    times: list[list[float]] = [[] for _ in networks]
+    numbers = range(len(networks))
+    turns = [i for n in range(WARM_UP + rounds) for i in random.Random(n).sample(numbers, len(numbers))]
+    for i in tqdm(turns, f"Timing {batch_size} at once", disable=None, leave=False):
         start = time.perf_counter()
-        network(image)
-        if image.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[3:])
+        networks[i](images[i])
+        if images[i].device.type != "cpu":
+            torch.accelerator.synchronize(images[i].device)
+        times[i].append(1000 * (time.perf_counter() - start))
+    return [each[WARM_UP:] for each in times]
+
+
+def latency_ms(network: Network) -> float:
+    """Returns the median time of one image, in milliseconds, on the device of the network."""
+    return statistics.median(round_times_ms([network])[0])

@@ -114,7 +114,7 @@ def better(monitor: str | None) -> str:
     name = (monitor or "loss").rpartition("/")[2]
     if any(word in name for word in ("loss", "error", "nll", "mse")):
         return "min"
-    if any(word in name for word in ("acc", "f1", "auroc", "cosine", "explained_variance", "map", "knn")):
+    if any(word in name for word in ("acc", "f1", "auroc", "cosine", "explained_variance", "r2", "map", "knn")):
         return "max"
     raise ValueError(f"checkpoint.mode: say which is better of {monitor!r}, min or max.")
 

@@ -35,13 +35,9 @@ def classification_scores(num_classes: int) -> MetricCollection:
     """Returns the metrics `acc1` and `acc5` (in 0..1) and `loss`, updated by ``(logits, target)``.
 
     Args:
-        num_classes: Number of classes K; with fewer than 5, `acc5` is the accuracy at K.
+        num_classes: Number of classes K; `acc5` comes with 6 or more, as it is 1 below.
     """
-    return MetricCollection(
-        {
-            "acc1": MulticlassAccuracy(num_classes, average="micro"),
-            "acc5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            "loss": CrossEntropy(),
-        },
-        compute_groups=False,
-    )
+    metrics: dict[str, Metric] = {"acc1": MulticlassAccuracy(num_classes, average="micro"), "loss": CrossEntropy()}
+    if num_classes > 5:
+        metrics["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+    return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ class DistillationModule(pl.LightningModule):
         self.scores.update(self(batch.image), batch.target)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `acc1`, `acc5` and `loss` over all ranks, as `val/acc1` and so on; those of a test as `test/acc1`."""
+        """Logs `acc1`, `loss` and so on over all ranks, as `val/acc1`; those of a test as `test/acc1`."""
         stage = "test" if self.trainer.testing else "val"
         scores = {f"{stage}/{name}": value for name, value in self.scores.compute().items()}
         self.log_dict(scores, prog_bar=stage == "val", sync_dist=True)

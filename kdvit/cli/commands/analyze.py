@@ -79,7 +79,7 @@ def analyze(
         trainer: How to run.
 
     Example:
-        kdvit analyze --teacher cait_s24_224 --student deit_tiny_patch16_224 --data /path/to/imagenet
+        kdvit analyze --config demo/lift.yaml --images 200
     """
     ways = [bool(model), bool(teacher or student), bool(config)]
     if sum(ways) != 1 or bool(teacher) != bool(student):

@@ -4,54 +4,102 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
 from kdvit.cli.config_files import find_config
+from kdvit.errors import shown
 from kdvit.tables import text_table
 
 CONFIGS = (".yaml", ".yml")
+TYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ROUNDS, BATCH_ROUNDS = 50, 10
+"""How often each network is timed on an image, and on a batch."""
 
 
-def benchmark(networks: list[str], batch_size: PositiveInt = 32, out: str | None = None) -> None:
+def benchmark(
+    networks: list[str],
+    batch_size: PositiveInt = 32,
+    threads: PositiveInt | None = None,
+    precision: Literal["float32", "bf16", "fp16"] = "float32",
+    device: str = "cpu",
+    out: str | None = None,
+) -> None:
     """Show parameters, FLOPs, latency and throughput of networks side by side; of a Lift student also folded.
+
+    The networks are timed by turns, each once a round, after a warm-up. All are held in memory at once.
 
     Args:
         networks: Names of timm, exported folders, checkpoints, or configs (student and teacher of each).
         batch_size: Images at once, for the throughput.
-        out: A JSON file for the numbers and the machine.
+        threads: Of the CPU; by default as many as torch takes.
+        precision: Of weights and images while they are timed.
+        device: Where they are timed, such as cuda.
+        out: A JSON file for the numbers, each round's included, and the machine.
 
     Example:
         kdvit benchmark deit_tiny_patch16_224 lift.yaml
     """
     files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}
+    if out:
+        with shown((OSError,), prefix=f"--out {out!r}: "):
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).open("a").close()
     import torch
 
     from kdvit.cli.lookup import find_networks
-    from kdvit.models.cost import forward_flops, latency_ms, parameter_count
+    from kdvit.models.cost import forward_flops, parameter_count, round_times_ms
 
-    costs = []
-    for name, network in (pair for each in networks for pair in _and_folded(find_networks(each, files.get(each)))):
-        costs.append(
-            {
-                "name": name,
-                "parameters": parameter_count(network.eval()),
-                "gflops": forward_flops(network) / 1e9,
-                "latency_ms": latency_ms(network),
-                "images_per_second": 1000 * batch_size / latency_ms(network, batch_size, repeats=10),
-            }
-        )
-    head = ("network", "parameters", "GFLOP", "latency (ms)", f"images/s at {batch_size}")
-    formats = ("{}", "{:,}", "{:.3g}", "{:.2f}", "{:.0f}")
-    rows = [[form.format(value) for form, value in zip(formats, cost.values(), strict=True)] for cost in costs]
-    print(text_table(head, rows))
+    if threads:
+        torch.set_num_threads(threads)
+    with shown((RuntimeError, AssertionError), prefix=f"--device {device!r}: "):
+        torch.empty(0, device=device)
+    named = [pair for each in networks for pair in _and_folded(find_networks(each, files.get(each)))]
+    found = [network.eval() for _, network in named]
+    costs = [{"parameters": parameter_count(each), "gflops": forward_flops(each) / 1e9} for each in found]
+    for each in found:
+        each.to(device, getattr(torch, TYPES[precision]))
+    for cost, times in zip(costs, round_times_ms(found, rounds=ROUNDS), strict=True):
+        cost |= _spread("latency_ms", times)
+    for cost, times in zip(costs, round_times_ms(found, batch_size, BATCH_ROUNDS), strict=True):
+        cost |= _spread("images_per_second", [1000 * batch_size / each for each in times])
+    results = [{"name": name, **cost} for (name, _), cost in zip(named, costs, strict=True)]
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "torch": torch.__version__,
+    }
+    print(
+        f"Median (quartiles) of {ROUNDS} rounds of one image and {BATCH_ROUNDS} of {batch_size}, every network once a "
+        f"round. {machine['device']}, {machine['threads']} threads, {precision}."
+    )
+    print(_table(results, batch_size))
     if out:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        content = {"machine": {**machine, "torch": torch.__version__}, "batch_size": batch_size, "networks": costs}
+        content = {"machine": machine, "batch_size": batch_size, "networks": results}
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _spread(name: str, values: list[float]) -> dict[str, Any]:
+    """Returns the median of a network's rounds by its name, the quartiles, and each round."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {name: median, f"{name}_quartiles": [low, high], f"{name}_rounds": values}
+
+
+def _table(results: list[dict[str, Any]], batch_size: int) -> str:
+    rows = []
+    for each in results:
+        latency, rate = (
+            f"{each[name]:{form}} ({each[f'{name}_quartiles'][0]:{form}}-{each[f'{name}_quartiles'][1]:{form}})"
+            for name, form in (("latency_ms", ".2f"), ("images_per_second", ".1f"))
+        )
+        rows.append((each["name"], f"{each['parameters']:,}", f"{each['gflops']:.3g}", latency, rate))
+    return text_table(("network", "parameters", "GFLOP", "latency (ms)", f"images/s at {batch_size}"), rows)
 
 
 def _and_folded(networks: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

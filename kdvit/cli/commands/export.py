@@ -26,7 +26,7 @@ def export(
         fold: Fold the lift of a LiftViT into the student's own width: the same logits for the cost of a plain student.
 
     Example:
-        kdvit export --ckpt runs/lift/checkpoints/best.ckpt --out students/lift --fold --format onnx
+        kdvit export --ckpt runs/demo/lift/student --out students/lift --fold
     """
     if not Path(ckpt).exists():
         raise UserError(f"There is no exported folder or checkpoint {str(Path(ckpt).absolute())!r}.")

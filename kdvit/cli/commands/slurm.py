@@ -81,7 +81,7 @@ def slurm(
         typed: All options.
 
     Example:
-        kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --data.init_args.root /path/to/imagenet
+        kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --dry_run
     """
     count = int(str(gpus).rpartition(":")[2])
     refuse_options(rest, count, tasks_per_node, seeds, sbatch)

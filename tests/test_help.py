@@ -1,0 +1,55 @@
+"""Help: the list of commands, and for each an example that runs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdvit.cli import main
+from kdvit.cli.entry import OF_A_TRAINER, OTHERS
+from tests.reference import reference_weights
+from tests.runs import SHORT
+
+
+def example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Returns the words of the example at the end of a command's help, in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code in (None, 0)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(f"usage: kdvit {command} ")
+    assert shown[1] == ""
+    assert shown[-1].startswith(f"example: kdvit {command}")
+    return shlex.split(shown[-1].removeprefix("example: kdvit "))
+
+
+@pytest.mark.parametrize("command", [*OF_A_TRAINER, *OTHERS])
+def test_help_starts_with_the_usage_and_ends_with_an_example(command: str, monkeypatch, capsys) -> None:
+    assert example(command, monkeypatch, capsys)[0] == command
+
+
+def test_the_list_of_commands_cuts_no_sentence(capsys) -> None:
+    main(["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == len(OF_A_TRAINER) + len(OTHERS)
+    assert [line for line in lines if not line.endswith(".") or len(line) > 120] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
+def test_every_example_runs(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("kdvit.cli.commands.benchmark.ROUNDS", 2)
+    monkeypatch.setattr("kdvit.cli.commands.benchmark.BATCH_ROUNDS", 2)
+    main(["fit", "--config", "demo/teacher.yaml", *SHORT])
+    main(["fit", "--config", "demo/lift.yaml", *SHORT])
+    torch.save({"model": reference_weights("lift")}, "lift.pth")
+    short = {"fit": SHORT, "cache": ["--views", "1"], "benchmark": ["--batch_size", "1"]}
+    for command in [*OF_A_TRAINER, *OTHERS]:
+        main([*example(command, monkeypatch, capsys), *short.get(command, [])])
+    for left in ("runs/demo/cache", "runs/demo/plain/predictions.csv", "runs/analysis", "students/lift"):
+        assert Path(left).exists(), left
