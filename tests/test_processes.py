@@ -279,8 +279,11 @@ def test_each_launcher_trains_one_run_in_one_folder(launcher: str, capsys: pytes
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_strategy_that_splits_networks_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     sharded = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    named = ["--ckpt_path", "weights.ckpt"] if command == "validate" else []
+    two = ["--trainer.devices", "2", "--trainer.strategy", sharded]
     with pytest.raises(SystemExit):
-        main([command, "--config", "demo/plain.yaml", *QUIET, "--trainer.devices", "2", "--trainer.strategy", sharded])
+        main([command, "--config", "demo/plain.yaml", *QUIET, *two, *named])
     assert "ModelParallelStrategy splits networks over the processes" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -226,8 +226,10 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks() -> None:
 def test_what_does_not_go_with_a_split_student_is_refused(
     command: str, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    named = [] if command == "fit" else ["--ckpt_path", "weights.ckpt"]
     with pytest.raises(SystemExit) as end:
-        main(_run(command, "run", "sharded", *more))
+        main(_run(command, "run", "sharded", *more, *named))
     assert end.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not Path("run").exists()
