@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from kdvit import DistillationModule
 from kdvit.callbacks import NonFiniteGuard, StudentEMA, Throughput
 from kdvit.data import Digits, image_folder
-from kdvit.data.image_folder import ImageList
+from kdvit.data.listing import ImageList
 from kdvit.data.workers import start_worker
 from kdvit.distillers import LiftDistiller, LogitDistiller
 from kdvit.models import LiftViT, TimmStudent

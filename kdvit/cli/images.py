@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
-from kdvit.data.image_folder import LAYOUT, FolderImages, list_images
+from kdvit.data.image_folder import FolderImages
+from kdvit.data.listing import LAYOUT, list_images
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform
 from kdvit.structures import ImageFormat, subclasses
@@ -92,7 +93,7 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     splits = (root / "val").is_dir()
     if not root.is_dir():
         raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
-    with shown((OSError,)):
+    with shown((OSError, ValueError)):
         samples = list_images(root / "val" if splits else root)
     targets = [target for _, target in samples]
     folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None

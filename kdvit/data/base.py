@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
 from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
@@ -22,6 +24,7 @@ from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, ImageFormat, SharedBasis, View
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -96,8 +99,42 @@ class ImageDataModule(pl.LightningDataModule):
         shared = {"class": type(self).__name__, "seed": self.seed, "repeats": self.repeats, "images": len(dataset)}
         return {**shared, "size": size, "mean": mean, "std": std, **dataset.fingerprint()}
 
+    def source(self, split: Split) -> Split:
+        """Returns the split whose images a split shows: another, where the data have none apart for it."""
+        return split
+
+    def labels(self, split: Split) -> Any:
+        """Returns the class index of each image of a split, for `summary`; None where it is not known beforehand."""
+        return None
+
+    def skipped(self, split: Split) -> str:
+        """Returns which files of a split are no images, for `summary`."""
+        return ""
+
+    def summary(self) -> str:
+        """Says in one line how many images there are of how many classes, and which files are skipped."""
+        parts = []
+        for split in SPLITS:
+            source = self.source(split)
+            labels = self.labels(source)
+            if source != split:
+                parts.append(f"{split}: those of {source}")
+            elif labels is not None:
+                counts = np.bincount(labels, minlength=self.num_classes)
+                least = int(counts.argmin())
+                skipped = f" (skipped: {self.skipped(split)})" if self.skipped(split) else ""
+                parts.append(
+                    f"{split}: {len(labels):,} images of {self.num_classes:,} classes, the smallest "
+                    f"{self.class_names[least]} with {counts[least]:,}{skipped}"
+                )
+        return "; ".join(parts)
+
     def setup(self, stage: str) -> None:
-        """Opens the cache of a fit, and raises if it was made for another run."""
+        """Says what the images are; opens the cache of a fit, and raises if it was made for another run."""
+        if stage == "fit" and self.labels("train") is not None:
+            rank_zero_info(f"Images: {self.summary()}.")
+        if stage in ("test", "predict") and self.source("test") == self.source("val"):
+            rank_zero_info("There are no images for a test alone: these are those of val.")
         if stage == "fit" and self.cache is not None and self.trainer is not None:
             module: Any = self.trainer.lightning_module
             teacher, wanted = module.teacher, module.distillers.only_request()

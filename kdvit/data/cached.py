@@ -27,6 +27,11 @@ class ViewBatches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def digest(self) -> str:
+        """Digest of the names of the images, where they are files."""
+        return getattr(self.images, "digest", "")
+
     def __getitem__(self, indices: Sequence[View | int]) -> Batch:
         views = [View.of(index) for index in indices]
         together = hasattr(self.images, "__getitems__")

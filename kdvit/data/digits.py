@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
@@ -45,13 +46,20 @@ class Digits(ImageDataModule):
         self.class_names = [str(digit) for digit in range(10)]
         self.padding = padding
 
+    def source(self, split: Split) -> Split:
+        """Returns val for test."""
+        return "val" if split == "test" else split
+
+    def labels(self, split: Split) -> Tensor:
+        """Returns the digits of a split."""
+        return self.targets[self.indices[split]]
+
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns train, or val for every evaluation."""
-        training = split == "train"
-        index = self.indices["train" if training else "val"]
-        augmentation = {"seed": self.seed, "padding": self.padding} if training else {}
+        index = self.indices[self.source(split)]
+        augmentation = {"seed": self.seed, "padding": self.padding} if split == "train" else {}
         return InMemoryImages(self.images[index], self.targets[index], self.image_format, **augmentation)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns ``digits/N``, N the number in scikit-learn's order."""
-        return f"digits/{int(self.indices['train' if split == 'train' else 'val'][index])}"
+        return f"digits/{int(self.indices[self.source(split)][index])}"

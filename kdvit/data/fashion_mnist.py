@@ -72,6 +72,14 @@ class FashionMNIST(ImageDataModule):
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
         self.padding, self.hflip = padding, hflip
 
+    def source(self, split: Split) -> Split:
+        """Returns test for val where no images are held out."""
+        return "test" if split not in self.numbers else split
+
+    def labels(self, split: Split) -> Tensor:
+        """Returns the classes of a split."""
+        return self.parts.get(split, self.test)[1]
+
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split."""
         augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
+from kdvit.data.listing import LAYOUT, class_folders, list_images, told
 from kdvit.data.reading import DamagedImage, read_image
 from kdvit.data.transforms import Transform, train_transform
 from kdvit.errors import UserError
@@ -25,7 +24,6 @@ from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
 
-LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
 SUBSTITUTES = 10
 """Images that are tried in place of one that cannot be read."""
 OnError = Literal["raise", "skip"]
@@ -35,7 +33,8 @@ class ImageFolder(ImageDataModule):
     """Images in folders, one a class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``, as of ImageNet.
 
     Args:
-        root: The folder that holds train and val. (With val alone, a student can be evaluated.)
+        root: The folder that holds train and val. (With val alone, a student can be evaluated.) A folder test beside
+            them, of the same classes, is for `kdvit test` and `predict`; without one they show the images of val.
         batch_size: Images a step and process.
         num_workers: Processes that load images, for each training process.
         auto_augment: timm's policy; null for none.
@@ -49,7 +48,7 @@ class ImageFolder(ImageDataModule):
 
     Raises:
         FileNotFoundError: If a folder is missing or empty; the message names it and the layout.
-        ValueError: If train and val have different classes.
+        ValueError: If train, val and test have different classes, or a folder belongs to two.
     """
 
     def __init__(
@@ -67,14 +66,14 @@ class ImageFolder(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.on_error = Path(root).absolute(), on_error
-        splits = ("train", "val") if (self.root / "train").is_dir() else ("val",)
-        self.samples = {split: list_images(self.root / split) for split in splits}
-        train, self.class_names = self.samples[splits[0]].class_names, self.samples["val"].class_names
-        if train != self.class_names:
-            raise ValueError(
-                f"train and val in {root!r} have different classes ({len(train)} and {len(self.class_names)}); only in "
-                f"one of them: {', '.join(sorted({*train} ^ {*self.class_names})[:5])}."
-            )
+        train, test = self.root / "train", self.root / "test"
+        self.samples = {"train": list_images(train)} if train.is_dir() else {}
+        self.samples["val"] = list_images(self.root / "val")
+        if test.is_dir() and class_folders(test):  # ImageNet's own has none: its images have no labels
+            self.samples["test"] = list_images(test)
+        self.class_names = self.samples["val"].class_names
+        for split in self.samples:
+            self._require_same_classes(split)
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
         self.augmentation: dict[str, Any] = {
             "auto_augment": auto_augment,
@@ -89,44 +88,41 @@ class ImageFolder(ImageDataModule):
         more = {"interpolation": self.image_format.interpolation, "on_error": self.on_error}
         return {**super().fingerprint(), **self.augmentation, **more}
 
+    def _require_same_classes(self, split: str) -> None:
+        ours, theirs = self.samples[split].class_names, self.class_names
+        if ours != theirs:
+            only = {split: sorted({*ours} - {*theirs}), "val": sorted({*theirs} - {*ours})}
+            named = "; ".join(f"only in {place}: {', '.join(names[:5])}" for place, names in only.items() if names)
+            counts = f"({len(ours)} and {len(theirs)})"
+            raise ValueError(f"{split} and val in {str(self.root)!r} have different classes {counts}; {named}.")
+
+    def source(self, split: Split) -> Split:
+        """Returns val for test where there is no test folder."""
+        return "val" if split == "test" and "test" not in self.samples else split
+
+    def labels(self, split: Split) -> Any:
+        """Returns those of a folder; none if there is no such folder."""
+        return self.samples[split].targets if split in self.samples else None
+
+    def skipped(self, split: Split) -> str:
+        """Returns the files that are no images, by their ending."""
+        return told(self.samples[split].skipped)
+
     def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of train, or of val for every evaluation.
+        """Returns the images of a split; of val for test where there is no test folder.
 
         Raises:
             UserError: If the root has no images to train on.
         """
         if split != "train":
-            return FolderImages(self.samples["val"], self.eval_transform, None)
+            return FolderImages(self.samples[self.source(split)], self.eval_transform, None)
         if "train" not in self.samples:
             raise UserError(f"There is no folder {str(self.root / split)!r} to train on. {LAYOUT}")
         return FolderImages(self.samples["train"], self.train_transform, self.seed, self.on_error)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the path of an image, relative to the root."""
-        return str(Path(self.samples["train" if split == "train" else "val"][index][0]).relative_to(self.root))
-
-
-class ImageList(Sequence[Any]):
-    """Paths and class indices in two arrays.
-
-    A list of tuples has two counted references an image, and a loader process that reads one copies its page: each
-    process would come to hold the whole list.
-
-    Args:
-        samples: Path and class index of each image.
-        class_names: Name of each class.
-    """
-
-    def __init__(self, samples: Iterable[tuple[str, int]], class_names: Sequence[str] = ()) -> None:
-        self.class_names = list(class_names)
-        paths, targets = zip(*samples, strict=True)
-        self._paths, self._targets = np.array([os.fsencode(path) for path in paths]), np.array(targets)
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def __getitem__(self, index: Any) -> Any:
-        return os.fsdecode(self._paths[index]), int(self._targets[index])
+        return str(Path(self.samples[self.source(split)][index][0]).relative_to(self.root))
 
 
 class FolderImages(Dataset[Any]):
@@ -146,6 +142,11 @@ class FolderImages(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the names of the images."""
+        return getattr(self.samples, "digest", "")
 
     @property
     def targets(self) -> list[int]:
@@ -191,16 +192,3 @@ class FolderImages(Dataset[Any]):
             listing.update(os.fsencode(f"{os.path.relpath(path, root)} {target} {size}\n"))
         transform = hashlib.sha256(repr(self.transform).encode()).hexdigest()
         return {"content": listing.hexdigest(), "transform": transform}
-
-
-def list_images(folder: Path) -> ImageList:
-    """Lists the images of a split with the index of their class, in a fixed order, without opening a file.
-
-    Raises:
-        FileNotFoundError: If there is no class folder, or one without an image.
-    """
-    try:
-        names, class_to_index = find_classes(folder)
-        return ImageList(make_dataset(folder, class_to_index, IMG_EXTENSIONS), names)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{LAYOUT} In {str(folder)!r}: {error}") from error

@@ -15,8 +15,12 @@ OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno
 """Errors that come again whenever the file is read; any other (of a disk, of too many open files) may not."""
 NOT_OF_THE_FILE = "The file may be whole: check the disk or the machine."
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+WANTED = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
+_ENDINGS = Image.registered_extensions()
+FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 """Those that are read, whatever a file is called: others, such as EPS, let Pillow start programs."""
+ENDINGS = tuple(ending for ending, name in _ENDINGS.items() if name in FORMATS and ending != ".pfm")
+"""Those of files that are listed as images, in lower case. (The pixels of a pfm are floats, whose white is unknown.)"""
 
 
 class ImageError(WorkerError, RuntimeError):

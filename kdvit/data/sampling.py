@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdvit.errors import UserError
@@ -83,7 +84,7 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the number of batches yielded in an epoch, and their size over all ranks.
+    """A loader whose state is the number of batches yielded in an epoch, their size over all ranks, and the images.
 
     Lightning saves and restores the state of a loader that has one; without it, a run resumed in the middle of an epoch
     sees the epoch's first batches again. The count is all there is to save, as every sample follows from its View
@@ -117,18 +118,35 @@ class ResumableLoader(DataLoader[Any]):
             self._yielded += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns the epoch, the number of batches yielded in it, and the images of one over all ranks.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the epoch, the number of batches yielded in it, the images of one over all ranks, and of the epoch.
 
         Batches that a resume has yet to skip count as yielded.
         """
         epoch, batches = self._resume
         yielded = batches if epoch == self._epoch else self._yielded
-        return {"epoch": self._epoch, "batches": yielded, "images": self._images}
+        size, digest = self._listing
+        return {"epoch": self._epoch, "batches": yielded, "images": self._images, "size": size, "digest": digest}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Starts the next iteration, if it is of the same epoch, after the batches already yielded."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Starts the next iteration, if it is of the same epoch, after the batches already yielded.
+
+        Says so if the images are others than they were. (Older states do not tell.)
+        """
         self._resume, self._begun_in = (state_dict["epoch"], state_dict["batches"]), state_dict["images"]
+        size, digest = self._listing
+        before = state_dict.get("size", size), state_dict.get("digest", digest)
+        if before != (size, digest):
+            rank_zero_info(
+                f"The training images are no longer those of the checkpoint: {before[0]:,} then, {size:,} now, or of "
+                "other names. An epoch that it was saved amid shows some images twice, or never."
+            )
+
+    @property
+    def _listing(self) -> tuple[int, str]:
+        """The number of images, and a digest of their names where they are files."""
+        dataset: Any = self.dataset
+        return len(dataset), getattr(dataset, "digest", "")
 
     @property
     def _epoch(self) -> int:

@@ -239,7 +239,7 @@ def test_names_that_are_no_utf_8_are_read_hashed_and_told(capfd) -> None:
     shutil.rmtree("run")
     assert r"images/val/dog\udcff/\udce9t\udce9.jpg" in last_line(command("fit"), capfd)
     shutil.rmtree(os.fsencode("images/val/dog") + b"\xff")
-    assert "only in one of them: dog" in last_line(command("fit"), capfd)
+    assert "only in train: dog" in last_line(command("fit"), capfd)
 
 
 def test_one_image_a_class_is_trained_on_and_one_in_all_is_told(capfd) -> None:

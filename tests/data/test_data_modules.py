@@ -242,17 +242,17 @@ def _no_download(*_, **__):
         (
             lambda root: ((root / "val").mkdir(), ImageFolder(str(root))),
             FileNotFoundError,
-            r"Couldn't find any class folder in .*/val",
+            r"In '.*/val': There is no class folder.",
         ),
         (
             lambda root: (image_folder(root), (root / "train" / "eel").mkdir(), ImageFolder(str(root))),
             FileNotFoundError,
-            r"In '.*/train': Found no valid file for the classes eel.",
+            r"In '.*/train': There is no image of the classes eel. Files are read that end in .*jpeg",
         ),
         (
             lambda root: (image_folder(root), (root / "val/dog").rename(root / "val/hog"), ImageFolder(str(root))),
             ValueError,
-            r"different classes \(2 and 2\); only in one of them: dog, hog",
+            r"different classes \(2 and 2\); only in train: dog; only in val: hog",
         ),
         (lambda root: Digits(mixup=0.8, batch_size=7), ValueError, "need an even batch_size, got 7"),
         (

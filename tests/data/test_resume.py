@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdvit.data import Digits
+from kdvit.cli import main
+from kdvit.data import Digits, ImageFolder
 from kdvit.data.cached import collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
+from tests.data.test_bad_images import command
+from tests.data.test_data_modules import image_folder
 from tests.tiny import trainer
 
 
@@ -74,6 +77,38 @@ def test_batches_of_other_sizes_amid_an_epoch_are_refused(ranks: int, batch_size
     with pytest.raises(ShareError, match=f"{said}.* Go on with 128 .*saved at the end of an epoch"):
         next(iter(loader))
     assert len(epoch_of(loader, 2)) == len(loader)
+
+
+def folder_loader() -> ResumableLoader:
+    return ImageFolder("images", batch_size=2, num_workers=0, img_size=16, seed=0).train_dataloader()
+
+
+def test_the_same_images_in_another_place_and_a_state_that_tells_nothing_of_them_pass(caplog) -> None:
+    image_folder(Path("images"))
+    state = folder_loader().state_dict()
+    Path("images").rename("moved")
+    Path("images").symlink_to("moved")
+    folder_loader().load_state_dict(state)
+    Path("images/train/dog/1.jpg").unlink()
+    folder_loader().load_state_dict({key: state[key] for key in ("epoch", "batches", "images")})
+    assert not caplog.messages
+    folder_loader().load_state_dict(state)
+    assert "12 then, 11 now" in caplog.text
+
+
+@pytest.mark.parametrize("now", [11, 12])
+def test_a_run_that_goes_on_with_other_images_says_so(now: int, caplog) -> None:
+    image_folder(Path("images"))
+    often = ["--last_checkpoint.every_n_train_steps", "2"]
+    main(command("fit", *often, "--trainer.max_steps", "2"))
+    file = Path("images/train/dog/1.jpg")
+    file.rename(file.with_name("9.jpg")) if now == 12 else file.unlink()
+    main(command("fit", *often))
+    said = f"The training images are no longer those of the checkpoint: 12 then, {now} now, or of other names. An epoch"
+    assert sum(line.startswith(said) for line in caplog.messages) == 1
+    caplog.clear()
+    main(command("fit", *often, "--trainer.max_epochs", "3"))
+    assert "no longer" not in caplog.text
 
 
 def test_persistent_workers_serve_the_epoch_that_was_set_last() -> None:

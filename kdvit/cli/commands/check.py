@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
 from kdvit.cli.plan import Rows, describe_plan
+from kdvit.data import ImageDataModule
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
@@ -51,6 +52,7 @@ def describe(
         *(_teachers(module) or [("teacher", "none: a supervised run")]),
         ("classes", str(module.num_classes)),
         ("images", _images(module.image_format)),
+        *_data(datamodule),
         *_teacher_input(module),
         ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
         *_distillers(module),
@@ -77,6 +79,11 @@ def _images(images: ImageFormat) -> str:
 
 def _teachers(module: DistillationModule) -> Rows:
     return [(each.label, _network(each.network)) for each in module.teachers.values()]
+
+
+def _data(datamodule: pl.LightningDataModule) -> Rows:
+    told = datamodule.summary() if isinstance(datamodule, ImageDataModule) else ""
+    return [("data", told)] if told else []
 
 
 def _teacher_input(module: DistillationModule) -> Rows:

@@ -1,0 +1,143 @@
+"""Which files of a folder are images, and of which class; and which files are passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdvit.data.reading import ENDINGS
+
+LAYOUT = "Expected layout: ROOT/train/CLASS/image.jpg and ROOT/val/CLASS/image.jpg."
+OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")
+"""What systems leave behind in folders, beside files and folders whose names begin with a dot."""
+
+
+class ImageList(Sequence[Any]):
+    """Paths and class indices in two arrays.
+
+    A list of tuples has two counted references an image, and a loader process that reads one copies its page: each
+    process would come to hold the whole list.
+
+    Args:
+        samples: Path and class index of each image.
+        class_names: Name of each class.
+        digest: Of the names of all images, relative to their folder.
+        skipped: Number of files that are no images, by their ending.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[tuple[str, int]],
+        class_names: Sequence[str] = (),
+        digest: str = "",
+        skipped: Counter[str] | None = None,
+    ) -> None:
+        self.class_names, self.digest, self.skipped = list(class_names), digest, skipped or Counter()
+        paths, targets = zip(*samples, strict=True)
+        self._paths, self.targets = np.array([os.fsencode(path) for path in paths]), np.array(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: Any) -> Any:
+        return os.fsdecode(self._paths[index]), int(self.targets[index])
+
+
+def list_images(folder: Path) -> ImageList:
+    """Lists the images of a split with the index of their class, in a fixed order, without opening a file.
+
+    A class has the images of all folders below its own. Each real folder is walked once, however many links lead to
+    it. Hidden files and folders, and those of systems, are ignored; files with another ending are counted.
+
+    Raises:
+        FileNotFoundError: If there is no class folder, or one without an image.
+        ValueError: If one folder belongs to two classes.
+    """
+    try:
+        return _list_images(str(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{LAYOUT} In {str(folder)!r}: {error}") from error
+
+
+def class_folders(folder: str | Path) -> list[str]:
+    """Returns the names of the class folders in a folder, sorted."""
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def _list_images(folder: str) -> ImageList:
+    names = class_folders(folder)
+    if not names:
+        raise FileNotFoundError("There is no class folder.")
+    beside = [entry.name for entry in _entries(folder) if not entry.is_dir()]
+    skipped = Counter("beside the class folders" if _is_image(name) else _ending(name) for name in beside)
+    walked: dict[str, str] = {}
+    for name in names:
+        _claim(os.path.realpath(os.path.join(folder, name)), os.path.join(folder, name), walked)
+    samples: list[tuple[str, int]] = []
+    empty, digest = [], hashlib.sha256()
+    for target, name in enumerate(names):
+        before, top = len(samples), os.path.join(folder, name)
+        for place, files in sorted(_walk(top, os.path.realpath(top), top, walked)):
+            images = [file for file in files if _is_image(file)]
+            skipped.update(map(_ending, {*files}.difference(images)))
+            samples += [(os.path.join(place, file), target) for file in images]
+            digest.update(os.fsencode("\0".join([os.path.relpath(place, folder), *images, ""])) if images else b"")
+        if len(samples) == before:
+            empty.append(name)
+    if empty:
+        found = f" Passed over: {told(skipped)}." if skipped else ""
+        read = f" Files are read that end in {', '.join(sorted(ENDINGS))}."
+        raise FileNotFoundError(f"There is no image of the classes {', '.join(empty[:5])}.{found}{read}")
+    return ImageList(samples, names, digest.hexdigest(), skipped)
+
+
+def told(skipped: Counter[str]) -> str:
+    """Returns files by their ending, as text.
+
+    Example:
+        >>> told(Counter({".svg": 1200, ".txt": 1}))
+        '1,200 .svg, 1 .txt'
+    """
+    return ", ".join(f"{count:,} {ending}" for ending, count in skipped.most_common())
+
+
+def _walk(folder: str, real: str, top: str, walked: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Gives a folder of the class folder `top`, and all below it, with the names of their files, sorted."""
+    files = []
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            files.append(entry.name)
+            continue
+        inner = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+        if not f"{real}/".startswith(f"{inner.rstrip('/')}/") and _claim(inner, top, walked):
+            yield from _walk(entry.path, inner, top, walked)
+    yield folder, files
+
+
+def _claim(real: str, top: str, walked: dict[str, str]) -> bool:
+    """Notes that a real folder belongs to the class folder `top`, and returns whether that is new."""
+    owner = walked.get(real)
+    if owner not in (None, top):
+        raise ValueError(f"{real!r} belongs to two classes, {owner!r} and {top!r}. Remove it, or a link, from one.")
+    walked[real] = top
+    return owner is None
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not (entry.name[0] == "." or entry.name.lower() in OF_SYSTEMS)]
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without an ending"
