@@ -67,6 +67,9 @@ def check_distiller(
     loss.backward()
     reached = any(x.grad is not None and bool(x.grad.any()) for x in _tensors(inputs[0]))
     _promise(reached, "the student must receive a gradient")
+    for layer, feature in zip(distiller.student_layers, inputs[0].features, strict=True):
+        used = feature.grad is not None and bool(feature.grad.any())
+        _promise(used, f"the student's layer {layer!r} is asked for and must receive a gradient")
     for name, parameter in distiller.named_parameters():
         _promise(parameter.grad is not None, f"the parameter {name} must receive a gradient")
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdvit.structures import at_least_float32
+
 
 class MahalanobisNorm(nn.Module):
     """``x / sqrt(||x L||^2 + eps)`` of each token, L lower triangular and stored as the vector of its entries.
@@ -52,8 +54,10 @@ class MahalanobisNorm(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns tokens ``[..., D]`` in the same shape."""
         root = torch.cat([self.factor.new_zeros(1), self.factor])[self.places]
-        variance = (tokens @ root.to(tokens.dtype)).square().sum(-1, keepdim=True)
-        return tokens * (variance + self.eps).rsqrt()
+        with torch.autocast(tokens.device.type, enabled=False):  # as LayerNorm: a square may be too large for half
+            precise = at_least_float32(tokens)
+            variance = (precise @ root.to(precise.dtype)).square().sum(-1, keepdim=True)
+            return (precise * (variance + self.eps).rsqrt()).to(tokens.dtype)
 
     @torch.no_grad()
     def set_root(self, root: Tensor) -> None:
@@ -88,13 +92,15 @@ def fold_lift(model: Any) -> None:
     root = projector.new_zeros(width, width)
     root[:, : len(upper)] = upper.T
     dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
-    model.norm = MahalanobisNorm(width, layer_norm.eps).to(model.head.weight.device, dtype)
+    device = model.head.weight.device
+    model.norm = MahalanobisNorm(width, layer_norm.eps).to(device, dtype)
     model.norm.set_root(root)
     for name, head in heads.items():
         weight, bias = head.weight.double(), 0.0 if head.bias is None else head.bias.double()
-        folded = nn.Linear(width, head.out_features, device=head.weight.device, dtype=dtype)
+        folded = nn.Linear(width, head.out_features, device=device, dtype=dtype)
         folded.weight.copy_(weight * layer_norm.weight.double() @ centred.T)
         folded.bias.copy_(bias + weight @ layer_norm.bias.double())
         setattr(model, name, folded)
+    model.to(dtype)  # from half precision the whole model becomes float32, so that nothing is rounded again
     model.num_features = model.head_hidden_size = width
     model.train(model.training)

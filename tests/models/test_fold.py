@@ -16,6 +16,7 @@ from kdvit.data import Digits
 from kdvit.models import LiftViT, export_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.fold import MahalanobisNorm
 from tests.runs import SHORT, fit
 from tests.tiny import FORMAT, STUDENT, student
 
@@ -75,7 +76,17 @@ def test_half_precision_weights_fold_into_float32() -> None:
         torch.float32
     }
     exact = network.double()(images().double()).logits
-    torch.testing.assert_close(folded.float()(images()).logits.double(), exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(folded(images()).logits.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["autocast", "half"])
+def test_large_tokens_of_half_precision_do_not_vanish(how: str) -> None:
+    norm = MahalanobisNorm(8, eps=1e-6)
+    tokens = 300 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    exact = norm(tokens)
+    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        found = (norm.half() if how == "half" else norm)(tokens.half())
+    torch.testing.assert_close(found.float(), exact, atol=2e-3, rtol=2e-3)
 
 
 def test_a_folded_deit_tiny_costs_what_the_plain_one_costs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -101,14 +102,12 @@ def _distillers(module: DistillationModule) -> Rows:
         ours = module.student.output_shapes(distiller.student_layers).features
         theirs = teacher.output_shapes(distiller.teacher_layers, logits=False).features
         parts = [f"{type(distiller).__name__} x {distiller.weight:g}"]
-        for layer, shape, other, target in zip(
-            distiller.student_layers, ours, distiller.teacher_layers, theirs, strict=True
-        ):
-            resized = ", finer map resized" if shape[1:] != target[1:] else ""
-            parts.append(
-                f"student {_layer(module.student, layer)} {_shape(shape)} <- "
-                f"{teacher.label} {_layer(teacher.network, other)} {_shape(target)}{resized}"
-            )
+        layers, others = distiller.student_layers, distiller.teacher_layers
+        for layer, shape, other, target in zip_longest(layers, ours, others, theirs):
+            of_student = f"student {_layer(module.student, layer)} {_shape(shape)}" if shape else ""
+            of_teacher = f"{teacher.label} {_layer(teacher.network, other)} {_shape(target)}" if target else ""
+            resized = ", finer map resized" if shape and target and shape[1:] != target[1:] else ""
+            parts.append(" <- ".join(filter(None, (of_student, of_teacher))) + resized)
         rows.append((f"distiller {name}", "; ".join([*parts, *distiller.conversions()])))
     return rows
 
