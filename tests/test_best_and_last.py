@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -84,3 +85,24 @@ def test_a_metric_that_nobody_logs_is_named_before_the_first_step(
     assert message in error
     assert "Did you mean" in error or "speed" in error
     assert not CHECKPOINTS.exists()
+
+
+class Scores(pl.Callback):
+    """Logs a given score at each validation."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = scores
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("val/given_acc", torch.tensor(self.scores[trainer.current_epoch]))
+
+
+@pytest.mark.parametrize(("first", "then"), [((3, 3), 1), ((1, 1), 3)], ids=["fewer", "more"])
+def test_the_best_stays_the_best_where_the_number_of_those_kept_changes(first: tuple[int, int], then: int) -> None:
+    scores = "{class_path: tests.test_best_and_last.Scores, init_args: {scores: [0.5, 0.6, 0.55, 0.57, 0.58]}}"
+    more = [*EPOCHS, "--checkpoint.monitor=val/given_acc", f"--trainer.callbacks={scores}"]
+    kept, epochs = first
+    fit("plain", "", *more, f"--checkpoint.save_top_k={kept}", f"--trainer.max_epochs={epochs}")
+    for epochs in (4, 5):
+        fit("plain", "", *more, f"--checkpoint.save_top_k={then}", f"--trainer.max_epochs={epochs}")
+        assert of("best.ckpt")[0] == 1

@@ -12,6 +12,7 @@ import yaml
 
 from kdvit.training.schedule import RunLength, ScheduleOptions
 from tests.runs import QUIET, assert_same_end, column, fit
+from tests.test_stopping import signal_at, stopped
 
 EPOCHS = [*QUIET, "--trainer.limit_train_batches=5", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
 EPOCHS += ["--ema.decay=0.9", "--model.schedule.warmup_epochs=1"]
@@ -90,6 +91,26 @@ def test_a_run_by_steps_alone_ends_at_its_step_with_a_validation() -> None:
     assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["max_steps"] == 12
 
 
+@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_start", 7), ("on_validation_batch_start", 2)])
+def test_a_run_stopped_at_its_last_step_validates_when_it_goes_on(hook: str, count: int) -> None:
+    by_steps = [*EPOCHS, "--trainer.max_epochs=-1", "--trainer.max_steps=7", "--trainer.check_val_every_n_epoch=2"]
+    assert stopped("plain", "", *by_steps, *signal_at(hook, count)) == 143
+    assert trained_steps() == list(range(7))
+    fit("plain", "", *by_steps)
+    assert trained_steps() == list(range(7))
+    assert [row["step"] for row in rows() if row["val/acc1"]] == ["6"]
+    assert torch.load("run/checkpoints/best.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_a_finished_run_by_steps_is_left_alone(caplog) -> None:
+    by_steps = [*EPOCHS, "--trainer.max_epochs=-1", "--trainer.max_steps=7"]
+    fit("plain", "", *by_steps)
+    before = sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file())
+    fit("plain", "", *by_steps)
+    assert sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file()) == before
+    assert "has 1 epochs and 7 steps: nothing is left to train." in caplog.text
+
+
 def test_a_run_that_was_stopped_early_stays_stopped(caplog) -> None:
     callback = "{class_path: EarlyStopping, init_args: {monitor: val/acc1, mode: max, min_delta: 2, patience: 1}}"
     stopping = [*EPOCHS, f"--trainer.callbacks={callback}", "--trainer.max_epochs=6"]
@@ -98,6 +119,13 @@ def test_a_run_that_was_stopped_early_stays_stopped(caplog) -> None:
     fit("plain", "", *stopping)
     assert trained_steps() == list(range(10))
     assert "EarlyStopping has ended this run in epoch 1, and nothing is left to train." in caplog.text
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch_stays_stopped() -> None:
+    stopping = "{class_path: EarlyStopping, init_args: {monitor: val/acc1, mode: max, stopping_threshold: 0.0}}"
+    for _ in range(2):
+        fit("plain", "", *EPOCHS, f"--trainer.callbacks={stopping}", "--trainer.max_epochs=6")
+        assert trained_steps() == list(range(5))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +137,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(caplog) -> None:
         ({"warmup_epochs": 0, "args": {"cooldown_epochs": 2}}, RunLength(4), [1, 0.5, 0, 0]),
         ({"warmup_share": 0.5}, RunLength(4), [0, 0.5, 0.5, (1 - math.sqrt(0.5)) / 2]),
         ({"interval": "step", "warmup_steps": 1}, RunLength(2, 4, 2), [0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.1464466]),
+        ({"name": "step", "interval": "step", "warmup_epochs": 0}, RunLength(2, 4, 2), [1, 1, 1, 1]),
         (
             {"name": "multistep", "interval": "step", "warmup_epochs": 0, "args": {"decay_milestones": [1]}},
             RunLength(2, 4, 2),

@@ -51,7 +51,8 @@ def test_a_second_start_says_who_holds_the_run_and_a_killed_one_holds_nothing(
     assert told in message
     assert not Path("run/checkpoints").exists()
     other.send_signal(signal.SIGKILL)
-    other.wait()
+    while Path(f"/proc/{other.pid}/stat").read_text().split()[2] != "Z":  # dead, and not waited for
+        time.sleep(0.01)
     assert FILE.exists()
     fit("plain", "", *SHORT)
     assert Path("run/checkpoints/last.ckpt").is_file()
@@ -69,7 +70,8 @@ def test_a_run_leaves_no_lock_when_it_fails(capsys) -> None:
     [
         ({"host": "elsewhere"}, 0.0, True),
         ({"host": "elsewhere"}, SILENCE + 1, False),
-        ({"host": "elsewhere", "job": "7"}, 0.0, False),
+        ({"host": "elsewhere", "job": "7.0"}, 0.0, False),
+        ({"host": "elsewhere", "job": "7.1"}, 0.0, True),
         ({"start": "1"}, 0.0, False),
         ({}, SILENCE + 1, True),
     ],
@@ -78,7 +80,8 @@ def test_a_lock_is_left_behind_if_its_process_job_or_machine_is_gone(
     change: dict[str, str], silent: float, is_held: bool, other: subprocess.Popen[str], monkeypatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    FILE.write_text(json.dumps({**json.loads(FILE.read_text()), "job": "6", **change}))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    FILE.write_text(json.dumps({**json.loads(FILE.read_text()), "job": "6.0", **change}))
     os.utime(FILE, (time.time() - silent,) * 2)
     if is_held:
         with pytest.raises(UserError, match="'run' is in use"), run_lock("run"):

@@ -167,6 +167,8 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
         return False
+    if trainer.should_stop:
+        return True
     if trainer.val_check_batch in (None, float("inf")):
         return trainer.is_last_batch
     batches = (trainer.fit_loop.total_batch_idx if every is None else trainer.fit_loop.batch_idx) + 1

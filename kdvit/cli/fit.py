@@ -13,7 +13,6 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import callbacks
@@ -32,6 +31,7 @@ from kdvit.runtime.lock import run_lock
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
+    is_first_process,
     planned_processes,
     require_all_processes,
     require_all_tasks,
@@ -147,7 +147,10 @@ class KdvitCLI(LightningCLI):
             self.save_config_kwargs = {**self.save_config_kwargs, "changes": self.start.changes}
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer; what is wrong with a config shows here."""
+        """Builds data, model and trainer, unless nothing is left to train; what is wrong with a config shows here."""
+        if self.start.is_done:
+            self.subcommand = None
+            return
         if self.command != "check":
             trainer = self.config[self.command].trainer
             require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
@@ -164,7 +167,7 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the Trainer of the command, and refuses what would go wrong in its processes."""
-        if self.command == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+        if self.command == "fit" and is_first_process():
             with shown((OSError,), prefix="trainer.default_root_dir: "):
                 self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))

@@ -22,10 +22,12 @@ class Start(NamedTuple):
     Attributes:
         checkpoint: What it starts from; None for the student as the config builds it.
         changes: What of a run's settings is new, a text each.
+        is_done: Whether nothing is left to train.
     """
 
     checkpoint: str | None = None
     changes: tuple[str, ...] = ()
+    is_done: bool = False
 
 
 def find_start(command: str, config: Any, parser: LightningArgumentParser) -> Start:
@@ -47,6 +49,11 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
     if config.ckpt_path is not None:
         named = _named(config.ckpt_path, folder, command)
         own = command == "fit" and named.resolve().parent == folder.resolve()
+        if command == "fit" and not own and any(folder.glob("*.ckpt")):
+            raise UserError(
+                f"{str(folder.parent)!r} holds a run, which one that goes on from {str(named)!r} would overwrite: "
+                "choose another --trainer.default_root_dir."
+            )
         return _go_on(named, config, parser) if own else Start(str(named))
     if command != "fit":
         return Start(_to_read(folder, config))
@@ -102,6 +109,11 @@ def require_same_student(file: str, module: DistillationModule) -> None:
             f"The student of {file!r} was trained on other classes, or on these in another order: where it has "
             f"{first!r}, the data has {ours!r}. Give the data that it was trained on."
         )
+    if "state_dict" not in content:
+        raise UserError(
+            f"{file!r} is no checkpoint of `kdvit fit`. Weights of other programs go into "
+            "model.student.init_args.checkpoint."
+        )
     theirs = {name: value.shape for name, value in content["state_dict"].items() if name.startswith("student.")}
     built = {f"student.{name}": value.shape for name, value in module.student.state_dict().items()}
     if theirs != built:
@@ -136,7 +148,7 @@ def _go_on(file: Path, config: Any, parser: LightningArgumentParser) -> Start:
     """
     root, trainer = config.trainer.default_root_dir, config.trainer
     changed = changes(Path(root), config, parser)
-    step, epochs = progress(file)
+    step, epochs, amid, validates = progress(file)
     elsewhere = "choose another --trainer.default_root_dir"
     if trainer.fast_dev_run:
         raise UserError(f"{root!r} holds a run, which fast_dev_run would overwrite: {elsewhere}, or take kdvit check.")
@@ -145,10 +157,16 @@ def _go_on(file: Path, config: Any, parser: LightningArgumentParser) -> Start:
             f"{root!r} holds a run of {epochs} epochs and {step} steps, and max_epochs is {trainer.max_epochs}, "
             f"max_steps {trainer.max_steps}. Raise them, or {elsewhere}."
         )
-    if epochs == trainer.max_epochs or step == trainer.max_steps:
+    if amid and any(change.startswith("trainer.accumulate_grad_batches") for change in changed):
+        raise UserError(
+            f"{file} was saved amid an epoch, whose accumulated batches cannot change: "
+            f"{'; '.join(changed)}. Change them at the end of an epoch, or {elsewhere}."
+        )
+    is_done = not validates and (epochs == trainer.max_epochs or step == trainer.max_steps)
+    if is_done:
         rank_zero_info(f"{file} has {epochs} epochs and {step} steps: nothing is left to train. (Raise max_epochs.)")
     else:
         rank_zero_info(f"Going on from {file}, step {step}. (To start anew, {elsewhere}.)")
     if changed:
         rank_zero_info(f"New since the last start: {'; '.join(changed)}.")
-    return Start(str(file), changed)
+    return Start(str(file), changed, is_done)

@@ -88,7 +88,7 @@ def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[s
     except ArgumentError as error:
         raise UserError(
             f"{str(file)!r} has what this version of kdvit does not take: {explain(error)} Go on with the version that "
-            "its first line names, or choose another --trainer.default_root_dir."
+            "its line `# kdvit==` names, or choose another --trainer.default_root_dir."
         ) from error
     ours, theirs = (yaml.safe_load(parser.dump(each, skip_none=False)) for each in (config, old))
     refused, said = [], []
@@ -124,7 +124,8 @@ def settled_seed(given: bool | int, root: Path) -> int:
     if file.is_file() and not isinstance(before := _read_config(file).get("seed_everything", given), bool):
         return int(before)
     if "PL_GLOBAL_SEED" not in os.environ:
-        if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1:
+        several = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
+        if several or "NODE_RANK" in os.environ:
             raise UserError("seed_everything: give a number, for each of these processes would draw another one.")
         os.environ["PL_GLOBAL_SEED"] = str(random.SystemRandom().randrange(2**31))
     return int(os.environ["PL_GLOBAL_SEED"])

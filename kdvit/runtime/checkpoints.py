@@ -12,11 +12,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
 
 from kdvit.errors import UserError, nearest
 from kdvit.files import write_whole
 from kdvit.runtime.length import is_cut, is_last_epoch
+
+NUMBERED = "-{epoch}-{step}"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -66,7 +69,7 @@ class StepCheckpoint(ModelCheckpoint):
     ) -> None:
         self._alias = filename if monitor and save_top_k not in (0, 1) and "{" not in str(filename) else None
         self._copied = ""
-        name = filename if self._alias is None else f"{filename}-{{epoch}}-{{step}}"
+        name = filename if self._alias is None else f"{filename}{NUMBERED}"
         which = mode or better(monitor)
         super().__init__(monitor=monitor, mode=which, filename=name, save_top_k=save_top_k, **kwargs)
 
@@ -89,15 +92,42 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves if it is time to, and at the end of the run."""
+        before = self._last_global_step_saved
         if self.monitor is None or trainer.should_stop or not is_cut(trainer):  # else the score is of other weights
             super().on_train_epoch_end(trainer, pl_module)
             self._copy_best(trainer)
-        due = self.every_n_epochs == 1 or is_last_epoch(trainer)
-        if self.monitor is None and self.save_top_k and due and not self._should_skip_saving_checkpoint(trainer):
+        due = self.monitor is None and (self.every_n_epochs == 1 or is_last_epoch(trainer))
+        allowed = bool(self.save_top_k) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if due and allowed and self._last_global_step_saved == before:  # or at the validation: now the epoch is done
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what is the best so far, also where `save_top_k` was 1 and is more, or the other way round."""
+        super().load_state_dict(state_dict)
+        if self.monitor is None or not self.best_k_models or "{" in str(self.filename).replace(NUMBERED, ""):
+            return
+        folder = Path(str(self.dirpath))
+        alias = str(folder / f"{self._alias or self.filename}.ckpt")
+        if self._alias is not None and alias in self.best_k_models:
+            kept = str(folder / f"{self._alias}-earlier.ckpt")
+            if getattr(rank_zero_only, "rank", 0) == 0 and Path(alias).is_file():
+                write_whole(Path(kept), Path(alias).read_bytes())
+            self._know({kept if path == alias else path: score for path, score in self.best_k_models.items()})
+        elif self._alias is None and alias not in self.best_k_models:
+            self._know({alias: self._best(self.best_k_models)[1]})
+
+    def _know(self, best: dict[str, Tensor]) -> None:
+        """Takes checkpoints and their scores for the best ones so far."""
+        worst = (min if self.mode == "max" else max)(best, key=lambda path: best[path])
+        self.best_k_models, self.kth_best_model_path, self.kth_value = best, worst, best[worst]
+        self.best_model_path, self.best_model_score = self._best(best)
+
+    def _best(self, scores: dict[str, Tensor]) -> tuple[str, Tensor]:
+        path = (max if self.mode == "max" else min)(scores, key=lambda path: scores[path])
+        return path, scores[path]
+
     def _copy_best(self, trainer: pl.Trainer) -> None:
-        if self._alias is not None and self.best_model_path != self._copied:
+        if self._alias is not None and self.best_model_path and self.best_model_path != self._copied:
             self._copied = self.best_model_path
             if trainer.is_global_zero:
                 best = Path(self.best_model_path)
@@ -199,10 +229,19 @@ def move_checkpoints(states: dict[str, Any], folder: str) -> None:
 
 
 class Progress(NamedTuple):
-    """How far a run has come: steps of the optimizer, and whole epochs."""
+    """How far a run has come.
+
+    Attributes:
+        step: Steps of the optimizer.
+        epochs: Whole epochs.
+        amid: Whether it stands amid an epoch.
+        validates: Whether a validation is due or interrupted.
+    """
 
     step: int
     epochs: int
+    amid: bool
+    validates: bool
 
 
 def progress(file: Path) -> Progress:
@@ -215,8 +254,15 @@ def progress(file: Path) -> Progress:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         missing = {"optimizer_states", "loops", "global_step"} - set(checkpoint)
         if not missing:
-            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            return Progress(int(checkpoint["global_step"]), int(epochs))
+            loops = checkpoint["loops"]["fit_loop"]
+            epochs = loops["epoch_progress"]["current"]
+            validation = loops["epoch_loop.val_loop.batch_progress"]["current"]
+            return Progress(
+                int(checkpoint["global_step"]),
+                int(epochs["processed"]),
+                epochs["started"] > epochs["processed"],
+                validation["ready"] > validation["processed"],
+            )
     except Exception as error:  # damaged bytes can lead the unpickler anywhere
         raise ValueError(f"{file} is no whole checkpoint ({_said(error)}).") from error
     raise ValueError(f"{file} is no whole checkpoint (it has no {', '.join(sorted(missing))}).")

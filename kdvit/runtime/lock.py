@@ -38,7 +38,7 @@ def run_lock(root: str | Path) -> Iterator[None]:
         held = _read(file)
         if held is not None and _is_held(held, file):
             raise UserError(
-                f"{str(root)!r} is in use: process {held['process']} on {held['host']} trains there since "
+                f"{str(root)!r} is in use: process {held['process']} on {held['host'].split()[0]} trains there since "
                 f"{held['since']}. Wait for it, end it, or choose another --trainer.default_root_dir. (If it is gone "
                 f"for sure, remove {str(file)!r}.)"
             )
@@ -78,21 +78,31 @@ def _create(file: Path, content: dict[str, Any]) -> bool:
 
 def _identity() -> dict[str, Any]:
     """Says which process this is on which machine, told from a later one of the same number by its start."""
-    own = os.getpid()
     job = os.environ.get("SLURM_JOB_ID")
-    return {"host": socket.gethostname(), "process": own, "start": _start_of(own), "job": job}
+    if job is not None:  # a requeued job has the number of the one before, a second step of one job does not take over
+        job = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return {"host": _machine(), "process": os.getpid(), "start": _start_of(os.getpid()), "job": job}
+
+
+def _machine() -> str:
+    """Returns the machine, and the space of its process numbers: containers may share the machine's name."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _start_of(process: int) -> str:
-    """Returns when a process was started, in ticks of the machine; nothing where that is not told."""
+    """Returns when a process was started, in ticks of the machine; nothing if it is gone, or where that is not told."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state in "ZX" else rest[18]  # a dead one may wait for its parent
 
 
 def _is_held(held: dict[str, Any], file: Path) -> bool:
-    if held["host"] == socket.gethostname():
+    if held["host"] == _machine():
         try:
             os.kill(held["process"], 0)
         except ProcessLookupError:
@@ -100,7 +110,8 @@ def _is_held(held: dict[str, Any], file: Path) -> bool:
         except PermissionError:
             return True
         return _start_of(held["process"]) == str(held["start"])
-    if held["job"] is not None and held["job"] == os.environ.get("SLURM_JOB_ID"):
+    ours, theirs = (str(job or "").rpartition(".") for job in (_identity()["job"], held["job"]))
+    if ours[0] and ours[0] == theirs[0] and int(ours[2]) > int(theirs[2]):
         return False
     now = file.with_name(f"{LOCK}.{os.getpid()}")  # its time is of the clock that the lock's time is of
     now.touch()

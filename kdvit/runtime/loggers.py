@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+
+from kdvit.runtime.processes import is_first_process
 
 
 def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> list[Logger]:
@@ -18,7 +19,7 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
             it the table starts anew.
     """
     file, before = Path(root) / "metrics.csv", Path(root) / "metrics.csv.before"
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    first = is_first_process()
     if first and resumed_from is None:
         before.unlink(missing_ok=True)
     elif first and file.is_file() and not before.is_file():  # else the start before this one was killed right here
@@ -51,6 +52,7 @@ def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:
     try:
-        return {name: float(value) for name, value in row.items() if value}
+        values = {name: float(value) for name, value in row.items() if value}
+        return {name: int(value) if name in ("epoch", "step") else value for name, value in values.items()}
     except ValueError:
         return {}

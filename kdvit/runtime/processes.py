@@ -10,11 +10,18 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from kdvit.errors import UserError
 
 T = TypeVar("T")
 SHELLS = ("bash", "interactive")  # Lightning takes a Slurm job of such a name for a shell, and does not see Slurm
+
+
+def is_first_process() -> bool:
+    """Tells whether this is the first process of a run, by its environment and before Lightning has joined them."""
+    node = "0" if {"RANK", "SLURM_PROCID"} & {*os.environ} else os.environ.get("NODE_RANK", "0")
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def require_whole_networks(trainer: pl.Trainer) -> None:

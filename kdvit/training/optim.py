@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
 
 from kdvit.errors import nearest
 from kdvit.runtime.length import RunEnd
@@ -98,12 +99,15 @@ def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
     if epochs > 0 and not by_steps:
         return RunLength(epochs)
     try:
-        batches = len(training_loader(trainer))
+        loader = training_loader(trainer)
+        batches = len(loader)
     except TypeError as error:
         raise ValueError(
             "The training loader has no length, so the steps of an epoch are not known. Set trainer.max_epochs and "
             "schedule.interval: epoch."
         ) from error
+    if not isinstance(loader.sampler, DistributedSampler):  # Lightning is yet to deal the images out to the processes
+        batches = math.ceil(batches / trainer.world_size)
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))

@@ -15,6 +15,11 @@ from torch import nn
 SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
 IN_EPOCHS = ("decay_epochs", "decay_milestones", "cooldown_epochs")
 """Arguments of timm's that are numbers of epochs."""
+IN_TIMM: dict[str, dict[str, Any]] = {
+    "step": {"decay_epochs": 90},
+    "multistep": {"decay_milestones": (90, 180, 270)},
+}
+"""timm's defaults for them."""
 OWN = {
     "num_epochs": "trainer.max_epochs or trainer.max_steps",
     "step_on_epochs": "schedule.interval",
@@ -103,7 +108,7 @@ class ScheduleOptions:
             name: ([each * unit for each in value] if isinstance(value, (list, tuple)) else value * unit)
             if name in IN_EPOCHS
             else value
-            for name, value in self.args.items()
+            for name, value in {**IN_TIMM.get(self.name, {}), **self.args}.items()
         }
         if self.name == "constant":
             args |= {"decay_epochs": total, "decay_rate": 1.0}
