@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from kdvit import DistillationModule, load_student
 from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
 from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import TimmStudent
+from kdvit.runtime.length import RunEnd
 from kdvit.structures import Batch, ImageFormat, ViTOutput
-from kdvit.training.optim import OptimizerOptions, global_batch, parameter_groups
+from kdvit.training.optim import OptimizerOptions, global_batch, parameter_groups, run_length
 from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
@@ -254,3 +257,17 @@ def test_a_student_of_another_size_than_the_images_is_refused() -> None:
 def test_a_module_that_is_no_network_is_refused() -> None:
     with pytest.raises(TypeError, match="Linear has no forward_intermediates"):
         DistillationModule(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_are_counted_for_loaders_that_lightning_deals_out(processes: int) -> None:
+    run = SimpleNamespace(
+        datamodule=TinyData(),  # 80 images in batches of 16, of which Lightning gives each process its share
+        world_size=processes,
+        callbacks=[RunEnd(None, has_epochs=True)],
+        max_steps=-1,
+        max_epochs=4,
+        limit_train_batches=1.0,
+        accumulate_grad_batches=1,
+    )
+    assert run_length(run, by_steps=True).steps_an_epoch == math.ceil(5 / processes)

@@ -148,7 +148,7 @@ def test_an_option_that_is_no_more_is_named(place: str, capsys) -> None:
     message = refused(capsys, *LONGER)
     assert message.startswith("kdvit: error: 'run/config.yaml' has what this version of kdvit does not take: ")
     assert "bygone'" in message
-    assert "Go on with the version that its first line names" in message
+    assert "Go on with the version that its line `# kdvit==` names" in message
 
 
 def test_a_config_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
