@@ -114,12 +114,13 @@ class AnalysisModule(pl.LightningModule):
         self.parts = nn.ModuleList([*self.orders, *(part for each in self.measured for part in each.geometries)])
         self.memory = memory
         self.keep = False
-        self.passes = 0
+        self.passes = self.seen = 0
         self.reports: dict[str, list[LayerReport]] = {}
 
     def on_test_start(self) -> None:
         """Decides, for all ranks alike, whether the tokens can be kept."""
         self.passes += 1
+        self.seen = 0
         if self.passes == 1:
             fits = self.bytes_an_image * _images(self.trainer.test_dataloaders) <= self.memory * 1e9
             self.keep = self.trainer.strategy.reduce_boolean_decision(fits, all=True)
@@ -127,8 +128,9 @@ class AnalysisModule(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures one batch: a `Batch`, a tensor of images, or a tuple that starts with one."""
         image = batch if isinstance(batch, Tensor) else batch[0]
-        first = 1e6 * batch_idx + 1e3 * self.global_rank
-        numbers = batch.index if isinstance(batch, Batch) else first + torch.arange(len(image), device=self.device)
+        counted = self.seen + torch.arange(len(image), device=self.device)
+        numbers = batch.index if isinstance(batch, Batch) else counted * self.trainer.world_size + self.global_rank
+        self.seen += len(image)
         for each in self.measured:
             features = each.holder(image, each.layers, logits=False).features
             with torch.autocast(self.device.type, enabled=False):
@@ -227,8 +229,9 @@ def analyze(
         networks: A network, or several by name, such as ``{"teacher": ..., "student": ...}``; timm models are wrapped.
             They come back in the mode and on the device that they had.
         images: Batches: `Batch`, tensors of images ``[B, 3, H, W]``, or tuples that start with one; or a data module
-            with such a test loader. Under several processes, each rank's own share. If two passes are needed and the
-            loader shuffles, the batches must be of `Batch`, whose index tells the images.
+            with such a test loader. Under several processes, each rank's own share. Images are told by the index of
+            `Batch`, and in other batches by their place: if two passes are needed and the loader shuffles, the batches
+            must be of `Batch`.
         layers: Indices, fractions of the depth, or names; "all". The last layer, and the map of a remedy, always are.
         options: What to measure.
         image_format: How the images arrive; by default as the first network wants them.

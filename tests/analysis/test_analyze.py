@@ -17,6 +17,7 @@ from kdvit.analysis import Options, Report, analyze, as_tokens, measure, p99
 from kdvit.analysis.run import analysis_trainer, chosen_layers
 from kdvit.analysis.save import save
 from kdvit.models import TimmNetwork
+from kdvit.structures import Batch
 from tests.tiny import FORMAT, TinyData, student, teacher
 
 FEW = Options(permutations=2)
@@ -214,3 +215,16 @@ def test_the_weights_are_fingerprinted() -> None:
     with torch.no_grad():
         next(network.parameters()).flatten()[0] += 1e-3
     assert one == same != analyze(network, loader, options=FEW).networks[0].weights_sha256
+
+
+def test_images_without_an_index_are_told_by_their_place_whatever_the_batch_size() -> None:
+    images, network = torch.randn(90, 3, 16, 16), student()
+    indexed = [
+        Batch(part, torch.zeros(len(part)).long(), numbers)
+        for part, numbers in zip(images.split(32), torch.arange(90).split(32), strict=True)
+    ]
+    expected = analyze(network, indexed, options=FEW).networks[0].face
+    for batches in (images.split(3), images.split(90)):
+        face = analyze(network, list(batches), options=FEW).networks[0].face
+        assert face.ranks.spread().shuffled == expected.ranks.spread().shuffled
+        np.testing.assert_allclose(face.participation, expected.participation, atol=1e-5)
