@@ -70,8 +70,10 @@ class Analysis:
                 f"--teacher {teacher}: a config names a teacher by timm's name or an exported folder. Make one by "
                 f"`kdvit export --ckpt {teacher} --out FOLDER`."
             )
-        networks = {
-            TEACHER: find_network(teacher, self.pretrained, TimmTeacher),
+        exported = Path(teacher).is_dir()
+        arch, pretrained = (f"local-dir:{teacher}", True) if exported else (teacher, self.pretrained)
+        networks = {  # the teacher as the config makes it: of a LiftViT it distils the last block
+            TEACHER: find_network(arch, pretrained, TimmTeacher),
             STUDENT: find_network(student, self.pretrained),
         }
         images = find_images(required(self.data), networks[TEACHER].image_format)
@@ -79,8 +81,7 @@ class Analysis:
         if images.spec is None:
             note = f"No config is written: {images.name} has no folders train and val to train on."
             return report._replace(notes=(note,)), None
-        named: dict[str, Any] = {"arch": f"local-dir:{teacher}" if Path(teacher).is_dir() else teacher}
-        named |= {} if self.pretrained else {"pretrained": False}
+        named: dict[str, Any] = {"arch": arch} if pretrained else {"arch": arch, "pretrained": False}
         return report, _config_of_pair(report, networks, named, images)
 
     def of_config(self, file: str) -> Advised:

@@ -135,6 +135,16 @@ def test_the_advice_on_a_pair_is_a_config_that_check_accepts(
     assert "ready for `kdvit fit`" in capsys.readouterr().out
 
 
+def test_an_exported_teacher_is_measured_at_the_layer_that_the_config_distils(folder: str) -> None:
+    pair = ["--teacher", _exported("teacher", student("lift")), "--student", _exported("student", student())]
+    main(["analyze", *pair, "--data", folder, *QUICK, "--pretrained", "false"])
+    report = _report()
+    assert [layer["layer"] for layer in report["networks"][0]["layers"]] == ["2"]
+    assert report["advice"]["teacher_width"] == 16  # of the blocks; the lifted map has 24
+    config = yaml.safe_load(Path("out/advised.yaml").read_text())
+    assert config["model"]["teacher"]["init_args"] == {"arch": "local-dir:teacher"}
+
+
 def test_a_pair_of_timm_names_without_weights_is_advised(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--teacher", "cait_xxs24_224", "--student", "resnet18", "--pretrained", "false"]
     main(["analyze", *pair, "--data", folder, *QUICK, "--images", "2", "--layers", "0"])
