@@ -125,6 +125,19 @@ def test_the_variant_that_decides_recovers_ranks_and_axes(outliers: str, variant
     assert ranks.need == pytest.approx(plain.need, abs=3)
 
 
+@pytest.mark.parametrize(("images", "own"), [(30, True), (10, True), (4, False)])
+def test_sinks_in_few_images_do_not_change_the_advice(images: int, own: bool) -> None:
+    tokens = fixed((200, 40, 64), 12)
+    tokens[:images] = with_sinks(tokens, 1, own)[:images]
+    energy = tokens.double().square().sum(2).numpy()
+    teacher = measure(tokens, FEW)
+    assert teacher.outliers.sinks == pytest.approx(energy[:images, 0].sum() / energy.sum(), rel=1e-6)
+    assert (energy[:images, 0] / energy[:images].sum(1)).sum() / 200 < FOUND
+    advice = advise(teacher, student())
+    assert (advice.remedy, advice.decided) == ("none", True), advice.why
+    assert advice.rests_on.variant == "tokens at length 1"
+
+
 def test_outliers_that_no_variant_withstands_leave_the_advice_undecided() -> None:
     tokens = with_sinks(rotated((30, 40, 64), 12), 1, own=False)
     advice = advise(measure(tokens + 100 * tokens.std(), FEW), student())
