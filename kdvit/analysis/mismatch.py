@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from kdvit.analysis.costs import Cost, Remedy, remedy_costs, without_remedy
 from kdvit.analysis.geometry import LayerReport
-from kdvit.analysis.variants import VARIANTS, Spread, decisive, shown, spread_json
+from kdvit.analysis.variants import VARIANTS, Ranks, Spread, decisive, shown, spread_json
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.tables import text_table
@@ -44,7 +44,7 @@ class Opinion(NamedTuple):
         as_they_are: Whether lengths of tokens and scales of channels are as the network gives them.
         decides: Whether the advice listens to it.
         spread: Its figures with their intervals: of them all, the rule asks for need and rank.
-        sure: Whether the remedy is one at both ends of the intervals.
+        sure: Whether at both ends of the intervals the remedy is one, and the student's channels suffice or do not.
         held: Share of the energy that the leading shared axes, as many as the student's channels, hold of 99 % of the
             images.
         remedy: What the rule makes of them.
@@ -152,14 +152,7 @@ class Advice(NamedTuple):
     def facts(self) -> list[str]:
         """Returns what the verdict rests on, a sentence each."""
         spread = self.rests_on.spread
-        taken = f"all together take {self.rotation:.1f} times as many"
-        if spread.shuffled is not None and spread.turn is not None:
-            taken += f" (tokens shuffled among images: {spread.shuffled.value:.1f} times), "
-            taken += (
-                f"as the images' subspaces turn from each other, by a factor of {shown(spread.turn, '.2f')}"
-                if spread.turned
-                else f"which is what any tokens take of so many channels: a factor of {shown(spread.turn, '.2f')}"
-            )
+        taken = f"all together take {self.rotation:.1f} times as many{_turn(spread)}"
         target = (
             "a fixed target of that many (FeatureDistiller, projector: phi_s) keeps as much, and costs nothing at "
             "inference."
@@ -194,6 +187,20 @@ class Advice(NamedTuple):
         return "\n".join([*self.facts(), f"Advice: {self.why}", "", *tables])
 
 
+def _turn(spread: Spread) -> str:
+    """Returns what the tokens shuffled among images say of the rotation, if they were measured."""
+    if spread.shuffled is None or spread.turn is None:
+        return ""
+    if spread.turned:
+        told = "as the images' subspaces turn from each other, by "
+    elif spread.turn.low <= 1 <= spread.turn.high:
+        told = "not to be told from what any tokens take of so many channels: "
+    else:
+        told = ""
+    factor = f"{told}a factor of {shown(spread.turn, '.2f')}"
+    return f" (tokens shuffled among images: {spread.shuffled.value:.1f} times), {factor}"
+
+
 def _decides(opinion: Opinion) -> str:
     return "no" if not opinion.decides else "yes" if opinion.sure else "not within its intervals"
 
@@ -209,18 +216,9 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
     have = bare.output_shapes((-1,), logits=False).features[0][0]
     costs = [Cost("none", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
     deciding = [each.variant for each in decisive(teacher.variants)]
-    opinions = []
-    for ranks in teacher.variants.values():
-        spread = ranks.spread()
-        (verdict, *bounds) = (
-            _verdict(have, int(need), int(rank), teacher.width, costs)
-            for need, rank in zip(spread.need, spread.rank, strict=True)
-        )
-        sure = all(remedy == verdict[0] for remedy, _ in bounds)
-        held = ranks.held(min(have, teacher.width))
-        of = VARIANTS[ranks.variant]
-        as_they_are = not (of.unit or of.standardised)
-        opinions.append(Opinion(of.label, as_they_are, ranks.variant in deciding, spread, sure, held, *verdict))
+    opinions = [
+        _opinion(ranks, have, teacher.width, costs, ranks.variant in deciding) for ranks in teacher.variants.values()
+    ]
     outliers = list(teacher.outliers.found().values())
     advice = Advice("none", have, have, present, teacher.width, "", False, costs, opinions, outliers)
     remedy, why = advice.rests_on.remedy, advice.rests_on.why
@@ -236,15 +234,27 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
     return advice._replace(remedy=remedy, width=width, why=why, unchanged=unchanged)
 
 
+def _opinion(ranks: Ranks, have: int, target: int, costs: list[Cost], decides: bool) -> Opinion:
+    of, spread = VARIANTS[ranks.variant], ranks.spread()
+    at_value_and_ends = [(int(need), int(rank)) for need, rank in zip(spread.need, spread.rank, strict=True)]
+    verdicts = [_verdict(have, need, rank, target, costs) for need, rank in at_value_and_ends]
+    said = {(remedy, have >= need) for (remedy, _), (need, _) in zip(verdicts, at_value_and_ends, strict=True)}
+    as_they_are, held = not (of.unit or of.standardised), ranks.held(min(have, target))
+    return Opinion(of.label, as_they_are, decides, spread, len(said) == 1, held, *verdicts[0])
+
+
 def _undecided(advice: Advice) -> str:
     """Returns why there is no one answer, and what is assumed."""
     deciding = [each for each in advice.opinions if each.decides]
     if not deciding:
         return f"undecided, as outliers fool every variant of the tokens. By the {advice.rests_on.variant}:"
-    remedies = ("no remedy" if each.remedy == "none" else each.remedy for each in deciding)
+    ranks = [each.spread.rank for each in deciding]
+    by_rank = min(rank.low for rank in ranks) <= advice.have < max(rank.high for rank in ranks)
     said = [
-        f"{remedy} by the {each.variant} ({shown(each.spread.need)} axes)"
-        for remedy, each in zip(remedies, deciding, strict=True)
+        f"{'no remedy' if each.remedy == 'none' else each.remedy} by the {each.variant} "
+        f"({shown(each.spread.need)} axes"
+        f"{f', {shown(each.spread.rank)} directions of one image' if by_rank else ''})"
+        for each in deciding
     ]
     return f"undecided: {', '.join(said)}, and the student has {advice.have} channels. By the first:"
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdvit.analysis import Options, Outliers, Ranks, advise, measure, p99
+from kdvit.analysis import Advice, Options, Outliers, Ranks, advise, measure, p99
 from kdvit.analysis.shuffled import IMAGES, ShuffledTokens
+from kdvit.models import Network, TimmNetwork
+from kdvit.models.timm_model import create_timm_model
 from kdvit.seeding import mixed_seed
 from tests.analysis.test_outliers import fixed, isotropic, rotated
 from tests.tiny import student
@@ -27,7 +29,9 @@ def test_one_distribution_for_all_images_does_not_turn(kind, shape: tuple[int, i
         assert not spread.turned
     if shape[1:] == (49, 768):
         assert teacher.rotation() > 6
-    assert "turn from each other" not in str(advise(teacher, student()))
+    said = str(advise(teacher, student()))
+    assert "turn from each other" not in said
+    assert "not to be told from what any tokens take of so many channels: a factor of" in said
 
 
 def test_images_in_subspaces_of_their_own_turn() -> None:
@@ -104,6 +108,36 @@ def test_an_interval_that_spans_the_students_width_leaves_the_advice_undecided()
         "Lift at width 24. 16 channels cannot hold 20 axes"
     )
     assert "not within its intervals" in str(advice)
+
+
+def _advice(ranks: Ranks, width: int, pair: Network) -> Advice:
+    layer = measure(torch.randn(3, 4, width), FEW, robust=False)
+    return advise(layer._replace(variants={"raw": ranks}), pair)
+
+
+def test_a_factor_that_is_neither_one_nor_a_turn_is_a_number_alone() -> None:
+    ranks = _ranks([104] * 10, [100] * 10, 120)
+    svd, _ = ranks.shuffled
+    even = ranks._replace(shuffled=(svd, svd))
+    assert even.spread().turn == pytest.approx((1.04, 1.04, 1.04))
+    said = str(_advice(even, 120, student()))
+    assert "(tokens shuffled among images: 1.0 times), a factor of 1.04 [1.04, 1.04]." in said
+
+
+def test_an_interval_that_spans_the_students_width_is_undecided_where_no_remedy_fits_either() -> None:
+    resnet = TimmNetwork(create_timm_model("resnet18"))
+    advice = _advice(_ranks([500] * 97 + [600] * 3, [5] * 100, 700), 700, resnet)
+    assert (advice.have, advice.decided) == (512, False)
+    assert advice.why.startswith("undecided: no remedy by the tokens as they are (600 [500, 600] axes), and")
+    assert _advice(_ranks([600] * 100, [5] * 100, 700), 700, resnet).decided
+
+
+def test_a_rank_that_leaves_the_advice_undecided_is_said() -> None:
+    advice = _advice(_ranks([40] * 100, [12] * 97 + [20] * 3, 64), 64, student())
+    assert advice.why.startswith(
+        "undecided: WideLast by the tokens as they are (40 [40, 40] axes, 20 [12, 20] directions of one image), and "
+        "the student has 16 channels."
+    )
 
 
 def test_need_and_holding_are_of_the_same_images() -> None:
