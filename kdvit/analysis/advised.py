@@ -8,6 +8,7 @@ from typing import Any
 from kdvit.analysis.costs import OF_A_REMEDY, REMEDIES, Remedy
 from kdvit.analysis.mismatch import Advice
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
+from kdvit.structures import Layer
 
 DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
     "none": ("feature", FeatureDistiller),
@@ -22,12 +23,17 @@ MAP_OBJECTIVES = {
 }
 """Class paths of them in a config."""
 
+REMEDY_LAYERS = [name for remedy, (name, _) in DISTILLERS.items() if remedy != "none"]
+"""Layers that a student has by a remedy alone; they are called like the objectives."""
+
 
 def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `model` part of a config, changed as the advice says.
 
-    Student and map objective change; all the rest stays, and of the objective its weight and loss. A narrow student
-    that no remedy fits keeps its other objectives alone, or gets the fixed target where it has none.
+    Student and map objective change; all the rest stays, and of the objective its weight, loss and `normalize`. A
+    student that is as advised stays as it is. A narrow student that no remedy fits keeps its other objectives alone, or
+    gets the fixed target where it has none. Other objectives of a remedy's map that the student loses take the map that
+    it gets, or its last block.
 
     Args:
         advice: The advice.
@@ -43,21 +49,38 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
             for key, each in given.items()
         }
         return {**model, "distillers": bridged}
-    student = model["student"]
-    args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
     name, objective = DISTILLERS[advice.remedy]
     options: dict[str, Any] = {"weight": 0.2}
     for each in maps.values():
         init_args = each.get("init_args", {})
         options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
     if advice.remedy == "none":
-        kind = "TimmStudent" if advice.present != "none" else student["class_path"]
         bridged_by = "linear" if advice.fits else "phi_s"
         options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}
-    else:
-        kind = REMEDIES[advice.remedy].__name__
-        heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
-        args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
     new = {name: {"class_path": objective.__name__, "init_args": options}}
-    distillers = {**kept, **new} if advice.fits or not kept else kept
-    return {**model, "student": {"class_path": kind, "init_args": args}, "distillers": distillers}
+    moved = {key: _with_layer(each, -1 if advice.remedy == "none" else name) for key, each in kept.items()}
+    distillers = {**moved, **new} if advice.fits or not kept else moved
+    return {**model, "student": _advised_student(advice, model["student"]), "distillers": distillers}
+
+
+def _advised_student(advice: Advice, student: Mapping[str, Any]) -> Mapping[str, Any]:
+    if advice.unchanged or advice.present == advice.remedy == "none":
+        return student
+    args = {name: value for name, value in student.get("init_args", {}).items() if name not in OF_A_REMEDY}
+    if advice.remedy == "none":
+        return {"class_path": "TimmStudent", "init_args": args}
+    heads = next(cost.num_heads for cost in advice.costs if cost.remedy == advice.remedy)
+    args |= {"width": advice.width, **({} if heads is None else {"num_heads": heads})}
+    return {"class_path": REMEDIES[advice.remedy].__name__, "init_args": args}
+
+
+def _with_layer(objective: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+    """Returns an objective that asks the student for a layer in place of a remedy's map."""
+
+    def moved(asked: Any) -> Any:
+        if isinstance(asked, list):
+            return [moved(each) for each in asked]
+        return layer if asked in REMEDY_LAYERS else asked
+
+    asked = {k: moved(v) for k, v in objective.get("init_args", {}).items() if k.startswith("student_layer")}
+    return {**objective, "init_args": {**objective["init_args"], **asked}} if asked else dict(objective)

@@ -10,8 +10,9 @@ import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.geometry import LayerReport
-from kdvit.models import LiftViT, TimmNetwork, TimmStudent
+from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.timm_model import create_timm_model
+from kdvit.structures import Layer
 from tests.tiny import student
 
 
@@ -132,3 +133,29 @@ def test_pooled_channels_become_a_linear_projector_where_the_advice_says_so(targ
     assert ("projector: linear" in advice.why) == (projector == "linear")
     expected = {"class_path": "FeatureDistiller", "init_args": {**pooled, "projector": projector}}
     assert advised_model(advice, model) == {**model, "distillers": {"map": expected}}
+
+
+@pytest.mark.parametrize("width", [24, [20, 24]])
+def test_a_student_that_is_as_advised_stays_as_it_is_and_gets_the_objective(width: int | list[int]) -> None:
+    given = WideLastViT(**{**student("wide_last").init_args, "width": width, "num_heads": 4})
+    advice = advise(_layer(20, 18, 24), given)
+    assert advice.why.startswith("nothing to change: the student has WideLast at width 24")
+    model = {"student": {"class_path": "WideLastViT", "init_args": given.init_args}, "distillers": {}}
+    objective = {"class_path": "WideLastDistiller", "init_args": {"weight": 0.2}}
+    assert advised_model(advice, model) == {**model, "distillers": {"wide_last": objective}}
+
+
+@pytest.mark.parametrize(("need", "rank", "layer"), [(12, 5, -1), (20, 18, "wide_last")])
+def test_objectives_of_a_map_that_the_student_loses_take_the_one_it_gets(need: int, rank: int, layer: Layer) -> None:
+    relations = {"class_path": "TokenRelationDistiller", "init_args": {"student_layer": "lift", "weight": 2.0}}
+    own = {"class_path": "my.Distiller", "init_args": {"student_layers": [0, "lift"], "teacher_layers": [0, "lift"]}}
+    bare = {"class_path": "LogitDistiller"}
+    model = {
+        "student": {"class_path": "LiftViT", "init_args": student("lift").init_args},
+        "distillers": {"relations": relations, "own": own, "logit": bare, "map": {"class_path": "LiftDistiller"}},
+    }
+    advised = advised_model(advise(_layer(need, rank, 24), student("lift")), model)["distillers"]
+    assert advised["relations"]["init_args"] == {"student_layer": layer, "weight": 2.0}
+    assert advised["own"]["init_args"] == {"student_layers": [0, layer], "teacher_layers": [0, "lift"]}
+    assert advised["logit"] == bare
+    assert "map" not in advised
