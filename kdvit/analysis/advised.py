@@ -30,10 +30,10 @@ REMEDY_LAYERS = [name for remedy, (name, _) in DISTILLERS.items() if remedy != "
 def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `model` part of a config, changed as the advice says.
 
-    Student and map objective change; all the rest stays, and of the objective its weight, loss and `normalize`. A
-    student that is as advised stays as it is. A narrow student that no remedy fits keeps its other objectives alone, or
-    gets the fixed target where it has none. Other objectives of a remedy's map that the student loses take the map that
-    it gets, or its last block.
+    Student and map objective change; all the rest stays, and of the objective its weight, loss and `normalize` (without
+    one, layer_norm where the advice rests on tokens at length 1). A student that is as advised stays as it is. A narrow
+    student that no remedy fits keeps its other objectives alone, or gets the fixed target where it has none. Other
+    objectives of a remedy's map that the student loses take the map that it gets, or its last block.
 
     Args:
         advice: The advice.
@@ -42,18 +42,19 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     given = model.get("distillers") or {}
     maps = {key: each for key, each in given.items() if each["class_path"] in MAP_OBJECTIVES}
     kept = {key: each for key, each in given.items() if key not in maps}
+    even = {"normalize": "layer_norm"} if advice.rests_on.unit else {}
     if advice.unchanged and maps and advice.fits:
         bridge = {"projector": "linear"} if advice.remedy == "none" and advice.have != advice.teacher_width else {}
         bridged = {
-            key: {**each, "init_args": {**each.get("init_args", {}), **bridge}} if key in maps else each
+            key: {**each, "init_args": {**even, **each.get("init_args", {}), **bridge}} if key in maps else each
             for key, each in given.items()
         }
         return {**model, "distillers": bridged}
     name, objective = DISTILLERS[advice.remedy]
-    options: dict[str, Any] = {"weight": 0.2}
+    options: dict[str, Any] = {"weight": 0.2, **even}
     for each in maps.values():
         init_args = each.get("init_args", {})
-        options |= {option: init_args[option] for option in ("weight", "loss") if option in init_args}
+        options |= {option: init_args[option] for option in ("weight", "loss", "normalize") if option in init_args}
     if advice.remedy == "none":
         bridged_by = "linear" if advice.fits else "phi_s"
         options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}

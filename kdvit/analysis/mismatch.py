@@ -41,7 +41,8 @@ class Opinion(NamedTuple):
 
     Attributes:
         variant: The variant in words.
-        as_they_are: Whether lengths of tokens and scales of channels are as the network gives them.
+        unit: Whether tokens are at length 1.
+        standardised: Whether channels are.
         decides: Whether the advice listens to it.
         spread: Its figures with their intervals: of them all, the rule asks for need and rank.
         sure: Whether at both ends of the intervals the remedy is one, and the student's channels suffice or do not.
@@ -52,13 +53,19 @@ class Opinion(NamedTuple):
     """
 
     variant: str
-    as_they_are: bool
+    unit: bool
+    standardised: bool
     decides: bool
     spread: Spread
     sure: bool
     held: float
     remedy: Remedy
     why: str
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether lengths of tokens and scales of channels are as the network gives them."""
+        return not (self.unit or self.standardised)
 
     @property
     def need(self) -> int:
@@ -72,7 +79,7 @@ class Opinion(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain types."""
-        return {**self._asdict(), "spread": spread_json(self.spread)}
+        return {**self._asdict(), "as_they_are": self.as_they_are, "spread": spread_json(self.spread)}
 
 
 class Advice(NamedTuple):
@@ -231,6 +238,8 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
         why = f"{why} (Now it has {present} at width {facing}.)"
     if not advice.decided:
         why = f"{_undecided(advice)} {why}"
+    if not advice.rests_on.as_they_are:
+        why = f"{why} {_left_in_the_loss(advice.rests_on)}"
     return advice._replace(remedy=remedy, width=width, why=why, unchanged=unchanged)
 
 
@@ -239,8 +248,18 @@ def _opinion(ranks: Ranks, have: int, target: int, costs: list[Cost], decides: b
     at_value_and_ends = [(int(need), int(rank)) for need, rank in zip(spread.need, spread.rank, strict=True)]
     verdicts = [_verdict(have, need, rank, target, costs) for need, rank in at_value_and_ends]
     said = {(remedy, have >= need) for (remedy, _), (need, _) in zip(verdicts, at_value_and_ends, strict=True)}
-    as_they_are, held = not (of.unit or of.standardised), ranks.held(min(have, target))
-    return Opinion(of.label, as_they_are, decides, spread, len(said) == 1, held, *verdicts[0])
+    held = ranks.held(min(have, target))
+    return Opinion(of.label, of.unit, of.standardised, decides, spread, len(said) == 1, held, *verdicts[0])
+
+
+def _left_in_the_loss(opinion: Opinion) -> str:
+    """Returns what becomes of outliers that the figures leave out."""
+    said = "A loss on the map still compares the outliers that these figures leave out"
+    if opinion.unit:
+        said += "; with normalize: layer_norm every token counts alike in it"
+    if opinion.standardised:
+        said += "; no option takes massive channels out"
+    return f"{said}."
 
 
 def _undecided(advice: Advice) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdvit.distillers.feature import FeatureDistiller, Loss
+from kdvit.distillers.feature import FeatureDistiller, Loss, Normalize
 from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer
 
@@ -17,6 +17,7 @@ class WideLastDistiller(FeatureDistiller):
         loss: "mse", as in the paper's best WideLast run, "smooth_l1", or "spectral" for SpectralKD.
         teacher_layer: Layer of the teacher, before its final norm; the last block in the paper.
         teacher: Name of the teacher, where there are several.
+        normalize: See FeatureDistiller; "layer_norm" for a teacher with sink tokens.
 
     Raises:
         ValueError: At construction of the run, if the student has no wide last block or it is not as wide as the
@@ -26,6 +27,11 @@ class WideLastDistiller(FeatureDistiller):
     way_out = "Set the width of WideLastViT to {width}."
 
     def __init__(
-        self, weight: Weight = 1.0, loss: Loss = "mse", teacher_layer: Layer = -1, teacher: str | None = None
+        self,
+        weight: Weight = 1.0,
+        loss: Loss = "mse",
+        teacher_layer: Layer = -1,
+        teacher: str | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
-        super().__init__(weight, ("wide_last",), (teacher_layer,), loss, teacher=teacher)
+        super().__init__(weight, ("wide_last",), (teacher_layer,), loss, normalize=normalize, teacher=teacher)

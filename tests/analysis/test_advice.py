@@ -10,9 +10,10 @@ import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.geometry import LayerReport
+from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.timm_model import create_timm_model
-from kdvit.structures import Layer
+from kdvit.structures import Layer, OutputShapes, ViTOutput
 from tests.tiny import student
 
 
@@ -159,3 +160,47 @@ def test_objectives_of_a_map_that_the_student_loses_take_the_one_it_gets(need: i
     assert advised["own"]["init_args"] == {"student_layers": [0, layer], "teacher_layers": [0, "lift"]}
     assert advised["logit"] == bare
     assert "map" not in advised
+
+
+@pytest.mark.parametrize(
+    ("present", "need", "variant", "given", "normalize"),
+    [
+        (None, 20, "unit", {}, "layer_norm"),
+        (None, 10, "unit", {}, "layer_norm"),
+        ("lift", 20, "unit", {}, "layer_norm"),
+        ("lift", 20, "unit", {"normalize": "unit_norm"}, "unit_norm"),
+        (None, 20, "raw", {"normalize": "unit_norm"}, "unit_norm"),
+        (None, 20, "raw", {}, None),
+        (None, 20, "centred", {}, None),
+        (None, 20, "standardised", {}, None),
+        (None, 20, "unit_standardised", {}, "layer_norm"),
+    ],
+)
+def test_sinks_that_the_figures_leave_out_are_normalised_in_the_loss(
+    present: str | None, need: int, variant: str, given: dict, normalize: str | None
+) -> None:
+    layer, pair = _layer(need, 5, 24), student(present)
+    ranks = layer.ranks._replace(variant=variant)
+    advice = advise(layer._replace(variants={variant: ranks}), pair)
+    assert ("every token counts alike" in advice.why) == ("unit" in variant)
+    assert ("no option takes massive channels out" in advice.why) == ("standardised" in variant)
+    kind = "FeatureDistiller" if present is None else "LiftDistiller"
+    model = {
+        "student": {"class_path": type(pair).__name__, "init_args": pair.init_args},
+        "distillers": {"lift": {"class_path": kind, "init_args": given}},
+    }
+    (objective,) = advised_model(advice, model)["distillers"].values()
+    assert objective["init_args"].get("normalize") == normalize
+    built = {"FeatureDistiller": FeatureDistiller, "LiftDistiller": LiftDistiller}[objective["class_path"]]
+    assert built(**objective["init_args"]).normalize == normalize
+
+
+@pytest.mark.parametrize("kind", [LiftDistiller, WideLastDistiller])
+def test_the_objectives_of_remedies_normalise_as_the_feature_objective_does(kind: type[FeatureDistiller]) -> None:
+    shapes = OutputShapes(None, ((6, 4, 4),))
+    ours, theirs = (ViTOutput(None, (torch.randn(2, 6, 4, 4),)) for _ in range(2))
+    losses = []
+    for objective in (kind(normalize="layer_norm"), FeatureDistiller(normalize="layer_norm"), kind()):
+        objective.build(shapes, shapes)
+        losses.append(objective(ours, theirs, torch.zeros(2)))
+    assert losses[0] == losses[1] != losses[2]
