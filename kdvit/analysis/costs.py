@@ -55,7 +55,7 @@ def remedy_costs(student: Network, width: int) -> list[Cost]:
             args = {**remedy_args(student), "width": width, **({} if num_heads is None else {"num_heads": num_heads})}
             try:
                 remedied = remedy(**args)
-            except (ValueError, TypeError):  # heads that do not divide the width, or another family of timm's
+            except (ValueError, TypeError):  # heads that do not divide the width, another family, or no TimmStudent
                 continue
             costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
             if isinstance(remedied, LiftViT):

@@ -296,9 +296,10 @@ def _verdict(have: int, need: int, rank: int, target: int, costs: list[Cost]) ->
     wide, narrow = by_remedy.get("WideLast"), by_remedy["none"]
     if len(by_remedy) == 1:
         return "none", (
-            f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made for timm's "
-            "VisionTransformer and Eva, and this student is neither. Distil logits (LogitDistiller), or a fixed target "
-            "(FeatureDistiller, projector: phi_s); or take one of these."
+            f"no remedy that kdvit has. {short}, an encoding mismatch; but Lift and WideLast are made anew from a "
+            "TimmStudent of timm's VisionTransformer or Eva, and this student is none: if it is one of these, build it "
+            "as TimmStudent. Else distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: "
+            "phi_s); or take such a student."
         )
     if wide is None:
         return "Lift", f"Lift at width {target}. {short}, an encoding mismatch; WideLast does not fit this student."

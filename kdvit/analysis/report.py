@@ -12,9 +12,10 @@ import numpy as np
 import timm
 import torch
 
+from kdvit.analysis.costs import REMEDIES
 from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
-from kdvit.analysis.published import LEVELS, published
+from kdvit.analysis.published import LEVELS, Published, published
 from kdvit.analysis.variants import Ranks, p99, shown, spread_json
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
@@ -55,9 +56,10 @@ class NetworkReport(NamedTuple):
     passes: int
 
     @property
-    def arch(self) -> str:
-        """Its architecture, as timm calls it."""
-        return self.kind.split(" ")[-1]
+    def published(self) -> Published | None:
+        """The paper's figures of its architecture; none where a remedy has changed that."""
+        kind, _, arch = self.kind.partition(" ")
+        return None if kind in [remedy.__name__ for remedy in REMEDIES.values()] else published(arch)
 
     @property
     def face(self) -> LayerReport:
@@ -135,7 +137,7 @@ class Report(NamedTuple):
         lines: list[Sequence[str]] = []
         for (network, layer), row in zip(self.layers(), rows, strict=True):
             lines.append(row)
-            theirs = published(network.arch) if against and layer is network.face else None
+            theirs = network.published if against and layer is network.face else None
             if theirs is not None:
                 figures = (dict(zip(LEVELS, found, strict=True)) for found in (theirs.svd, theirs.pca))
                 cells = (" / ".join(str(of.get(level, "")) for level in self.options.energies) for of in figures)

@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
-from kdvit.analysis.published import PUBLISHED, published
+from kdvit.analysis.published import PUBLISHED
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.save import save
@@ -217,7 +217,7 @@ def write(report: Report, config: dict[str, Any] | None, out: str, against: str 
         print(f"{report.advice}\n")
     for note in report.notes:
         print(note)
-    if against and not any(published(network.arch) for network in report.networks):
+    if against and not any(network.published for network in report.networks):
         print(f"--against {against}: the paper's figures are of {', '.join(PUBLISHED)}.")
     if config is not None and report.advice is not None:
         head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "

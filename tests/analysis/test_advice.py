@@ -62,8 +62,10 @@ def test_the_rule(need: int, rank: int, target: int, remedy: str, why: str) -> N
 def test_a_student_that_no_remedy_fits_is_told_so() -> None:
     advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
     assert advice.remedy == "none"
-    assert "this student is neither" in advice.why
+    assert "a TimmStudent of timm's VisionTransformer or Eva, and this student is none" in advice.why
     assert [cost.student for cost in advice.costs] == ["no remedy"]
+    bare = advise(_layer(20, 5, 24), TimmNetwork(student().model))
+    assert "if it is one of these, build it as TimmStudent" in bare.why
 
 
 def test_a_remedy_is_judged_by_the_blocks_under_it() -> None:
@@ -116,7 +118,7 @@ def _of(distillers: dict) -> dict:
 
 def test_a_narrow_student_that_no_remedy_fits_distils_logits_or_the_fixed_target() -> None:
     advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
-    assert "Distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: phi_s)" in advice.why
+    assert "Else distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: phi_s)" in advice.why
     logit = {"class_path": "LogitDistiller", "init_args": {"weight": 0.9}}
     linear = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.3, "projector": "linear"}}
     assert advised_model(advice, _of({"logit": logit, "map": linear}))["distillers"] == {"logit": logit}

@@ -228,3 +228,11 @@ def test_images_without_an_index_are_told_by_their_place_whatever_the_batch_size
         face = analyze(network, list(batches), options=FEW).networks[0].face
         assert face.ranks.spread().shuffled == expected.ranks.spread().shuffled
         np.testing.assert_allclose(face.participation, expected.participation, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("TimmStudent", "DeiT-Small"), ("LiftViT", None), ("WideLastViT", None)])
+def test_the_papers_figures_stand_behind_the_architecture_alone(kind: str, name: str | None) -> None:
+    (network,) = analyze(student(), TinyData().val_dataloader(), options=FEW).networks
+    report = Report([network._replace(kind=f"{kind} deit_small_patch16_224.fb_in1k")], FEW)
+    rows = report.publishable(against=True)[1]
+    assert [row[0] for row in rows[1:]] == ([f"{name} (paper)"] if name else [])
