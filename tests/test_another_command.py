@@ -123,3 +123,17 @@ def test_a_student_of_other_classes_has_no_score(capsys) -> None:
     torch.save(checkpoint, "run/checkpoints/best.ckpt")
     message = refused(capsys, ["validate", *demo_fit("plain", "", *QUIET)[1:]])
     assert "was trained on other classes, or on these in another order: where it has '1', the data has '0'." in message
+
+
+def test_a_run_is_not_overwritten_by_one_that_goes_on_from_elsewhere(capsys) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1", "--trainer.default_root_dir=other")
+    more = ["--trainer.max_epochs=2", "--ckpt_path=other/checkpoints/last.ckpt"]
+    message = refused(capsys, demo_fit("plain", "", *EPOCHS, *more))
+    assert "'run' holds a run, which one that goes on from 'other/checkpoints/last.ckpt' would overwrite" in message
+
+
+def test_weights_of_other_programs_are_no_checkpoint(capsys) -> None:
+    torch.save({"model": {}}, "weights.pth")
+    message = refused(capsys, ["validate", *demo_fit("plain", "", *QUIET)[1:], "--ckpt_path=weights.pth"])
+    assert "'weights.pth' is no checkpoint of `kdvit fit`. Weights of other programs go into" in message

@@ -182,7 +182,8 @@ def test_what_is_wrong_shows_before_the_job_is_submitted(options: str, message: 
     monkeypatch.setenv("PATH", "nowhere")
     if "default_root_dir" in options:
         fit("plain", "", *SHORT, "--seed_everything", "1")
-    loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+    done = {"current": {"ready": 1, "started": 1, "processed": 1}}
+    loops = {"fit_loop": {"epoch_progress": done, "epoch_loop.val_loop.batch_progress": done}}
     torch.save({"global_step": 1, "loops": loops, "optimizer_states": []}, "last.ckpt")
     with pytest.raises(SystemExit) as end:
         main([*DEMO, *options.split()])

@@ -49,7 +49,8 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
     if config.ckpt_path is not None:
         named = _named(config.ckpt_path, folder, command)
         own = command == "fit" and named.resolve().parent == folder.resolve()
-        if command == "fit" and not own and any(folder.glob("*.ckpt")):
+        foreign = folder.parent.resolve() not in named.resolve().parents
+        if command == "fit" and foreign and any(folder.glob("*.ckpt")):
             raise UserError(
                 f"{str(folder.parent)!r} holds a run, which one that goes on from {str(named)!r} would overwrite: "
                 "choose another --trainer.default_root_dir."

@@ -1,7 +1,8 @@
 """Layers of one token an image, which a timm network offers beside its blocks, as maps ``[B, C, 1, 1]``.
 
-They stand behind the final norm. "pooled" is what the head reads (of two heads, the mean of what they read), before its
-dropout. "class_token" is the class token. "distillation_logits" are the logits of the distillation head alone (DeiT,
+They stand behind the final norm; a network that norms what it has pooled (timm's `fc_norm`, as EVA-02's) has none
+before its class token. "pooled" is what the head reads (of two heads, the mean of what they read), before its dropout.
+"class_token" is the class token. "distillation_logits" are the logits of the distillation head alone (DeiT,
 arXiv:2012.12877, section 4), of K channels.
 """
 
