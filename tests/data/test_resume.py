@@ -80,7 +80,9 @@ def test_batches_of_other_sizes_amid_an_epoch_are_refused(ranks: int, batch_size
 
 
 def folder_loader() -> ResumableLoader:
-    return ImageFolder("images", batch_size=2, num_workers=0, img_size=16, seed=0).train_dataloader()
+    loader = ImageFolder("images", batch_size=2, num_workers=0, img_size=16, seed=0).train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    return loader
 
 
 def test_the_same_images_in_another_place_and_a_state_that_tells_nothing_of_them_pass(caplog) -> None:

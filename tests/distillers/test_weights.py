@@ -120,7 +120,7 @@ def test_a_check_shows_where_a_weight_goes(demo_teacher: str, capsys) -> None:
         ("task_weight", "heavy", "task_weight: expected a number, or a schedule of start, end, epochs and shape"),
         ("task_weight", "{start: 1}", "task_weight: the following arguments are required: end, epochs"),
         ("task_weight", "{start: 1, end: -1, epochs: 2}", "error: weight: start and end must be 0 or more"),
-        ("distillers.lift.weight", "{strat: 1}", "Option 'strat' is not accepted. Did you mean start?"),
+        ("distillers.lift.weight", "{stat: 1}", "Option 'stat' is not accepted. Did you mean start?"),
     ],
 )
 def test_a_wrong_weight_is_answered_in_one_line(key: str, given: str, text: str, demo_teacher: str, capsys) -> None:
