@@ -177,6 +177,7 @@ def test_compiled_networks_train_as_others_do(compile: Any, graphs: int, eager: 
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("both", "none"), ("none", "both")])
 def test_a_checkpoint_goes_on_compiled_or_not(before: Any, after: Any, eager: list[Any], tmp_path: Path) -> None:
     first = _module(compile=before)

@@ -101,6 +101,7 @@ def test_a_run_told_to_stop_saves_itself_and_ends_where_an_uninterrupted_one_end
     assert_same_end(whole, "run")
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_gradients_are_complete(demo_teacher: str) -> None:
     accumulating = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.accumulate_grad_batches=3"]
     fit("wide_last", demo_teacher, *accumulating, "--trainer.default_root_dir=whole")
@@ -110,6 +111,7 @@ def test_a_run_stops_where_gradients_are_complete(demo_teacher: str) -> None:
     assert_same_end("whole", "run")
 
 
+@pytest.mark.slow
 def test_validations_amid_an_epoch_are_held_anew(demo_teacher: str) -> None:
     often = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.val_check_interval=6"]
     fit("plain", demo_teacher, *often, "--trainer.default_root_dir=whole")
@@ -119,6 +121,7 @@ def test_validations_amid_an_epoch_are_held_anew(demo_teacher: str) -> None:
     assert_same_end("whole", "run")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_just_before_a_validation_does_not_lose_it(demo_teacher: str) -> None:
     saving = [*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--last_checkpoint.every_n_train_steps=20"]
     fit("plain", demo_teacher, *saving, "--trainer.default_root_dir=whole")
@@ -242,6 +245,7 @@ def test_a_preemption_callback_has_no_state_of_its_own() -> None:
     assert Preemption().state_dict() == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> None:
     more = [*QUIET, "--trainer.max_epochs=4", "--trainer.limit_train_batches=5", "--ema.decay=0.9"]
     fit("plain", demo_teacher, *more, "--trainer.default_root_dir=whole")

@@ -179,6 +179,7 @@ def test_a_remedys_map_alone_makes_no_depth(tmp_path: Path) -> None:
     assert [file for file in save(analyze(student("lift"), loader, [0], FEW), tmp_path) if file.stem == "depth"]
 
 
+@pytest.mark.slow
 def test_tables_for_a_paper_have_its_figures_beside_ones_own(report: Report, tmp_path: Path) -> None:
     teacher, student = report.networks
     cait = teacher._replace(name="my_cait", kind="TimmTeacher cait_s24_224.fb_dist_in1k", layers=teacher.layers[-2:])

@@ -59,6 +59,7 @@ def test_a_model_and_a_folder_become_a_table_and_files(folder: str, capsys: pyte
     assert report["advice"] is None
 
 
+@pytest.mark.slow
 def test_several_models_by_timm_name_each_get_the_images_in_their_own_format() -> None:
     models = ["--model", "cait_xxs24_224", "resnet18", "--pretrained", "false"]
     main(["analyze", *models, "--data", "Digits", *QUICK, "--images", "2", "--energies", "0.99", "0.5"])
@@ -145,6 +146,7 @@ def test_an_exported_teacher_is_measured_at_the_layer_that_the_config_distils(fo
     assert config["model"]["teacher"]["init_args"] == {"arch": "local-dir:teacher"}
 
 
+@pytest.mark.slow
 def test_a_pair_of_timm_names_without_weights_is_advised(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--teacher", "cait_xxs24_224", "--student", "resnet18", "--pretrained", "false"]
     main(["analyze", *pair, "--data", folder, *QUICK, "--images", "2", "--layers", "0"])

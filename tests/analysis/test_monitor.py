@@ -53,6 +53,7 @@ def test_a_resumed_run_measures_at_the_same_epochs(demo_teacher: str) -> None:
     assert [float(row["epoch"]) for row in _rows() if row["geometry/svd_rank_95"]] == [3, 7]
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_the_measure_of_the_validation_images(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *SHORT, "--geometry.every_n_epochs", "1", "--geometry.images", "500")
     student = load_student("run/checkpoints/last.ckpt")

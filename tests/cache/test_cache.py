@@ -126,6 +126,7 @@ def test_in_float32_a_cached_run_with_ema_and_repeats_ends_where_the_online_run_
             assert torch.equal(value, other[name]), (name, (value - other[name]).abs().max())
 
 
+@pytest.mark.slow
 def test_the_pixels_are_those_of_the_online_run_and_the_teacher_rests(demo_teacher: str, monkeypatch) -> None:
     cache(demo_teacher, "--views", "2")
     workers = ["--data.init_args.num_workers", "1"]
@@ -139,6 +140,7 @@ def test_the_pixels_are_those_of_the_online_run_and_the_teacher_rests(demo_teach
     assert scoring == 8  # the validation set once, at the start of the run
 
 
+@pytest.mark.slow
 def test_epoch_e_shows_view_e_modulo_views_in_an_order_of_its_own(demo_teacher: str, monkeypatch) -> None:
     cache(demo_teacher, "--views", "2")
     recorder = Recorder(monkeypatch)
@@ -165,6 +167,7 @@ def test_views_come_again_with_every_rank_and_repeat() -> None:
         assert [view._replace(epoch=1) for view in plain] == list(cyclic)
 
 
+@pytest.mark.slow
 def test_a_cached_run_stopped_in_mid_epoch_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -> None:
     cache(demo_teacher, "--views", "1")
     more = [*EPOCHS, *cached(), "--ema.decay=0.9", "--last_checkpoint.every_n_train_steps=33"]
@@ -186,6 +189,7 @@ def test_a_trained_run_is_read_without_its_cache(demo_teacher: str) -> None:
 # Writing
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str, monkeypatch, capsys) -> None:
     views = ["--views", "3"]
     cache(demo_teacher, *views, out="whole")

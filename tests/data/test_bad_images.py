@@ -81,6 +81,7 @@ def rows(name: str) -> list[str]:
         return [row[name] for row in csv.DictReader(stream) if row.get(name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_another_image_takes_its_place_and_it_is_counted_and_told_once(workers: int, caplog) -> None:
     image_folder(Path("images"))

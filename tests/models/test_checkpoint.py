@@ -60,6 +60,7 @@ def test_an_exported_folder_is_one_of_timms(remedy: str | None, tmp_path) -> Non
     assert teacher.image_format == FORMAT
 
 
+@pytest.mark.slow
 def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
     export_student(student(), student_spec(student(), FORMAT), tmp_path)
     load = f"import sys, timm; timm.create_model('local-dir:{tmp_path}', pretrained=True)"

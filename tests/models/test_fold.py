@@ -131,6 +131,7 @@ def test_what_cannot_be_folded_is_refused() -> None:
         network.folded()
 
 
+@pytest.mark.slow
 def test_a_folded_student_loads_everywhere_and_predicts_the_same_on_every_image(demo_teacher: str, capsys) -> None:
     fit("lift", demo_teacher, *SHORT)
     lift = load_student("run/checkpoints/best.ckpt")
