@@ -168,6 +168,17 @@ class TimmNetwork(Network):
         super().__init__(len(info), image_format or _image_format(model))
         self.model = model
 
+    def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
+        """Measures the shapes of `forward` on one blank image of the network's own size.
+
+        Raises:
+            ValueError: If a layer does not exist, or has no whole map in training.
+        """
+        dropped: float = getattr(getattr(self.model, "patch_drop", None), "prob", 0.0)
+        if layers and dropped > 0:
+            raise ValueError("patch_drop_rate leaves no whole map of a layer in training: set it to 0.")
+        return super().output_shapes(layers, logits)
+
     def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
         """Runs the model once; without `logits` only up to the last block that is needed.
 

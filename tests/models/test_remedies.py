@@ -331,3 +331,10 @@ def test_a_student_starts_from_one_that_kdvit_trained(form: str, tmp_path) -> No
     with pytest.warns(UserWarning, match="is of other classes: head.weight, head.bias are left out"):
         other = TimmStudent(**{**STUDENT, "num_classes": 6}, checkpoint=str(start))
     assert torch.equal(other.model.pos_embed, source.model.pos_embed)
+
+
+def test_maps_of_dropped_patches_are_refused() -> None:
+    student = TimmStudent(**{**STUDENT, "model_args": {**STUDENT["model_args"], "patch_drop_rate": 0.5}})
+    assert student.output_shapes().classes == STUDENT["num_classes"]
+    with pytest.raises(ValueError, match="patch_drop_rate leaves no whole map of a layer in training: set it to 0"):
+        student.output_shapes([-1])
