@@ -148,12 +148,12 @@ class KdvitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer, unless nothing is left to train; what is wrong with a config shows here."""
-        if self.start.is_done:
-            self.subcommand = None
-            return
         if self.command != "check":
             trainer = self.config[self.command].trainer
             require_all_tasks(planned_processes(trainer.devices, trainer.num_nodes))
+        if self.start.is_done:
+            self.subcommand = None
+            return
         with (
             unforeseen("The config cannot be built."),
             shown((ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)),
