@@ -107,6 +107,52 @@ def test_the_four_widening_schedules_are_recognised(widths, num_heads, expected,
     assert torch.equal(student(image).logits, source.eval()(image).logits)
 
 
+def _options(**more) -> argparse.Namespace:
+    options = {"custom_arch": True, "input_size": 224, "nb_classes": 1000, "expansion_target_dim": None}
+    return argparse.Namespace(model="deit_tiny_patch16_224", **{**options, **more})
+
+
+@pytest.mark.parametrize(("schedule", "num_heads"), [("fixed_step", 3), ("heads_step", 6)])
+def test_a_file_has_the_heads_that_its_own_options_name(schedule: str, num_heads: int, tmp_path) -> None:
+    weights = reference_weights("widelast")
+    file = _save(tmp_path / "wide.pth", weights, args=_options(arch_schedule=schedule))
+    main(["import", file, "--out", "student"])
+    source = load_released(_save(tmp_path / "silent.pth", weights), num_heads=num_heads).student
+    image = reference_image("widelast")[:1]
+    for student in (load_student("student"), load_released(file, num_heads=num_heads).student):
+        assert student.model.blocks[-1][2].attn.num_heads == num_heads
+        with torch.no_grad():
+            assert torch.equal(student(image).logits, source(image).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "more", "text"),
+    [
+        (
+            "widelast",
+            {"arch_schedule": "heads_linear"},
+            [],
+            r"arch_schedule 'heads_linear', with wide blocks of \[256, 320, 384\], but its weights have \[384\]",
+        ),
+        ("widelast", {"arch_schedule": "heads_leap"}, [], "'heads_leap'; expected one of heads_linear, fixed_linear"),
+        ("widelast", {"arch_schedule": "fixed_step"}, ["--num_heads", "6"], r"has \[3\] heads; leave out .*, got 6"),
+        ("widelast", {"arch_schedule": "heads_step", "nb_classes": 100}, [], "nb_classes 100, but its weights 1000"),
+        ("widelast", {"arch_schedule": "heads_step", "input_size": 384}, [], "input_size 384, but its weights 224"),
+        ("lift", {"expansion_target_dim": 320}, [], "expansion_target_dim 320, but its weights 384: .* two networks"),
+        ("lift", {"nb_classes": 100}, [], "nb_classes 100, but its weights 1000"),
+    ],
+)
+def test_options_that_contradict_the_weights_are_refused(
+    name: str, options: dict, more: list[str], text: str, tmp_path, capsys
+) -> None:
+    file = _save(tmp_path / "reference.pth", reference_weights(name), args=_options(**options))
+    with pytest.raises(SystemExit):
+        main(["import", file, "--out", "student", *more])
+    (message,) = capsys.readouterr().err.splitlines()
+    assert re.search(text, message), message
+    assert not Path("student").exists()
+
+
 class _Foreign:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("executed",)

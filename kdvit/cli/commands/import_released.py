@@ -17,7 +17,7 @@ def import_released(
         checkpoint: The authors' .pth file.
         out: Folder of the student; kdvit.load_student reads it.
         weights: The raw ones, which the paper reports, or their average.
-        num_heads: Heads of the wide blocks, where they are not 64 channels each.
+        num_heads: Heads of the wide blocks, for a file that does not say them, where they are not 64 channels each.
 
     Example:
         kdvit import lift.pth --out students/lift
