@@ -135,6 +135,12 @@ def test_a_run_that_was_stopped_in_its_first_epoch_stays_stopped() -> None:
         ({"warmup_epochs": 9}, RunLength(3), [0, 1 / 9, 2 / 9]),
         ({"warmup_epochs": 0, "args": {"cycle_limit": 2, "cycle_decay": 0.5}}, RunLength(4), [1, 0.5, 0.5, 0.25]),
         ({"warmup_epochs": 0, "args": {"cooldown_epochs": 2}}, RunLength(4), [1, 0.5, 0, 0]),
+        ({"warmup_epochs": 2, "lag_epochs": 1}, RunLength(4), [0, 0, 0.5, 0.5]),
+        (
+            {"interval": "step", "warmup_steps": 1, "lag_epochs": 1},
+            RunLength(2, 4, 2),
+            [0, 0, 0, (1 + math.sqrt(0.5)) / 2],
+        ),
         ({"warmup_share": 0.5}, RunLength(4), [0, 0.5, 0.5, (1 - math.sqrt(0.5)) / 2]),
         ({"interval": "step", "warmup_steps": 1}, RunLength(2, 4, 2), [0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.1464466]),
         ({"name": "step", "interval": "step", "warmup_epochs": 0}, RunLength(2, 4, 2), [1, 1, 1, 1]),
@@ -158,6 +164,7 @@ def test_schedules_have_the_rates_of_their_formula(options: dict, length: RunLen
         ({"name": "multistep", "args": {"decay_epochs": 3}}, "no effect on multistep"),
         ({"args": {"cicle_limit": 3}}, "timm's schedules do not take cicle_limit. They take .*cycle_limit"),
         ({"warmup_steps": 3}, "warmup_steps goes with schedule.interval: step"),
+        ({"lag_epochs": -1}, "lag_epochs must be 0 or more, got -1"),
         ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),
     ],
 )

@@ -194,6 +194,9 @@ def test_biases_norms_and_exempt_names_are_not_decayed() -> None:
         assert parameter.ndim > 1
         assert not names[id(parameter)].endswith(("pos_embed", "cls_token"))
     assert len(plain["params"]) + len(decayed["params"]) == len(names)
+    plain, decayed = parameter_groups([network], 0.05, decay_embeddings=True)
+    assert all(parameter.ndim <= 1 for parameter in plain["params"])
+    assert {"model.pos_embed", "model.cls_token"} < {names[id(parameter)] for parameter in decayed["params"]}
 
 
 def test_raw_and_averaged_scores_differ_by_the_known_average(tmp_path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.data.sampling import ViewSampler
-from kdvit.training.optim import parameter_groups
+from kdvit.training.optim import optimizer_and_schedule
 from kdvit.training.schedule import RunLength
 
 RUNS = {
@@ -98,7 +98,8 @@ def test_a_published_run_is_built_as_published(name: str, imagenet: Path, monkey
     assert (data.mixup, data.cutmix, data.repeats) == (0.0, 0.0, 3)
     _assert_transforms(data)
     _assert_learning_rates(module)
-    _assert_groups(module)
+    _assert_groups(module, plain=name in ("supervised", "feature", "logit"))
+    _assert_first_weights(module.student.model, remedy)
 
 
 def _assert_transforms(data: Any) -> None:
@@ -125,17 +126,44 @@ def _assert_learning_rates(module: Any) -> None:
     peak = 5e-4 * 2048 / 512
     for epoch in range(300):
         schedule.set(epoch, step=0)
-        warm = 1e-6 + epoch * (peak - 1e-6) / 5
-        cosine = 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(warm if epoch < 5 else cosine, rel=1e-9)
+        late = max(epoch - 1, 0)  # the authors' loop moves the rate after an epoch
+        warm = 1e-6 + late * (peak - 1e-6) / 5
+        cosine = 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * late / 300)) / 2
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(warm if late < 5 else cosine, rel=1e-9)
 
 
-def _assert_groups(module: Any) -> None:
-    groups = parameter_groups([module.student, module.distillers], 0.05)
+def _assert_groups(module: Any, plain: bool) -> None:
+    """Checks what is decayed: position embedding and class token too, but for plain students."""
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(train_dataloader=lambda: SimpleNamespace(batch_size=512)),
+        world_size=4,
+        accumulate_grad_batches=1,
+        max_epochs=300,
+        max_steps=-1,
+        callbacks=[],
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        precision_plugin=None,
+        scaler=None,
+    )
+    built = optimizer_and_schedule(
+        trainer, (module.student, module.distillers), module.optimizer_options, module.schedule_options
+    )
+    groups = built["optimizer"].param_groups
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    embeddings = ("pos_embed", "cls_token") if plain else ()
     for name, parameter in module.student.named_parameters():
-        exempt = parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token"))
+        exempt = parameter.ndim == 1 or name.endswith(embeddings)
         assert decay[id(parameter)] == (0.0 if exempt else 0.05), name
+
+
+def _assert_first_weights(model: Any, remedy: str) -> None:
+    stds = {
+        "TimmStudent": {"cls_token": 1e-6, "head.weight": 0.02, "head.bias": 0.0},
+        "LiftViT": {"cls_token": 1e-6, "head.weight": 0.0294, "head.bias": 0.0296},
+        "WideLastViT": {"cls_token": 0.02, "head.weight": 0.02, "head.bias": 0.0, "blocks.11.0.weight": 0.02},
+    }
+    for name, std in stds[remedy].items():
+        assert model.state_dict()[name].std().item() == pytest.approx(std, rel=0.2), name
 
 
 @pytest.mark.slow

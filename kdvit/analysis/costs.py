@@ -10,7 +10,7 @@ from kdvit.models.cost import forward_flops, parameter_count
 
 Remedy = Literal["none", "Lift", "WideLast"]
 REMEDIES: dict[Remedy, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
-OF_A_REMEDY = ("width", "num_heads", "folded")
+OF_A_REMEDY = ("width", "num_heads", "folded", "published_init")
 
 
 class Cost(NamedTuple):

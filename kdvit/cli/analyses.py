@@ -141,6 +141,8 @@ def _config_of_pair(
     classes = images.classes if images.classes is not None else _classes(student)
     args = {name: value for name, value in getattr(student, "init_args", {}).items() if value is not None}
     base = yaml.safe_load(Path(find_config("lift.yaml")).read_text())
+    for part, option in (("optimizer", "decay_embeddings"), ("schedule", "lag_epochs")):
+        del base["model"][part][option]  # the authors' own, and not for other pairs
     same = classes == _classes(networks[TEACHER])
     model = {
         **base["model"],

@@ -33,13 +33,24 @@ class LiftViT(TimmStudent):
         num_classes: Number of classes.
         folded: Train in the folded form from the start, as a control: from the same initial function, without a map to
             distil.
+        published_init: Leave the head at torch's own initialisation, uniform and with a bias (std 0.029 at width 384),
+            as the authors' code does. The default is better founded: timm's, which every other student here has (std
+            0.02, no bias).
         kwargs: Those of TimmStudent; weights that it starts from are of `arch` as it is in timm.
 
     Raises:
         ValueError: If the architecture is neither a VisionTransformer nor an Eva, or `width` is not positive.
     """
 
-    def __init__(self, arch: str, width: int, num_classes: int = 1000, folded: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        arch: str,
+        width: int,
+        num_classes: int = 1000,
+        folded: bool = False,
+        published_init: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if width < 1:
             raise ValueError(f"LiftViT: width must be positive, got {width}.")
         super().__init__(arch, num_classes, **kwargs)
@@ -47,9 +58,9 @@ class LiftViT(TimmStudent):
         model: Any = self.model
         model.norm = nn.Sequential(nn.Linear(model.embed_dim, width, bias=False), nn.LayerNorm(width, eps=1e-5))
         model.fc_norm = nn.Identity()
-        model.head = _head(width, num_classes)
+        model.head = _head(width, num_classes, published_init)
         if isinstance(model, VisionTransformerDistilled):
-            model.head_dist = _head(width, num_classes)
+            model.head_dist = _head(width, num_classes, published_init)
         else:
             model.global_pool, model.attn_pool = "avg", None
             model.pool_include_prefix = False
@@ -87,8 +98,9 @@ class LiftViT(TimmStudent):
         return tokens.reshape(*tokens.shape[:2], height, width)
 
 
-def _head(width: int, num_classes: int) -> nn.Linear:
+def _head(width: int, num_classes: int, published_init: bool) -> nn.Linear:
     head = nn.Linear(width, num_classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
+    if not published_init:
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
     return head

@@ -40,6 +40,9 @@ class WideLastViT(TimmStudent):
         num_heads: Attention heads of the wide blocks, one number for all or one each. By default as many as keep the
             head dimension of `arch`.
         num_classes: Number of classes.
+        published_init: Draw the Linear layers to the wider widths with a std of 0.02 and, unless weights are loaded,
+            the class token too, as the authors' code does. The default is better founded: the class token is timm's, as
+            in the narrow student (std 1e-6), and a Linear is torch's, scaled by its inputs (std 0.042 at 192).
         kwargs: Those of TimmStudent; weights that it starts from are those of the narrow blocks.
 
     Raises:
@@ -53,6 +56,7 @@ class WideLastViT(TimmStudent):
         width: int | list[int],
         num_heads: int | list[int] | None = None,
         num_classes: int = 1000,
+        published_init: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(arch, num_classes, **kwargs)
@@ -69,6 +73,11 @@ class WideLastViT(TimmStudent):
             donor = self._donor(wide, count)
             blocks[i] = WideBlock(nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i])
             before = wide
+        if published_init:
+            loaded = kwargs.get("pretrained") or kwargs.get("checkpoint")
+            token = [model.cls_token] if model.cls_token is not None and not loaded else []
+            for weight in (*(block[0].weight for block in blocks[-len(widths) :]), *token):
+                nn.init.trunc_normal_(weight, std=0.02)
         for name in ("norm", "fc_norm", "attn_pool", "head", "head_dist"):
             if getattr(donor, name, None) is not None:
                 setattr(model, name, getattr(donor, name))

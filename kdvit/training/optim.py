@@ -32,6 +32,9 @@ class OptimizerOptions:
         lr: Learning rate at a global batch of `lr_base_batch` images.
         lr_base_batch: The learning rate is multiplied by (global batch / this); null leaves it as it is.
         weight_decay: Weight decay, not applied to biases, norms and the names that the student exempts.
+        decay_embeddings: Decay what the student exempts by name, too: position embedding and class token. That is what
+            the authors' Lift, WideLast and uniform-wide runs (arXiv:2511.15572) do, for their wrappers hide the names.
+            The default is better founded: timm and DeiT exempt these parameters on purpose, as they do biases.
         args: More arguments of the optimizer, such as `betas`. `fused` and `foreach` choose torch's implementation; by
             default it is the fused one where there is one.
     """
@@ -40,6 +43,7 @@ class OptimizerOptions:
     lr: float = 5e-4
     lr_base_batch: int | None = 512
     weight_decay: float = 0.05
+    decay_embeddings: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +81,8 @@ def optimizer_and_schedule(
 ) -> Any:
     """Builds what `LightningModule.configure_optimizers` returns, over the parameters of student and distillers."""
     images = 1 if optimizer.lr_base_batch is None else global_batch(trainer)
-    built = optimizer.build(parameter_groups(modules, optimizer.weight_decay), images, may_fuse(trainer))
+    groups = parameter_groups(modules, optimizer.weight_decay, optimizer.decay_embeddings)
+    built = optimizer.build(groups, images, may_fuse(trainer))
     rate = schedule.build(built, run_length(trainer, schedule.interval == "step"))
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": schedule.interval}}
 
@@ -148,18 +153,21 @@ def may_fuse(trainer: pl.Trainer) -> bool:
     return trainer.strategy.root_device.type in FUSED_DEVICES and trainer.scaler is None and not clipped
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    modules: Iterable[nn.Module], weight_decay: float, decay_embeddings: bool = False
+) -> list[dict[str, Any]]:
     """Splits trainable parameters into timm's two groups, without and with weight decay.
 
-    Biases, norms and what a module's own `no_weight_decay()` names are not decayed.
+    Biases and norms are not decayed, nor is what a module's own `no_weight_decay()` names.
 
     Args:
         modules: The student and the distillers.
         weight_decay: Weight decay of the second group.
+        decay_embeddings: Whether what `no_weight_decay()` names is decayed after all.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for module in modules:
-        exempt: Any = getattr(module, "no_weight_decay", set)()
+        exempt: Any = () if decay_embeddings else getattr(module, "no_weight_decay", set)()
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt):
             groups.setdefault(group["weight_decay"], []).extend(group["params"])
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]

@@ -68,6 +68,9 @@ class ScheduleOptions:
         warmup_share: Share of the run that is warm-up, instead of `warmup_epochs`.
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end.
+        lag_epochs: Epochs by which the learning rate is late; till then it is that of epoch 0. The authors' code
+            (arXiv:2511.15572) is one late, for it moves the rate after an epoch: epochs 0 and 1 have `warmup_lr`. The
+            default is better founded: no epoch is spent at the first rate of the warm-up twice.
         args: More arguments of timm's `create_scheduler_v2`. The run is shared by `cycle_limit` cycles and
             `cooldown_epochs`.
 
@@ -82,6 +85,7 @@ class ScheduleOptions:
     warmup_share: float | None = None
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    lag_epochs: int = 0
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class ScheduleOptions:
             raise ValueError("schedule.warmup_steps goes with schedule.interval: step, and without warmup_share.")
         if not 0 <= (self.warmup_share or 0) < 1:
             raise ValueError(f"schedule.warmup_share must be at least 0 and below 1, got {self.warmup_share}.")
+        if self.lag_epochs < 0:
+            raise ValueError(f"schedule.lag_epochs must be 0 or more, got {self.lag_epochs}.")
         for name in self.args:
             if name in OWN:
                 raise ValueError(f"schedule.args: {name} is set by {OWN[name]}.")
@@ -126,7 +132,7 @@ class ScheduleOptions:
             updates_per_epoch=1,
             **args,
         )
-        return LearningRate(schedule)
+        return LearningRate(schedule, self.lag_epochs * unit)
 
     def _measure(self, length: RunLength) -> tuple[int, int]:
         """Returns how many epochs or steps a run has, and how many of them an epoch is."""
@@ -168,15 +174,16 @@ class LearningRate:
 
     Args:
         schedule: timm's schedule.
+        lag: Epochs by which the rate is late or, for a schedule by steps, steps.
     """
 
-    def __init__(self, schedule: Scheduler) -> None:
-        self.schedule, self.optimizer = schedule, schedule.optimizer
+    def __init__(self, schedule: Scheduler, lag: int = 0) -> None:
+        self.schedule, self.optimizer, self.lag = schedule, schedule.optimizer, lag
 
     def set(self, epoch: int, step: int) -> None:
         """Sets the rate of an epoch or, for a schedule by steps, of a step."""
-        self.schedule.step(epoch)
-        self.schedule.step_update(step)
+        self.schedule.step(max(epoch - self.lag, 0))
+        self.schedule.step_update(max(step - self.lag, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing."""

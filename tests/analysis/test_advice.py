@@ -92,7 +92,10 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
     spec = {"class_path": "my.FeatureDistiller", "init_args": {"weight": 3.0}}
     feature = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.7, "loss": "spectral", "projector": "pool"}}
     model = {
-        "student": {"class_path": "TimmStudent", "init_args": {"arch": "deit_tiny_patch16_224", "pretrained": True}},
+        "student": {
+            "class_path": "TimmStudent",
+            "init_args": {"arch": "deit_tiny_patch16_224", "pretrained": True, "published_init": True},
+        },
         "teacher": {"class_path": "Mine"},
         "distillers": {"other": spec, "feature": feature},
         "task_weight": 0.5,

@@ -157,6 +157,8 @@ def test_a_pair_of_timm_names_without_weights_is_advised(folder: str, capsys: py
         "class_path": "TimmStudent",
         "init_args": {"arch": "resnet18", "num_classes": 5, "drop_path_rate": 0.0},
     }
+    assert "decay_embeddings" not in config["model"]["optimizer"]
+    assert "lag_epochs" not in config["model"]["schedule"]
     main(["analyze", *pair, "--data", f"{folder}/val", *QUICK, "--images", "2"])
     assert "No config is written" in capsys.readouterr().out
     assert not Path("out/advised.yaml").exists()
