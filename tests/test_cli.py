@@ -31,7 +31,9 @@ OBJECTIVES += ["token_relations", "attention_transfer", "rkd", "vitkd"]
 
 def test_there_are_the_configs_of_the_published_runs() -> None:
     remedies = {"lift", "wide_last", "lift_no_teacher", "wide_last_no_teacher", "uniform_wide"}
-    assert set(IMAGENET) == remedies | {"logit", "feature", "supervised"}
+    terms = {"lift_mse", "lift_soft_kd", "lift_soft_kd_mse"}
+    terms |= {"wide_last_mse", "wide_last_soft_kd", "wide_last_soft_kd_spectral"}
+    assert set(IMAGENET) == remedies | terms | {"logit", "feature", "supervised"}
     more = {"demo": OBJECTIVES, "fashion_mnist": [], "replication": ["uniform_wide"]}
     for folder, others in more.items():
         assert {file.stem for file in (CONFIGS / folder).glob("*.yaml")} == {"teacher", *METHODS, *others}
