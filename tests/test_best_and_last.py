@@ -106,3 +106,11 @@ def test_the_best_stays_the_best_where_the_number_of_those_kept_changes(first: t
     for epochs in (4, 5):
         fit("plain", "", *more, f"--checkpoint.save_top_k={then}", f"--trainer.max_epochs={epochs}")
         assert of("best.ckpt")[0] == 1
+
+
+def test_a_best_checkpoint_without_a_name_of_ours_stays_known() -> None:
+    for epochs in (1, 2):
+        fit("plain", "", *EPOCHS, "--checkpoint.filename=null", f"--trainer.max_epochs={epochs}")
+    states = torch.load(CHECKPOINTS / "last.ckpt", weights_only=True)["callbacks"]
+    (best,) = (state["best_model_path"] for state in states.values() if state.get("monitor") == "val/acc1")
+    assert Path(best).is_file()

@@ -104,27 +104,22 @@ class StepCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what is the best so far, also where `save_top_k` was 1 and is more, or the other way round."""
         super().load_state_dict(state_dict)
-        if self.monitor is None or not self.best_k_models or "{" in str(self.filename).replace(NUMBERED, ""):
-            return
-        folder = Path(str(self.dirpath))
-        alias = str(folder / f"{self._alias or self.filename}.ckpt")
+        if not self.best_k_models or (self._alias is None and (self.filename is None or "{" in self.filename)):
+            return  # nothing is known yet, or the files have names of their own
+        alias = str(Path(str(self.dirpath)) / f"{self._alias or self.filename}.ckpt")
         if self._alias is not None and alias in self.best_k_models:
-            kept = str(folder / f"{self._alias}-earlier.ckpt")
+            kept = alias.removesuffix(".ckpt") + "-earlier.ckpt"
             if getattr(rank_zero_only, "rank", 0) == 0 and Path(alias).is_file():
                 write_whole(Path(kept), Path(alias).read_bytes())
             self._know({kept if path == alias else path: score for path, score in self.best_k_models.items()})
         elif self._alias is None and alias not in self.best_k_models:
-            self._know({alias: self._best(self.best_k_models)[1]})
+            self._know({alias: state_dict["best_model_score"]})
 
-    def _know(self, best: dict[str, Tensor]) -> None:
+    def _know(self, scores: dict[str, Tensor]) -> None:
         """Takes checkpoints and their scores for the best ones so far."""
-        worst = (min if self.mode == "max" else max)(best, key=lambda path: best[path])
-        self.best_k_models, self.kth_best_model_path, self.kth_value = best, worst, best[worst]
-        self.best_model_path, self.best_model_score = self._best(best)
-
-    def _best(self, scores: dict[str, Tensor]) -> tuple[str, Tensor]:
-        path = (max if self.mode == "max" else min)(scores, key=lambda path: scores[path])
-        return path, scores[path]
+        order = sorted(scores, key=lambda path: scores[path], reverse=self.mode == "max")
+        self.best_k_models, self.kth_best_model_path, self.kth_value = scores, order[-1], scores[order[-1]]
+        self.best_model_path, self.best_model_score = order[0], scores[order[0]]
 
     def _copy_best(self, trainer: pl.Trainer) -> None:
         if self._alias is not None and self.best_model_path and self.best_model_path != self._copied:
