@@ -9,8 +9,8 @@ registers). The detection is kdvit's:
   spreads, and is none.
 - They are *found* where they hold a fifth of the energy: sink tokens that of an image on average, or of all images
   together. (Ranks are each image's own, but the axes that all share are weighted by energy, so that the sinks of few
-  images can fool them.) 95 % of all is then 93.75 % of the rest; less than a fifth
-  moves the figures by less than a step of the paper's levels (95 to 90 %), which is 55 of CaiT-S24's 302 axes.
+  images can fool them.) 95 % of all is then 93.75 % of the rest; less than a fifth moves the figures by less than a
+  step of the paper's levels (95 to 90 %), which is 55 of CaiT-S24's 302 axes.
 """
 
 from __future__ import annotations

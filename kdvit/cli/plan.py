@@ -10,7 +10,7 @@ from kdvit.errors import UserError
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.processes import planned_processes
 from kdvit.training.module import DistillationModule
-from kdvit.training.schedule import planned_length
+from kdvit.training.schedule import limited, planned_length
 
 Rows = list[tuple[str, str]]
 
@@ -52,12 +52,10 @@ def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
         images = len(loader.sampler)
     except TypeError:
         return None
-    batches, limit = images // size or 1, trainer.limit_train_batches
-    if limit is not None:
-        limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        if limited == 0:
-            raise UserError(f"trainer.limit_train_batches {limit} leaves none of the {batches} batches of an epoch.")
-        batches = limited
+    whole, limit = images // size or 1, trainer.limit_train_batches
+    batches = limited(whole, limit)
+    if batches == 0:
+        raise UserError(f"trainer.limit_train_batches {limit} leaves none of the {whole} batches of an epoch.")
     every = trainer.val_check_interval
     if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
         raise UserError(

@@ -21,13 +21,15 @@ from kdvit.files import write_whole
 
 FIXED = ("model", "data", "seed_everything")
 """Parts of a config that say which run it is."""
-MAY_CHANGE = ("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error")
-"""A run may go on elsewhere, and past a damaged image."""
 SAID = ("data.init_args.batch_size", "model.compile")
-"""May change, and the log says so, as of everything outside the fixed parts."""
+"""What of them may change, and the log says so, as of all other parts."""
+UNSAID = (
+    *("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error"),
+    *("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar"),
+)
+"""What may change without a word: a run may go on elsewhere, and past a damaged image."""
 CACHE = "data.init_args.cache"
 """May move, too: what it holds is compared when it is opened."""
-UNSAID = ("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar")
 HISTORY = "# from step "
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))
 """Callbacks of Lightning, such as Timer, have defaults that PyYAML cannot write."""
@@ -91,22 +93,20 @@ def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[s
             "its line `# kdvit==` names, or choose another --trainer.default_root_dir."
         ) from error
     ours, theirs = (yaml.safe_load(parser.dump(each, skip_none=False)) for each in (config, old))
-    refused, said = [], []
-    for part in FIXED:
+    theirs = {**written, **{part: theirs.get(part) for part in FIXED}}
+    refused: list[str] = []
+    said: list[str] = []
+    for part in (*FIXED, *sorted(ours.keys() & written.keys() - {*FIXED})):
         for key, new, before in differing(ours.get(part), theirs.get(part), part):
-            if key in SAID:
-                said.append(f"{key} is {new!r} and was {before!r}")
-            elif key not in MAY_CHANGE and not (key == CACHE and new and before):
-                refused.append(f"{key} is {new!r} and was {before!r}")
+            if key in UNSAID or (key == CACHE and new and before):
+                continue
+            refusing = part in FIXED and key not in SAID
+            (refused if refusing else said).append(f"{key} is {new!r} and was {before!r}")
     if refused:
         raise UserError(
             f"{str(root)!r} holds a run with other settings: {'; '.join(refused[:5])}. Go on with its own "
             "config.yaml, or choose another --trainer.default_root_dir."
         )
-    for part in {**ours}.keys() & written.keys() - {*FIXED}:
-        for key, new, before in differing(ours[part], written[part], part):
-            if key not in UNSAID:
-                said.append(f"{key} is {new!r} and was {before!r}")
     return tuple(sorted(said))
 
 

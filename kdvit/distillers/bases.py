@@ -9,7 +9,8 @@ PHI-S of RADIO, arXiv:2410.01680.)
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdvit.structures import SharedBasis
 
@@ -133,3 +134,49 @@ def pooling(channels: int, width: int) -> Tensor:
     """Returns adaptive average pooling of channels as a matrix ``[channels, width]``, float64."""
     eye = torch.eye(channels, dtype=torch.float64)
     return torch.nn.functional.adaptive_avg_pool1d(eye[None], width)[0]
+
+
+class FixedProjection(nn.Module):
+    """``(T - mean) P`` of a teacher's map, with buffers that are fixed once, by `fix`.
+
+    A map that is as wide as the target and no wider is one already: a cache stores targets.
+
+    Args:
+        channels: Channels C of the teacher.
+        width: Channels d of the target.
+    """
+
+    mean: Tensor
+    weight: Tensor
+    is_fixed: Tensor
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("weight", torch.zeros(width, channels))
+        self.register_buffer("is_fixed", torch.tensor(False))
+        self._checked = False
+
+    def fix(self, mean: Tensor, projection: Tensor) -> None:
+        """Takes the mean ``[C]`` and the projection ``[C, d]``."""
+        self.mean.copy_(mean)
+        self.weight.copy_(projection.T)
+        self.is_fixed.fill_(True)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Returns the map ``[B, C, H, W]`` as ``[B, d, H, W]``; a target as it is.
+
+        Raises:
+            RuntimeError: If it has not been fixed.
+        """
+        if feature.shape[1] == self.width < len(self.mean):
+            return feature
+        if not self._checked:  # once, as it waits for the device
+            if not bool(self.is_fixed):
+                raise RuntimeError(
+                    "The teacher's axes are not measured yet: call the distiller's calibrate(bases) first."
+                )
+            self._checked = True
+        bias = -(self.weight @ self.mean)
+        return F.conv2d(feature, self.weight[:, :, None, None], bias)

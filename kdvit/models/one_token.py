@@ -61,11 +61,15 @@ def class_logits(model: Any, end: Any) -> Tensor:
 
 def _pooled(model: nn.Module, end: Any) -> Tensor:
     """Returns ``[B, C]``, with dropout off: as a module, and as a function that looks at the model's mode."""
+    pooled: Tensor
+    if not model.training:
+        pooled = model.forward_head(end, pre_logits=True)  # type: ignore[operator]
+        return pooled
     active = [each for each in model.modules() if each.training and (each is model or isinstance(each, nn.Dropout))]
     for each in active:
         each.training = False
     try:
-        pooled: Tensor = model.forward_head(end, pre_logits=True)  # type: ignore[operator]
+        pooled = model.forward_head(end, pre_logits=True)  # type: ignore[operator]
     finally:
         for each in active:
             each.training = True

@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler
 
 from kdvit.errors import nearest
 from kdvit.runtime.length import RunEnd
-from kdvit.training.schedule import RunLength, ScheduleOptions, planned_length
+from kdvit.training.schedule import RunLength, ScheduleOptions, limited, planned_length
 
 FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
 FUSED_DEVICES = ("cpu", "cuda")
@@ -113,8 +113,7 @@ def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
         ) from error
     if not isinstance(loader.sampler, DistributedSampler):  # Lightning is yet to deal the images out to the processes
         batches = math.ceil(batches / trainer.world_size)
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = limited(batches, trainer.limit_train_batches)
     an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
     return planned_length(epochs, steps, an_epoch)
 

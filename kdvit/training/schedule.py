@@ -44,6 +44,18 @@ class RunLength(NamedTuple):
     steps_an_epoch: int | None = None
 
 
+def limited(batches: int, limit: int | float | None) -> int:
+    """Returns how many of the batches of an epoch `trainer.limit_train_batches` leaves, a number or a share.
+
+    Example:
+        >>> [limited(20, limit) for limit in (None, 5, 30, 0.25)]
+        [20, 5, 20, 5]
+    """
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 def planned_length(epochs: int, steps: int, an_epoch: int) -> RunLength:
     """Returns the length of a run that is given by epochs or, where those are below 1, by steps.
 
