@@ -42,7 +42,7 @@ class TeacherScores(pl.Callback):
                 self._score(trainer, pl_module, teacher)
 
     def _score(self, trainer: pl.Trainer, pl_module: Any, teacher: FrozenTeacher) -> None:
-        other = first_difference(pl_module.class_names, teacher.network.spec.get("class_names"))
+        other = first_difference(pl_module.class_names, teacher.network.class_names)
         if teacher.output_shapes().classes != pl_module.num_classes or other:
             rank_zero_info(f"The {teacher.label} has other classes than the data, so its accuracy is not measured.")
             return

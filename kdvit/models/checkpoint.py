@@ -78,8 +78,8 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
         ema: Take the averaged weights of a checkpoint instead of the raw ones.
 
     Returns:
-        The student, with `transform` for its images, and `spec`, which says what is known of it: class names, the run's
-        scores.
+        The student, with `transform` for its images, its `class_names`, and `spec`, which says what else is known of
+        it, such as the run's scores.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -120,6 +120,7 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
             "fixed_input_size": True,
             "num_classes": classes,
             **images,
+            **({"label_names": names} if (names := spec["class_names"]) else {}),
         },
     }
 

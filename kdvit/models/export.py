@@ -1,20 +1,45 @@
-"""Students for other runtimes: ONNX and torch.export, each checked against the network that it came from."""
+"""Students in another form, each compared with the network that it came from: torch.export's, and a folded lift."""
 
 from __future__ import annotations
 
-import warnings
+import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdvit.files import write_whole
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import Network
 
 BATCHES = (1, 3)  # sizes that an exported file is checked on: its batch is dynamic
 IMAGES = 16  # on which a folded student is compared
-TOLERANCE = 1e-4  # of the logits
+TOLERANCE = 1e-4  # of the largest logit
+
+
+class Agreement(NamedTuple):
+    """How far an exported student agrees with the original.
+
+    Attributes:
+        largest: Largest difference of a logit.
+        scale: Largest logit, by magnitude.
+        same: Share of the images that get the same class.
+        images: Number of images.
+    """
+
+    largest: float
+    scale: float
+    same: float
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"its logits differ from PyTorch's by at most {self.largest:.2g} of {self.scale:.2g}, and "
+            f"{self.same:.1%} of {self.images} images get the same class"
+        )
 
 
 class Classifier(nn.Module):
@@ -30,47 +55,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def export_onnx(student: Network, file: str | Path) -> float:
-    """Writes an ONNX file with a dynamic batch, input "image" and output "logits".
-
-    Args:
-        student: The student.
-        file: Where to write.
-
-    Returns:
-        The largest difference between the logits of onnxruntime and of PyTorch.
-
-    Raises:
-        ImportError: If the extra `onnx` is not installed.
-        RuntimeError: If they differ by more than 1e-4.
-    """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (what torch.onnx needs)
-    except ImportError as error:
-        raise ImportError("Export to ONNX needs the extra: pip install 'kdvit[onnx]'.") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Classifier(student).eval(),
-            (_images(student, 2),),
-            str(file),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
-
-    return _largest_difference(student, run)
-
-
-def export_program(student: Network, file: str | Path) -> float:
+def export_program(student: Network, file: str | Path) -> Agreement:
     """Writes a program of torch.export (.pt2) with a dynamic batch, which `torch.export.load` reads without kdvit.
 
     Args:
@@ -78,25 +63,62 @@ def export_program(student: Network, file: str | Path) -> float:
         file: Where to write.
 
     Returns:
-        The largest difference between its logits and the student's.
+        How far its logits agree with the student's.
 
     Raises:
-        RuntimeError: If they differ by more than 1e-4.
+        RuntimeError: If they differ by more than 1e-4 of the largest logit. Nothing is written then.
     """
     shapes = {"image": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(Classifier(student).eval(), (_images(student, 2),), dynamic_shapes=shapes)
-    torch.export.save(program, str(file))
-    return _largest_difference(student, torch.export.load(str(file)).module())
+    program = torch.export.export(Classifier(student).eval(), (random_images(student, 2),), dynamic_shapes=shapes)
+    images = [random_images(student, batch) for batch in BATCHES]
+    with torch.no_grad():
+        result = agreement(student, [program.module()(image) for image in images], images)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_whole(Path(file), content.getbuffer())
+    return result
 
 
-def checked_fold(student: Network) -> tuple[LiftViT, float, float]:
+@torch.no_grad()
+def agreement(
+    student: Network, exported: Sequence[Tensor], images: Sequence[Tensor], tolerance: float = TOLERANCE
+) -> Agreement:
+    """Compares the logits of an exported student with those of the original, in eval.
+
+    Args:
+        student: The original.
+        exported: Logits ``[B, K]`` for each of `images`.
+        images: Batches ``[B, C, H, W]``.
+        tolerance: How much of the largest logit they may differ by.
+
+    Raises:
+        RuntimeError: If they differ by more, or are not finite.
+    """
+    with student.evaluating():
+        original = torch.cat([student(image).logits for image in images]).double()
+    ours = torch.cat(list(exported)).double()
+    largest, scale = float((ours - original).abs().max()), float(original.abs().max())
+    if not (math.isfinite(largest) and largest <= tolerance * scale):
+        raise RuntimeError(
+            f"The exported student's logits differ from the original's by {largest:.2g} of {scale:.2g}; at most "
+            f"{tolerance:g} of the largest is right. Nothing is written."
+        )
+    return Agreement(largest, scale, float((ours.argmax(1) == original.argmax(1)).double().mean()), len(ours))
+
+
+def random_images(student: Network, batch: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Returns normal noise ``[B, 3, H, W]``, the same at every call, by default of the student's own size."""
+    return torch.randn(batch, 3, *(size or student.image_format.size), generator=torch.Generator().manual_seed(batch))
+
+
+def checked_fold(student: Network) -> tuple[LiftViT, Agreement]:
     """Folds a Lift student, and compares the two on random images.
 
     Args:
         student: A LiftViT.
 
     Returns:
-        The folded student, the largest difference of their logits, and the largest logit.
+        The folded student, and how far its logits agree with the student's.
 
     Raises:
         ValueError: If the student has no lift, or it cannot be folded.
@@ -107,28 +129,6 @@ def checked_fold(student: Network) -> tuple[LiftViT, float, float]:
             f"--fold is for students with a lift, and this is a {type(student).__name__}. (The wide block of WideLast "
             "is not linear, and a student without a remedy has nothing to fold.)"
         )
-    folded = student.folded()
-    images = _images(student, IMAGES).to(student.blank_image())
-    with torch.no_grad(), student.evaluating():
-        ours, theirs = student(images).logits.double(), folded.eval()(images.to(folded.blank_image())).logits.double()
-    largest, scale = float((ours - theirs).abs().max()), float(ours.abs().max())
-    if not largest <= TOLERANCE * scale:
-        raise RuntimeError(f"The folded student's logits differ by {largest:.2g} of {scale:.2g}: it is not exported.")
-    return folded, largest, scale
-
-
-def _images(student: Network, batch: int) -> Tensor:
-    return torch.randn(batch, 3, *student.image_format.size, generator=torch.Generator().manual_seed(batch))
-
-
-@torch.no_grad()
-def _largest_difference(student: Network, exported: Any) -> float:
-    differences = [
-        (exported(image) - student.eval()(image).logits).abs().max() for image in (_images(student, n) for n in BATCHES)
-    ]
-    largest = float(torch.stack(differences).max())
-    if largest > TOLERANCE:
-        raise RuntimeError(
-            f"The exported student differs from the original by {largest:.2g}; at most {TOLERANCE:g} is right."
-        )
-    return largest
+    folded, images = student.folded().eval(), random_images(student, IMAGES)
+    with torch.no_grad():
+        return folded, agreement(student, [folded(images).logits], [images])

@@ -25,7 +25,7 @@ class Network(nn.Module):
     Attributes:
         depth: Number of layers whose output can be asked for.
         image_format: Input size and normalisation that the network was made for.
-        spec: What a loaded network's file says of it, in plain types; its `class_names`, where they are known.
+        spec: What a loaded network's file says of it, in plain types.
 
     Example:
         A network of one's own, usable in YAML by its class path::
@@ -71,6 +71,11 @@ class Network(nn.Module):
     def token_layers(self) -> dict[str, int]:
         """Layers of one token an image, with their index, which is beyond `depth`; see `kdvit.models.one_token`."""
         return {}
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the logits, where a loaded network's file has them."""
+        return self.spec.get("class_names")
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.errors import UserError
-from kdvit.models.checkpoint import CONFIG
 from kdvit.models.network import Network, TimmNetwork, as_network
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
@@ -66,11 +63,8 @@ class TimmTeacher(TimmNetwork):
 
 def _class_names(arch: str, model: Any, pretrained: bool) -> list[str] | None:
     """Returns the names of a timm model's classes, where known; those of published weights are ImageNet's."""
-    source, _, folder = arch.rpartition(":")
     names = model.pretrained_cfg.get("label_names")
-    if not names and source == "local-dir":
-        names = (json.loads((Path(folder) / CONFIG).read_text()).get("kdvit") or {}).get("class_names")
-    elif not names and not source and pretrained and (subset := infer_imagenet_subset(model)):
+    if not names and ":" not in arch and pretrained and (subset := infer_imagenet_subset(model)):
         names = ImageNetInfo(subset).label_names()  # type: ignore[no-untyped-call]
     return list(names) if names and len(names) == model.num_classes else None
 

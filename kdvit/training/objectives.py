@@ -85,7 +85,7 @@ class Objectives(nn.ModuleDict):
         try:
             ours = student.output_shapes(distiller.student_layers)
             theirs = teacher.output_shapes(distiller.teacher_layers, distiller.needs_teacher_logits)
-            distiller.build(_named(ours, self._class_names), _named(theirs, teacher.network.spec.get("class_names")))
+            distiller.build(_named(ours, self._class_names), _named(theirs, teacher.network.class_names))
         except ValueError as error:
             raise ValueError(f"distillers.{name}: {error}") from error
         if [shape[1:] for shape in ours.features] != [shape[1:] for shape in theirs.features]:

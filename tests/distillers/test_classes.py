@@ -170,7 +170,8 @@ def renamed(demo_teacher: str, order: list[int]) -> str:
     folder = Path(demo_teacher.removeprefix("local-dir:"))
     shutil.copytree(folder, "turned")
     config = json.loads(Path("turned/config.json").read_text())
-    config["kdvit"]["class_names"] = [config["kdvit"]["class_names"][index] for index in order]
+    names = config["pretrained_cfg"]["label_names"]
+    config["pretrained_cfg"]["label_names"] = [names[index] for index in order]
     Path("turned/config.json").write_text(json.dumps(config))
     weights = load_file("turned/model.safetensors")
     turned = {name: value[order] if name.startswith("head.") else value for name, value in weights.items()}

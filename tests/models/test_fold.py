@@ -139,7 +139,7 @@ def test_a_folded_student_loads_everywhere_and_predicts_the_same_on_every_image(
         main(["export", "--ckpt", "run/checkpoints/best.ckpt", "--out", form, "--fold", "--format", form])
         assert Path(form, file).is_file()
     shown = capsys.readouterr().out
-    assert shown.count("Folded: the logits differ by at most ") == 3
+    assert shown.count("Folded: its logits differ from PyTorch's by at most ") == 3
     assert f"{parameter_count(lift):,} parameters became " in shown
     folded = load_student("timm")
     by_timm = timm.create_model("local-dir:timm", pretrained=True).eval()

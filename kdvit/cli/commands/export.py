@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kdvit.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdvit.models import Network
+
+COMPARED = 256
+"""Images that an ONNX file is compared on, of those that are named."""
 
 
 def export(
@@ -15,6 +23,9 @@ def export(
     format: Literal["timm", "onnx", "torch-export"] = "timm",
     weights: Literal["raw", "ema"] = "raw",
     fold: bool = False,
+    precision: Literal["float32", "float16", "int8"] = "float32",
+    dynamic_size: bool = False,
+    images: str | None = None,
 ) -> None:
     """Take a student out of a run: as safetensors that timm loads, as ONNX, or as a program of torch.export.
 
@@ -24,30 +35,48 @@ def export(
         format: timm is the folder alone.
         weights: The raw ones, which are trained and reported, or their average.
         fold: Fold the lift of a LiftViT into the student's own width: the same logits for the cost of a plain student.
+        precision: Of the ONNX file: float16 halves it, int8 quarters it by onnxruntime's dynamic quantisation.
+        dynamic_size: Whether the ONNX file takes images of other heights and widths, where the network can.
+        images: Folder of images, or a data module by its class name, to compare the ONNX file on, beside noise.
 
     Example:
         kdvit export --ckpt runs/demo/lift/student --out students/lift --fold
     """
     if not Path(ckpt).exists():
         raise UserError(f"There is no exported folder or checkpoint {str(Path(ckpt).absolute())!r}.")
+    if format != "onnx" and (precision != "float32" or dynamic_size or images is not None):
+        raise UserError("--precision, --dynamic_size and --images are for --format onnx.")
     from kdvit.models import export_student, load_student
     from kdvit.models.cost import forward_flops, parameter_count
-    from kdvit.models.export import checked_fold, export_onnx, export_program
+    from kdvit.models.export import checked_fold, export_program
 
     folder = Path(out)
     with shown((ValueError, TypeError, OSError, ImportError, RuntimeError)):
         student = load_student(ckpt, ema=weights == "ema")
         if fold:
             lifted = student
-            student, largest, scale = checked_fold(lifted)
+            student, folded = checked_fold(lifted)
             print(
-                f"Folded: the logits differ by at most {largest:.2g} of {scale:.2g}; "
-                f"{parameter_count(lifted):,} parameters became {parameter_count(student):,}, "
+                f"Folded: {folded}; {parameter_count(lifted):,} parameters became {parameter_count(student):,}, "
                 f"{forward_flops(lifted) / 1e9:.4g} GFLOP an image {forward_flops(student) / 1e9:.4g}."
             )
+        if format == "torch-export":
+            print(f"{folder / 'model.pt2'}: {export_program(student, folder / 'model.pt2')}.")
+        elif format == "onnx":
+            from kdvit.models.onnx import export_onnx
+
+            file, compared = folder / "model.onnx", [] if images is None else _batches(images, student)
+            agreement = export_onnx(student, file, precision, dynamic_size, compared)
+            print(f"{file}, {precision}, {file.stat().st_size / 2**20:.1f} MiB: {agreement}.")
         export_student(student, student.spec, folder)
         print(f"{type(student).__name__}, {parameter_count(student):,} parameters, {weights} weights, in {folder}.")
-        if format != "timm":
-            write, name = {"onnx": (export_onnx, "model.onnx"), "torch-export": (export_program, "model.pt2")}[format]
-            largest = write(student, folder / name)
-            print(f"{folder / name}: its logits differ from PyTorch's by at most {largest:.2g}.")
+
+
+def _batches(name: str, student: Network) -> list[Tensor]:
+    from torch.utils.data import DataLoader, Subset
+
+    from kdvit.cli.images import choose, find_images
+
+    found = find_images(name, student.image_format)
+    chosen = Subset(found.dataset, choose(found, COMPARED, seed=0))
+    return [batch.image for batch in DataLoader(chosen, batch_size=16, collate_fn=found.collate)]
