@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kdvit.cli.lookup import Experiment, build
@@ -99,6 +100,17 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None
     dataset = FolderImages(samples, eval_transform(image_format), None)
     return Images(dataset, targets, image_format, collate, str(root.absolute()), folder, len(set(targets)))
+
+
+def batches(name: str, image_format: ImageFormat, count: int) -> list[Tensor]:
+    """Returns images ``[B, C, H, W]`` of a folder or data module, chosen over its classes, in batches of 16.
+
+    Raises:
+        UserError: If there are none.
+    """
+    images = find_images(name, image_format)
+    chosen = ChosenImages(images, choose(images, count, seed=0), batch_size=16, num_workers=0)
+    return [batch.image for batch in chosen.test_dataloader()]
 
 
 def images_of_config(experiment: Experiment, file: str) -> Images:

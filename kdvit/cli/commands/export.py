@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kdvit.errors import UserError, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kdvit.models import Network
 
 COMPARED = 256
 """Images that an ONNX file is compared on, of those that are named."""
@@ -63,20 +58,12 @@ def export(
         if format == "torch-export":
             print(f"{folder / 'model.pt2'}: {export_program(student, folder / 'model.pt2')}.")
         elif format == "onnx":
+            from kdvit.cli.images import batches
             from kdvit.models.onnx import export_onnx
 
-            file, compared = folder / "model.onnx", [] if images is None else _batches(images, student)
+            file = folder / "model.onnx"
+            compared = [] if images is None else batches(images, student.image_format, COMPARED)
             agreement = export_onnx(student, file, precision, dynamic_size, compared)
             print(f"{file}, {precision}, {file.stat().st_size / 2**20:.1f} MiB: {agreement}.")
         export_student(student, student.spec, folder)
         print(f"{type(student).__name__}, {parameter_count(student):,} parameters, {weights} weights, in {folder}.")
-
-
-def _batches(name: str, student: Network) -> list[Tensor]:
-    from torch.utils.data import DataLoader, Subset
-
-    from kdvit.cli.images import choose, find_images
-
-    found = find_images(name, student.image_format)
-    chosen = Subset(found.dataset, choose(found, COMPARED, seed=0))
-    return [batch.image for batch in DataLoader(chosen, batch_size=16, collate_fn=found.collate)]
