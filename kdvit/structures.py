@@ -66,8 +66,9 @@ class Batch(NamedTuple):
     """What every data module yields.
 
     Attributes:
-        image: Normalised images, ``[B, 3, H, W]``, float32.
-        target: Class indices ``[B]``, int64; class probabilities ``[B, K]`` once Mixup or CutMix has run.
+        image: Normalised images, ``[B, C, H, W]`` with the channels of the `ImageFormat`, float32.
+        target: Class indices ``[B]``, int64, -1 where the images have no labels; class probabilities ``[B, K]`` once
+            Mixup or CutMix has run.
         index: Position of each image in its data set, ``[B]``, int64.
         teacher: What the distillers want of the teacher, where a cache has it; else None.
         bad: Of each image that could not be read and in whose place another came, what is wrong with it.
@@ -140,15 +141,15 @@ class ImageFormat(NamedTuple):
 
     Attributes:
         size: Height and width in pixels.
-        mean: Mean of each channel that was subtracted, for pixel values in 0..1.
+        mean: Mean of each channel that was subtracted, for pixel values in 0..1; one of grey images, else three.
         std: Standard deviation of each channel that was divided by, for pixel values in 0..1.
         crop_pct: The centre crop of the evaluation, as a share of the resized shorter side.
         interpolation: Of the resizing.
     """
 
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
 

@@ -262,4 +262,5 @@ def _image_format(data: Any) -> Any:
 
 
 def _class_names(data: Any) -> Any:
-    return getattr(data, "class_names", None)
+    names = getattr(data, "class_names", None)
+    return None if names is None else list(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,13 +29,15 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches of labelled images. Subclass it and give `dataset`, `class_names` and `path`.
+    """Batches of images. Subclass it and give `dataset`, `class_names` and `path`.
+
+    Images without labels have the `class_names` ``()`` and the target -1.
 
     Args:
         batch_size: Images a step and process.
         num_workers: Processes that load images, for each training process.
-        img_size: Height and width in pixels.
-        mean: Mean of each channel that is subtracted.
+        img_size: Height and width in pixels, or one number for both.
+        mean: Mean of each channel that is subtracted; one number makes grey images of one channel, three colour.
         std: Standard deviation of each channel that is divided by.
         repeats: Views of an image in an epoch (repeated augmentation); 1 for none, 3 in DeiT's recipe.
         mixup: Alpha of Mixup; 0 for none, as in the paper's runs.
@@ -44,16 +47,17 @@ class ImageDataModule(pl.LightningDataModule):
             and epoch e shows view ``e % views`` of an image, views being those that the cache holds.
 
     Raises:
-        ValueError: If Mixup or CutMix is asked for beside a cache, or for pairs in batches of an odd size.
+        ValueError: If Mixup or CutMix is asked for beside a cache, or for pairs in batches of an odd size, or mean and
+            std are neither one number each nor three.
     """
 
     def __init__(
         self,
         batch_size: PositiveInt = 128,
         num_workers: NonNegativeInt = 0,
-        img_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        img_size: int | tuple[int, int] = 224,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         repeats: PositiveInt = 1,
         mixup: NonNegativeFloat = 0.0,
         cutmix: NonNegativeFloat = 0.0,
@@ -68,18 +72,24 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{type(self).__name__}: Mixup and CutMix make new images of pairs, and a teacher's output for a mixed "
                 "image is no mixture of its outputs, so no cache has it. Set mixup and cutmix to 0, or leave cache out."
             )
+        if not len(mean) == len(std) in (1, 3):
+            raise ValueError(
+                f"{type(self).__name__}: mean and std have three numbers each, or one for grey images; got {len(mean)} "
+                f"and {len(std)}."
+            )
         self.cache = cache
         self._reader: CacheReader | None = None
         self.batch_size, self.num_workers, self.repeats = batch_size, num_workers, repeats
-        self.image_format = ImageFormat((img_size, img_size), mean, std, interpolation="bilinear")
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        self.image_format = ImageFormat(size, tuple(mean), tuple(std), interpolation="bilinear")
         self.mixup, self.cutmix = mixup, cutmix
         self.seed = torch.initial_seed() if seed is None else seed
 
-    class_names: list[str]
+    class_names: Sequence[str]
 
     @property
     def num_classes(self) -> int:
-        """Number of classes K."""
+        """Number of classes K; 0 for images without labels."""
         return len(self.class_names)
 
     def dataset(self, split: Split) -> Dataset[Any]:
@@ -104,7 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
         return split
 
     def labels(self, split: Split) -> Any:
-        """Returns the class index of each image of a split, for `summary`; None where it is not known beforehand."""
+        """Returns the class index of each image of a split, or -1, for `summary`; None where nobody knows yet."""
         return None
 
     def skipped(self, split: Split) -> str:
@@ -120,14 +130,16 @@ class ImageDataModule(pl.LightningDataModule):
             if source != split:
                 parts.append(f"{split}: those of {source}")
             elif labels is not None:
-                counts = np.bincount(labels, minlength=self.num_classes)
-                least = int(counts.argmin())
                 skipped = f" (skipped: {self.skipped(split)})" if self.skipped(split) else ""
-                parts.append(
-                    f"{split}: {len(labels):,} images of {self.num_classes:,} classes, the smallest "
-                    f"{self.class_names[least]} with {counts[least]:,}{skipped}"
-                )
+                parts.append(f"{split}: {len(labels):,} images {self._classes(labels)}{skipped}")
         return "; ".join(parts)
+
+    def _classes(self, labels: Any) -> str:
+        if not self.class_names:
+            return "without labels"
+        counts = np.bincount(labels, minlength=self.num_classes)
+        least = int(counts.argmin())
+        return f"of {self.num_classes:,} classes, the smallest {self.class_names[least]} with {counts[least]:,}"
 
     def setup(self, stage: str) -> None:
         """Says what the images are; opens the cache of a fit, and raises if it was made for another run."""
@@ -176,14 +188,15 @@ class ImageDataModule(pl.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``."""
+        """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels."""
         trainer = self.trainer
         if not (self.mixup or self.cutmix) or trainer is None or not trainer.training:
             return batch
-        mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.num_classes)  # type: ignore[no-untyped-call]
+        classes = self.num_classes or 1
+        mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=classes)  # type: ignore[no-untyped-call]
         with seeded(mixed_seed(self.seed, trainer.fit_loop.total_batch_idx + 1, trainer.global_rank)):
-            image, target = mix(batch.image, batch.target)
-        return batch._replace(image=image, target=target)
+            image, target = mix(batch.image, batch.target.clamp(min=0))
+        return batch._replace(image=image, target=target if self.class_names else batch.target)
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         dataset: Any = self.dataset(split)

@@ -21,7 +21,7 @@ class Digits(ImageDataModule):
 
     Args:
         batch_size: Images a step and process.
-        img_size: Height and width in pixels; resized bilinearly from 8.
+        img_size: Height and width in pixels, or one number for both; resized bilinearly from 8.
         padding: Zero pixels around an image, of which a random crop is taken in training.
         kwargs: Those of ImageDataModule.
 
@@ -30,7 +30,11 @@ class Digits(ImageDataModule):
     """
 
     def __init__(
-        self, batch_size: PositiveInt = 64, img_size: int = 8, padding: NonNegativeInt = 1, **kwargs: Any
+        self,
+        batch_size: PositiveInt = 64,
+        img_size: int | tuple[int, int] = 8,
+        padding: NonNegativeInt = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
         try:

@@ -30,7 +30,7 @@ class FashionMNIST(ImageDataModule):
             package dataset-fashion-mnist, else ``data``.
         download: Download them into the root, by torchvision, if they are nowhere.
         batch_size: Images a step and process.
-        img_size: Height and width in pixels; resized bilinearly from 28.
+        img_size: Height and width in pixels, or one number for both; resized bilinearly from 28.
         padding: Zero pixels around an image, of which a random crop is taken in training.
         hflip: Probability of a horizontal flip in training.
         train_size: Train on so many images, the first of a fixed random order; null for all.
@@ -48,7 +48,7 @@ class FashionMNIST(ImageDataModule):
         root: str | None = None,
         download: bool = True,
         batch_size: PositiveInt = 128,
-        img_size: int = 28,
+        img_size: int | tuple[int, int] = 28,
         padding: NonNegativeInt = 2,
         hflip: ClosedUnitInterval = 0.5,
         train_size: PositiveInt | None = None,

@@ -17,7 +17,7 @@ from kdvit.structures import Batch, ImageFormat, View
 
 
 class InMemoryImages(Dataset[Any]):
-    """Grey images, repeated as three equal channels.
+    """Grey images, of one channel or repeated as three equal ones, as the format says.
 
     Args:
         images: ``[n, H, W]``, uint8.
@@ -41,7 +41,7 @@ class InMemoryImages(Dataset[Any]):
         if pixels.shape[2:] != image_format.size:
             pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)
         self.pixels, self.targets = pixels, targets
-        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_format.mean, image_format.std))
+        self.mean, self.std = (torch.tensor(v).view(1, -1, 1, 1) for v in (image_format.mean, image_format.std))
         self.seed, self.padding, self.hflip = seed, padding, hflip
 
     def __len__(self) -> int:
