@@ -10,7 +10,7 @@ from jsonargparse.typing import OpenUnitInterval
 from timm.utils import ModelEmaV3
 
 from kdvit.structures import Batch
-from kdvit.training.metrics import classification_scores
+from kdvit.training.logs import log_objectives, log_scores
 
 
 class StudentEMA(pl.Callback):
@@ -38,7 +38,7 @@ class StudentEMA(pl.Callback):
         """Copies the student; `load_state_dict` replaces the copy by a checkpoint's average."""
         if self.decay is not None:
             self._average = ModelEmaV3(pl_module.student, decay=self.decay)
-            self._scores = classification_scores(pl_module.num_classes)
+            self._scores = pl_module.scores.clone()
             self._started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -67,20 +67,21 @@ class StudentEMA(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores the average on one batch."""
-        if self._average is not None:
-            with trainer.precision_plugin.forward_context():
-                logits = self._average.module(batch.image.to(next(self._average.parameters()))).logits
-            self._scores.update(logits, batch.target)
+        if self._average is None:
+            return
+        with trainer.precision_plugin.forward_context():
+            if not pl_module.supervised:
+                log_objectives(pl_module, self._average.module, batch, outputs, "_ema")
+                return
+            logits = self._average.module(batch.image.to(next(self._average.parameters()))).logits
+        self._scores.update(logits, batch.target)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Logs the average's scores."""
         if self._average is not None:
-            stage = "test" if trainer.testing else "val"
-            scores = {f"{stage}/{name}_ema": value for name, value in self._scores.compute().items()}
-            pl_module.log_dict(scores, sync_dist=True)
-            self._scores.reset()
+            log_scores(pl_module, self._scores, "_ema")
 
     on_test_epoch_end = on_validation_epoch_end
 

@@ -24,7 +24,7 @@ class TeacherScores(pl.Callback):
     """Scores each teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
 
     A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does
-    not repeat it; a teacher with other classes than the data is not scored.
+    not repeat it; a teacher with other classes than the data is not scored, and none is without labels.
 
     Args:
         images: Number of validation images, evenly spaced over the data set; null for all. The accuracy on 2,000 has a
@@ -37,7 +37,7 @@ class TeacherScores(pl.Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Runs each teacher over the images, each rank over its share."""
-        if trainer.val_dataloaders is not None and trainer.global_step == 0:
+        if trainer.val_dataloaders is not None and trainer.global_step == 0 and pl_module.supervised:
             for teacher in pl_module.teachers.values():
                 self._score(trainer, pl_module, teacher)
 

@@ -79,7 +79,7 @@ class Analysis:
         images = find_images(required(self.data), networks[TEACHER].image_format)
         report = _advised(self._run(networks, images), networks)
         if images.spec is None:
-            note = f"No config is written: {images.name} has no folders train and val to train on."
+            note = f"No config is written: {images.name} has no folders train and val of classes to train on."
             return report._replace(notes=(note,)), None
         named: dict[str, Any] = {"arch": arch} if pretrained else {"arch": arch, "pretrained": False}
         return report, _config_of_pair(report, networks, named, images)
@@ -153,7 +153,8 @@ def _config_of_pair(
     }
     size, mean, std = student.image_format[:3]
     recipe = base["data"]["init_args"] if images.spec["class_path"] == "ImageFolder" else {}
-    init_args = {**recipe, "img_size": size[0], "mean": list(mean), "std": list(std), **images.spec["init_args"]}
+    img_size = size[0] if size[0] == size[1] else list(size)
+    init_args = {**recipe, "img_size": img_size, "mean": list(mean), "std": list(std), **images.spec["init_args"]}
     return {
         **base,
         "trainer": {**base["trainer"], "default_root_dir": "runs/advised", "devices": "auto", "strategy": "auto"},

@@ -13,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import callbacks
@@ -60,6 +61,8 @@ ON_ONE_CPU = {
     "enable_model_summary": False,
 }
 """How a check runs, whatever the config says."""
+ACCURACY, OBJECTIVES = "val/acc1", "val/loss"
+"""What best.ckpt follows: where there are labels, and where there are none."""
 OF_A_RUN = "--config runs/demo/plain/config.yaml"
 EXAMPLES = {
     "check": "--config demo/plain.yaml",
@@ -115,7 +118,7 @@ class KdvitCLI(LightningCLI):
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
             parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)
-        best: dict[str, Any] = {"filename": "best", "monitor": "val/acc1"}
+        best: dict[str, Any] = {"filename": "best", "monitor": ACCURACY}
         last: dict[str, Any] = {"filename": "last"}
         for key, defaults in {"checkpoint": best, "last_checkpoint": last}.items():
             parser.add_lightning_class_args(StepCheckpoint, key)
@@ -170,6 +173,7 @@ class KdvitCLI(LightningCLI):
         if self.command == "fit" and is_first_process():
             with shown((OSError,), prefix="trainer.default_root_dir: "):
                 self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
+        self._follow_objectives()
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
         for each in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(each, (LearningRateFinder, BatchSizeFinder)):
@@ -185,6 +189,15 @@ class KdvitCLI(LightningCLI):
             require_whole_networks(trainer)
         require_all_processes(trainer)
         return trainer
+
+    def _follow_objectives(self) -> None:
+        """Lets best.ckpt follow the objectives of the validation where there is no accuracy to follow."""
+        options = self.config[self.command].get("checkpoint")
+        if options and options.monitor == ACCURACY and not self.model.supervised:
+            best = {**options, "monitor": OBJECTIVES, "mode": None}
+            self.config_init[self.command].checkpoint = StepCheckpoint(**best)
+            if self.command == "fit":
+                rank_zero_info(f"Without labels there is no {ACCURACY}: best.ckpt is that of the least {OBJECTIVES}.")
 
     def _options(self, given: Any) -> dict[str, Any]:
         """Returns the Trainer's options that follow from the command."""

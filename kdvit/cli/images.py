@@ -14,7 +14,7 @@ from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.image_folder import FolderImages
-from kdvit.data.listing import LAYOUT, list_images
+from kdvit.data.listing import LAYOUT, class_folders, list_images
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform
 from kdvit.structures import ImageFormat, subclasses
@@ -24,7 +24,7 @@ class Images(NamedTuple):
     """Where images come from.
 
     Attributes:
-        dataset: Of labelled images.
+        dataset: Of images.
         targets: Their classes, if known.
         image_format: How they arrive.
         collate: Makes a batch of samples.
@@ -86,7 +86,11 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     """
     modules = subclasses(ImageDataModule)
     if name in modules:
-        formatted = {"img_size": image_format.size[0], "mean": list(image_format.mean), "std": list(image_format.std)}
+        formatted = {
+            "img_size": list(image_format.size),
+            "mean": list(image_format.mean),
+            "std": list(image_format.std),
+        }
         spec = {"class_path": name, "init_args": {}}
         module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
         return _of_module(module, name, spec)
@@ -94,12 +98,15 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     splits = (root / "val").is_dir()
     if not root.is_dir():
         raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
+    shown_folder = root / "val" if splits else root
     with shown((OSError, ValueError)):
-        samples = list_images(root / "val" if splits else root)
-    targets = [target for _, target in samples]
-    folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}} if splits else None
-    dataset = FolderImages(samples, eval_transform(image_format), None)
-    return Images(dataset, targets, image_format, collate, str(root.absolute()), folder, len(set(targets)))
+        samples = list_images(shown_folder, labels=bool(class_folders(shown_folder)))
+    targets = samples.targets.tolist() if samples.class_names else None
+    folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}}
+    spec = folder if splits and samples.class_names else None
+    dataset = FolderImages(samples, eval_transform(image_format), None, grey=len(image_format.mean) == 1)
+    classes = len(samples.class_names) or None
+    return Images(dataset, targets, image_format, collate, str(root.absolute()), spec, classes)
 
 
 def batches(name: str, image_format: ImageFormat, count: int) -> list[Tensor]:
@@ -130,7 +137,7 @@ def images_of_config(experiment: Experiment, file: str) -> Images:
 def _of_module(module: ImageDataModule, name: str, spec: dict[str, Any]) -> Images:
     dataset: Any = module.dataset("val")
     targets = [int(target) for target in dataset.targets]
-    return Images(dataset, targets, module.image_format, collate, name, spec, module.num_classes)
+    return Images(dataset, targets, module.image_format, collate, name, spec, module.num_classes or None)
 
 
 def required(data: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -98,6 +99,12 @@ class ImageDataModule(pl.LightningDataModule):
         With ``__getitems__`` it may map a list of them to a Batch at once. For a cache, it has a ``fingerprint()``.
         """
         raise NotImplementedError
+
+    def plain_dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split as an evaluation shows them, those of train, too: for a probe."""
+        dataset = copy.copy(self.dataset(split))
+        dataset.seed = None  # type: ignore[attr-defined]  # without which data in memory are not augmented
+        return dataset
 
     def fingerprint(self) -> dict[str, Any]:
         """Describes in plain types all that the pixels of the training views depend on: a cache holds for just that.

@@ -9,15 +9,16 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
-from kdvit.data.listing import LAYOUT, class_folders, list_images, told
+from kdvit.data.listing import LAYOUT, told
 from kdvit.data.reading import DamagedImage, read_image
+from kdvit.data.splits import list_splits
 from kdvit.data.transforms import Transform, train_transform
 from kdvit.errors import UserError
 from kdvit.models.network import eval_transform
@@ -35,6 +36,8 @@ class ImageFolder(ImageDataModule):
     Args:
         root: The folder that holds train and val. (With val alone, a student can be evaluated.) A folder test beside
             them, of the same classes, is for `kdvit test` and `predict`; without one they show the images of val.
+            Where there is no folder for val, `val_share` of the training images are set apart; without one for train
+            either, the root itself holds the classes.
         batch_size: Images a step and process.
         num_workers: Processes that load images, for each training process.
         auto_augment: timm's policy; null for none.
@@ -42,6 +45,13 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
+        train: Name of the folder in the root that has the training images; a dot for the root itself.
+        val: The same of the validation images.
+        test: The same of the test images.
+        val_share: Share of each class that is set apart where there is no folder for val: always the same images,
+            whatever the run's seed.
+        split_seed: Of what is set apart.
+        labels: Whether folders are classes. Without labels, all images below a split's folder, and in it, are its.
         on_error: What happens at a damaged training image: raise, or skip it, and train on another, which follows from
             seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always raises.
         kwargs: Those of ImageDataModule.
@@ -62,16 +72,20 @@ class ImageFolder(ImageDataModule):
         interpolation: str = "bicubic",
         crop_pct: float = 0.875,
         on_error: OnError = "raise",
+        train: str = "train",
+        val: str = "val",
+        test: str = "test",
+        val_share: OpenUnitInterval = 0.1,
+        split_seed: NonNegativeInt = 0,
+        labels: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.on_error = Path(root).absolute(), on_error
-        train, test = self.root / "train", self.root / "test"
-        self.samples = {"train": list_images(train)} if train.is_dir() else {}
-        self.samples["val"] = list_images(self.root / "val")
-        if test.is_dir() and class_folders(test):  # ImageNet's own has none: its images have no labels
-            self.samples["test"] = list_images(test)
-        self.class_names = self.samples["val"].class_names
+        folders = {"train": train, "val": val, "test": test}
+        self.samples = list_splits(self.root, folders, labels, val_share, split_seed)
+        self.class_names = self.samples["val"].class_names or ()
+        self.set_apart = "" if (self.root / val).is_dir() else f"val is {val_share:.0%} of train, by seed {split_seed}"
         for split in self.samples:
             self._require_same_classes(split)
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
@@ -80,6 +94,7 @@ class ImageFolder(ImageDataModule):
             "color_jitter": color_jitter,
             "random_erasing": random_erasing,
         }
+        self.is_grey = len(self.image_format.mean) == 1
         self.train_transform = train_transform(self.image_format, **self.augmentation)
         self.eval_transform = eval_transform(self.image_format)
 
@@ -89,7 +104,7 @@ class ImageFolder(ImageDataModule):
         return {**super().fingerprint(), **self.augmentation, **more}
 
     def _require_same_classes(self, split: str) -> None:
-        ours, theirs = self.samples[split].class_names, self.class_names
+        ours, theirs = self.samples[split].class_names, self.samples["val"].class_names
         if ours != theirs:
             only = {split: sorted({*ours} - {*theirs}), "val": sorted({*theirs} - {*ours})}
             named = "; ".join(f"only in {place}: {', '.join(names[:5])}" for place, names in only.items() if names)
@@ -104,6 +119,10 @@ class ImageFolder(ImageDataModule):
         """Returns those of a folder; none if there is no such folder."""
         return self.samples[split].targets if split in self.samples else None
 
+    def summary(self) -> str:
+        """Says also which images are set apart to validate on."""
+        return "; ".join(filter(None, (super().summary(), self.set_apart)))
+
     def skipped(self, split: Split) -> str:
         """Returns the files that are no images, by their ending."""
         return told(self.samples[split].skipped)
@@ -115,10 +134,14 @@ class ImageFolder(ImageDataModule):
             UserError: If the root has no images to train on.
         """
         if split != "train":
-            return FolderImages(self.samples[self.source(split)], self.eval_transform, None)
+            return self.plain_dataset(split)
         if "train" not in self.samples:
-            raise UserError(f"There is no folder {str(self.root / split)!r} to train on. {LAYOUT}")
-        return FolderImages(self.samples["train"], self.train_transform, self.seed, self.on_error)
+            raise UserError(f"There is no folder {str(self.root / 'train')!r} to train on. {LAYOUT}")
+        return FolderImages(self.samples["train"], self.train_transform, self.seed, self.on_error, self.is_grey)
+
+    def plain_dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split as an evaluation shows them."""
+        return FolderImages(self.samples[self.source(split)], self.eval_transform, None, grey=self.is_grey)
 
     def path(self, index: int, split: Split = "test") -> str:
         """Returns the path of an image, relative to the root."""
@@ -130,15 +153,21 @@ class FolderImages(Dataset[Any]):
 
     Args:
         samples: Path and class index of each image.
-        transform: Makes a tensor ``[3, H, W]`` of an image.
+        transform: Makes a tensor ``[C, H, W]`` of an image.
         seed: Seed of the transform's draws, together with the view; None for a transform without any.
         on_error: Whether a damaged image raises, or another replaces it. (Without a seed, for evaluation, it raises.)
+        grey: Whether the transform gets one channel.
     """
 
     def __init__(
-        self, samples: Sequence[tuple[str, int]], transform: Transform, seed: int | None, on_error: OnError = "raise"
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: Transform,
+        seed: int | None,
+        on_error: OnError = "raise",
+        grey: bool = False,
     ) -> None:
-        self.samples, self.transform, self.seed, self.on_error = samples, transform, seed, on_error
+        self.samples, self.transform, self.seed, self.on_error, self.grey = samples, transform, seed, on_error, grey
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -170,7 +199,7 @@ class FolderImages(Dataset[Any]):
     def _readable(self, view: View) -> tuple[Image.Image, int, str]:
         """Reads the image of a view, or the one that replaces it, which follows from seed and view."""
         try:
-            return read_image(self.samples[view.image][0]), view.image, ""
+            return read_image(self.samples[view.image][0], self.grey), view.image, ""
         except DamagedImage as error:
             if self.seed is None:
                 raise
@@ -180,7 +209,7 @@ class FolderImages(Dataset[Any]):
         for attempt in range(1, SUBSTITUTES + 1):
             number = mixed_seed(self.seed, *view, attempt) % len(self)
             with suppress(DamagedImage):
-                return read_image(self.samples[number][0]), number, str(bad)
+                return read_image(self.samples[number][0], self.grey), number, str(bad)
         raise DamagedImage(f"{bad} (Of {SUBSTITUTES} others in its place, none can be read.)") from bad
 
     def fingerprint(self) -> dict[str, Any]:

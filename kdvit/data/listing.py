@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdvit.data.reading import ENDINGS
 
@@ -48,11 +50,19 @@ class ImageList(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         return os.fsdecode(self._paths[index]), int(self.targets[index])
 
+    def subset(self, chosen: NDArray[np.bool_], name: str) -> ImageList:
+        """Returns some of the images, under a digest that follows from that of all and the name."""
+        part = copy.copy(self)
+        part._paths, part.targets, part.skipped = self._paths[chosen], self.targets[chosen], Counter()
+        part.digest = hashlib.sha256(f"{self.digest} {name}".encode()).hexdigest()
+        return part
 
-def list_images(folder: Path) -> ImageList:
+
+def list_images(folder: Path, labels: bool = True) -> ImageList:
     """Lists the images of a split with the index of their class, in a fixed order, without opening a file.
 
-    A class has the images of all folders below its own. Each real folder is walked once, however many links lead to
+    A class has the images of all folders below its own. Without labels, all images below the folder, and in it, have
+    the index -1. Each real folder is walked once, however many links lead to
     it. Hidden files and folders, and those of systems, are ignored; files with another ending are counted.
 
     Raises:
@@ -60,9 +70,10 @@ def list_images(folder: Path) -> ImageList:
         ValueError: If one folder belongs to two classes.
     """
     try:
-        return _list_images(str(folder))
+        return _list_images(str(folder), labels)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{LAYOUT} In {str(folder)!r}: {error}") from error
+        layout = f"{LAYOUT} In " if labels else ""
+        raise FileNotFoundError(f"{layout}{str(folder)!r}: {error}") from error
 
 
 def class_folders(folder: str | Path) -> list[str]:
@@ -70,19 +81,19 @@ def class_folders(folder: str | Path) -> list[str]:
     return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
-def _list_images(folder: str) -> ImageList:
-    names = class_folders(folder)
+def _list_images(folder: str, labels: bool) -> ImageList:
+    names = class_folders(folder) if labels else [os.curdir]
     if not names:
-        raise FileNotFoundError("There is no class folder.")
-    beside = [entry.name for entry in _entries(folder) if not entry.is_dir()]
+        raise FileNotFoundError("There is no class folder. (Images without labels: --data.init_args.labels false.)")
+    beside = [entry.name for entry in _entries(folder) if labels and not entry.is_dir()]
     skipped = Counter("beside the class folders" if _is_image(name) else _ending(name) for name in beside)
     walked: dict[str, str] = {}
     for name in names:
-        _claim(os.path.realpath(os.path.join(folder, name)), os.path.join(folder, name), walked)
+        _claim(os.path.realpath(os.path.join(folder, name)), _top(folder, name), walked)
     samples: list[tuple[str, int]] = []
     empty, digest = [], hashlib.sha256()
-    for target, name in enumerate(names):
-        before, top = len(samples), os.path.join(folder, name)
+    for target, name in enumerate(names, start=0 if labels else -1):
+        before, top = len(samples), _top(folder, name)
         for place, files in sorted(_walk(top, os.path.realpath(top), top, walked)):
             images = [file for file in files if _is_image(file)]
             skipped.update(map(_ending, {*files}.difference(images)))
@@ -93,8 +104,13 @@ def _list_images(folder: str) -> ImageList:
     if empty:
         found = f" Passed over: {told(skipped)}." if skipped else ""
         read = f" Files are read that end in {', '.join(sorted(ENDINGS))}."
-        raise FileNotFoundError(f"There is no image of the classes {', '.join(empty[:5])}.{found}{read}")
-    return ImageList(samples, names, digest.hexdigest(), skipped)
+        of = f" of the classes {', '.join(empty[:5])}" if labels else ""
+        raise FileNotFoundError(f"There is no image{of}.{found}{read}")
+    return ImageList(samples, names if labels else (), digest.hexdigest(), skipped)
+
+
+def _top(folder: str, name: str) -> str:
+    return folder if name == os.curdir else os.path.join(folder, name)
 
 
 def told(skipped: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reading an image file as RGB, or saying what is wrong with it."""
+"""Reading an image file as RGB or grey, or saying what is wrong with it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class DamagedImage(ImageError):
     """An image that cannot be read, today or tomorrow, and that training may skip."""
 
 
-def read_image(path: str) -> Image.Image:
-    """Reads an image as RGB.
+def read_image(path: str, grey: bool = False) -> Image.Image:
+    """Reads an image as RGB, or its luma (ITU-R 601) alone.
 
     16 bits are rounded to 8, and transparency is left out, as torchvision and timm do. An image of more pixels than
     Pillow takes without a warning (``PIL.Image.MAX_IMAGE_PIXELS``) is refused before it is unpacked.
@@ -47,7 +47,7 @@ def read_image(path: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return _rgb(image)
+                return _rgb(image).convert("L") if grey else _rgb(image)
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(

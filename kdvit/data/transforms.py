@@ -23,13 +23,13 @@ def train_transform(
     """Returns random resized crop, flip, auto-augment or colour jitter, normalisation and random erasing.
 
     Args:
-        images: What it makes; the size is a square.
+        images: What it makes.
         auto_augment: timm's policy string, or None.
         color_jitter: Strength of the colour jitter; timm leaves it out beside a policy.
         random_erasing: Probability of erasing a rectangle with noise.
     """
     transform = create_transform(
-        images.size[0],
+        images.size,
         is_training=True,
         color_jitter=color_jitter,
         auto_augment=auto_augment,

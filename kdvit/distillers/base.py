@@ -30,6 +30,7 @@ class Distiller(nn.Module, ABC):
         teacher_layers: The same for the teacher.
         needs_teacher_logits: Whether `forward` reads `teacher.logits`. Where no distiller does, the teacher stops after
             the last block that is needed.
+        needs_labels: Whether `forward` reads `target`. It is -1 where images have no labels.
         calibration_images: Training images on which the principal axes of the teacher's tokens are measured, once and
             before the first step, for `calibrate`; 0 for none.
 
@@ -48,6 +49,7 @@ class Distiller(nn.Module, ABC):
     student_layers: tuple[Layer, ...] = ()
     teacher_layers: tuple[Layer, ...] = ()
     needs_teacher_logits: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
     calibration_images: int = 0
 
     def __init__(self, weight: Weight = 1.0, teacher: str | None = None) -> None:
@@ -112,7 +114,7 @@ class Distiller(nn.Module, ABC):
         Args:
             student: Logits ``[B, K]`` and one map ``[B, C, H, W]`` for each of `student_layers`, float32.
             teacher: The same for `teacher_layers`; without gradient.
-            target: Class indices ``[B]``, or probabilities ``[B, K]`` under Mixup or CutMix.
+            target: Class indices ``[B]``, or probabilities ``[B, K]`` under Mixup or CutMix; -1 without labels.
 
         Returns:
             A float32 scalar.

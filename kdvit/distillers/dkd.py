@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,6 +60,8 @@ class DKDDistiller(LogitObjective):
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes, or a class
             of the student is not among `classes`.
     """
+
+    needs_labels: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -35,8 +35,10 @@ def classification_scores(num_classes: int) -> MetricCollection:
     """Returns the metrics `acc1` and `acc5` (in 0..1) and `loss`, updated by ``(logits, target)``.
 
     Args:
-        num_classes: Number of classes K; `acc5` comes with 6 or more, as it is 1 below.
+        num_classes: Number of classes K; `acc5` comes with 6 or more, as it is 1 below. 0 makes no metric.
     """
+    if not num_classes:
+        return MetricCollection({})
     metrics: dict[str, Metric] = {"acc1": MulticlassAccuracy(num_classes, average="micro"), "loss": CrossEntropy()}
     if num_classes > 5:
         metrics["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")

@@ -18,6 +18,7 @@ from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
 from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.calibration import calibrate
+from kdvit.training.logs import log_objectives, log_scores, log_step
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
 from kdvit.training.optim import OptimizerOptions, gradient_norm, optimizer_and_schedule
@@ -40,7 +41,8 @@ class DistillationModule(pl.LightningModule):
         optimizer: The optimizer.
         schedule: The learning rate over epochs.
         image_format: Size and normalisation of the images; by default the student's, on the command line the data's.
-        class_names: Names of the classes in the order of the student's outputs; on the command line the data's.
+        class_names: Names of the classes in the order of the student's outputs; on the command line the data's. An
+            empty list says that the images have no labels: the distillers alone train, and are validated.
         compile: Networks that torch.compile translates for training: checkpoints have the same keys and go on with or
             without it. It needs a C++ compiler on CPUs, costs a minute or so at the start and for each new shape or
             mode of the input (a smaller last batch, validation), and draws dropout and stochastic depth otherwise.
@@ -72,14 +74,22 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"compile is {compile!r}, and teacher is null. Give a teacher, or compile the student.")
         self.student = as_network(student)
         self.image_format = image_format or self.student.image_format
-        self.num_classes = fit_to_data(self.student, self.image_format, class_names)
+        names = class_names or None
+        self.num_classes = fit_to_data(self.student, self.image_format, names)
+        self.supervised = bool(self.num_classes) and class_names != []
         self.teachers = freeze_teachers(teacher, teachers, self.image_format)
-        self.distillers = Objectives(distillers or {}, self.student, self.teachers, class_names)
+        self.distillers = Objectives(distillers or {}, self.student, self.teachers, names, self.supervised)
         self.task_weight, self.label_smoothing = task_weight, label_smoothing
         self.optimizer_options, self.schedule_options = optimizer, schedule
-        self.class_names, self.compiled = class_names, compile
-        self.scores, self._run_seed = classification_scores(self.num_classes), torch.initial_seed()
-        self._spec = student_spec(self.student, self.image_format, class_names)  # a split student is of another class
+        self.class_names, self.compiled = names, compile
+        self.scores = classification_scores(self.num_classes if self.supervised else 0)
+        self._run_seed = torch.initial_seed()
+        self._spec = student_spec(self.student, self.image_format, names)  # a split student is of another class
+
+    def setup(self, stage: str) -> None:
+        """Refuses what needs labels, where there are none."""
+        if stage != "predict":
+            self.distillers.require_labels(self.task_weight)
 
     def configure_model(self) -> None:
         """Splits student and distillers over the processes where the strategy is `sharded`; the teacher stays whole."""
@@ -107,10 +117,12 @@ class DistillationModule(pl.LightningModule):
         return only_teacher(self.teachers)
 
     def terms(self, student: ViTOutput, teachers: dict[str, ViTOutput], target: Tensor) -> dict[str, Tensor]:
-        """Computes every loss term, unweighted and in float32: "task", and those of `Objectives.terms`."""
+        """Computes every loss term, unweighted and in float32: "task", if supervised, and `Objectives.terms`."""
+        terms = self.distillers.terms(student, teachers, target)
+        if not self.supervised:
+            return terms
         assert student.logits is not None
-        task = F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing)
-        return {"task": task, **self.distillers.terms(student, teachers, target)}
+        return {"task": F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing), **terms}
 
     def weights(self) -> dict[str, float]:
         """Returns the weight of every term in the current epoch."""
@@ -138,19 +150,18 @@ class DistillationModule(pl.LightningModule):
             self.last_terms = {name: term.detach() for name, term in terms.items()}
             loss = torch.stack([weight * terms[name] for name, weight in self.weights().items()]).sum()
             if self._is_logged_step():
-                self._log_step(batch.target, student, teachers, loss.detach())
+                log_step(self, batch.target, student, teachers, loss.detach())
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Scores the student on one batch."""
-        self.scores.update(self(batch.image), batch.target)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Scores the student on one batch: as a classifier, or else by its objectives, and returns the teachers'."""
+        if not self.supervised:
+            return log_objectives(self, self.student, batch)
+        return self.scores.update(self(batch.image), batch.target)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `acc1`, `loss` and so on over all ranks, as `val/acc1`; those of a test as `test/acc1`."""
-        stage = "test" if self.trainer.testing else "val"
-        scores = {f"{stage}/{name}": value for name, value in self.scores.compute().items()}
-        self.log_dict(scores, prog_bar=stage == "val", sync_dist=True)
-        self.scores.reset()
+        log_scores(self, self.scores)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -163,16 +174,6 @@ class DistillationModule(pl.LightningModule):
     def _is_logged_step(self) -> bool:  # a call of self.log costs as much as a small kernel
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
-
-    @torch.no_grad()
-    def _log_step(self, target: Tensor, student: ViTOutput, teachers: dict[str, ViTOutput], loss: Tensor) -> None:
-        assert student.logits is not None
-        classes = target if target.ndim == 1 else target.argmax(dim=1)
-        accuracy = (student.logits.argmax(dim=1) == classes).float().mean()
-        self.log_dict({"train/loss": loss, "train/acc1": accuracy}, prog_bar=True)
-        weighted = {f"{name}_weighted": weight * self.last_terms[name] for name, weight in self.weights().items()}
-        values = {**self.last_terms, **weighted, **self.distillers.metrics(student, teachers)}
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the learning rate and the gradient norm before clipping."""

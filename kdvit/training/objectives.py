@@ -9,6 +9,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from kdvit.distillers import Distiller, Weight, WeightSchedule
+from kdvit.errors import UserError
 from kdvit.models import FrozenTeacher, Network
 from kdvit.structures import Batch, Layer, OutputShapes, TeacherMap, ViTOutput
 
@@ -39,6 +40,7 @@ class Objectives(nn.ModuleDict):
         student: The student.
         teachers: The teachers by name; none for a supervised run.
         class_names: Names of the student's classes, where known.
+        supervised: Whether the images have labels that the student's logits can be compared with.
 
     Attributes:
         student_layers: The student's layers that the distillers want, in the order of the distillers.
@@ -57,9 +59,10 @@ class Objectives(nn.ModuleDict):
         student: Network,
         teachers: Mapping[str, FrozenTeacher],
         class_names: Sequence[str] | None = None,
+        supervised: bool = True,
     ) -> None:
         super().__init__()
-        self._class_names = class_names
+        self._class_names, self.supervised = class_names, supervised
         self.student_layers: tuple[Layer, ...] = ()
         self.requests = {name: TeacherRequest() for name in teachers}
         self.conversions = [each for teacher in teachers.values() for each in teacher.conversions()]
@@ -128,8 +131,22 @@ class Objectives(nn.ModuleDict):
         return next(iter(self.requests.values()), TeacherRequest())
 
     def weights(self, task: Weight) -> dict[str, Weight]:
-        """Returns the weight of every term, that of the cross-entropy first."""
-        return {"task": task, **{name: distiller.weight for name, distiller in self.items()}}
+        """Returns the weight of every term, that of the cross-entropy first, if there is one."""
+        task_term = {"task": task} if self.supervised else {}
+        return {**task_term, **{name: distiller.weight for name, distiller in self.items()}}
+
+    def require_labels(self, task: Weight) -> None:
+        """Raises UserError if something needs labels and there are none, or nothing is left to train on."""
+        if self.supervised:
+            return
+        why = "The images have no labels that the student's logits could be compared with"
+        needing = [f"model.distillers.{name}" for name, distiller in self.items() if distiller.needs_labels]
+        if task != 0:
+            raise UserError(f"{why}, and model.task_weight is {task:g}. Set it to 0: the distillers alone train.")
+        if needing:
+            raise UserError(f"{why}, and {', '.join(needing)} cannot do without. Leave it out.")
+        if not self:
+            raise UserError(f"{why}, and there are no distillers. Give a teacher, and distillers to learn from it by.")
 
     def changing_weights(self, task: Weight, epoch: int) -> dict[str, float]:
         """Returns the weights that are schedules, in an epoch, by the names of the log."""

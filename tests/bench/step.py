@@ -24,8 +24,14 @@ from tests.bench.rounds import Row, cost, interleave, milliseconds, row
 class ThreeScalars(DistillationModule):
     """Logs three scalars, as the bare loop does."""
 
-    def _log_step(self, target: Any, student: Any, teacher: Any, loss: torch.Tensor) -> None:
-        self.log_dict({"loss": loss.detach(), "task": self.last_terms["task"], "lift": self.last_terms["lift"]})
+    def _is_logged_step(self) -> bool:
+        return False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if super()._is_logged_step():
+            self.log_dict({"loss": loss.detach(), "task": self.last_terms["task"], "lift": self.last_terms["lift"]})
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pass

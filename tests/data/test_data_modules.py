@@ -232,12 +232,12 @@ def _no_download(*_, **__):
         (
             lambda root: ImageFolder(str(root / "none")),
             FileNotFoundError,
-            r"Expected layout: ROOT/train/CLASS.* In '.*none/val': .*No such file or directory",
+            r"Expected layout: ROOT/train/CLASS.* In '.*none': .*No such file or directory",
         ),
         (
-            lambda root: (image_folder(root), _remove(root / "val"), ImageFolder(str(root))),
+            lambda root: (image_folder(root), (root / "val").rename(root / "Valid"), ImageFolder(str(root))),
             FileNotFoundError,
-            r"In '.*/val': .*No such file or directory",
+            r"has the folder\(s\) Valid, and no folder 'val'. Name those of the splits, such as --data.init_",
         ),
         (
             lambda root: ((root / "val").mkdir(), ImageFolder(str(root))),

@@ -55,7 +55,7 @@ def describe(
         ("images", _images(module.image_format)),
         *_data(datamodule),
         *_teacher_input(module),
-        ("task", f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"),
+        ("task", _task(module)),
         *_distillers(module),
         *_energies(module, image),
         *describe_plan(module, datamodule, trainer),
@@ -71,6 +71,12 @@ def _network(network: Network) -> str:
         f"{type(network).__name__} {arch}: {parameter_count(network):,} parameters, "
         f"{forward_flops(network) / 1e9:.3g} GFLOP an image, {network.depth} layers"
     )
+
+
+def _task(module: DistillationModule) -> str:
+    if not module.supervised:
+        return "none: the images have no labels that logits could be compared with"
+    return f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"
 
 
 def _images(images: ImageFormat) -> str:

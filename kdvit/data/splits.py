@@ -1,0 +1,90 @@
+"""Which folder of a root is which split, and the validation images of a root that has none apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kdvit.data.listing import LAYOUT, ImageList, class_folders, list_images
+
+USUAL = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+"""Names of folders that are splits and no classes."""
+
+
+def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: float, seed: int) -> dict[str, ImageList]:
+    """Lists the images of each split that there is.
+
+    Where there is no folder for val, some training images are set apart (see `set_apart`); where there is none for
+    train either, the training images are all those of the root.
+
+    Args:
+        root: The folder that holds the others.
+        folders: Name of the folder of train, val and test. One that is not the split's own name must be there.
+        labels: Whether the folders below are classes. Else all images below count alike.
+        share: Of each class, that is set apart.
+        seed: Of what is set apart.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or empty.
+        ValueError: If a folder belongs to two classes.
+    """
+    there = {split: root / name for split, name in folders.items() if (root / name).is_dir()}
+    for split, name in folders.items():
+        if split not in there and name != split:
+            raise FileNotFoundError(f"There is no folder {str(root / name)!r}, by which {split} is named. {LAYOUT}")
+    if "val" in there:
+        listed = {split: list_images(there[split], labels) for split in ("train", "val") if split in there}
+    else:
+        if folders["train"] == "train":
+            _require_no_other(root, ("train", folders["test"]) if "train" in there else ())
+        top = there.get("train", root)
+        listed = set_apart(list_images(top, labels), top, share, seed)
+    if "test" in there and (not labels or class_folders(there["test"])):  # ImageNet's own has none: it has no labels
+        listed["test"] = list_images(there["test"], labels)
+    return listed
+
+
+def set_apart(images: ImageList, folder: Path, share: float, seed: int) -> dict[str, ImageList]:
+    """Divides images into train and val: of each class those are val whose drawn numbers are the least.
+
+    An image's number is the SHA-256 of ``SEED PATH``, so that it does not depend on the others: to add or remove some
+    moves few. Of a class the share is rounded; it keeps one image for val, and at least one for train.
+
+    Args:
+        images: All images.
+        folder: What paths are relative to.
+        share: Of each class, for val.
+        seed: Of the draw.
+
+    Raises:
+        FileNotFoundError: If no class has two images.
+    """
+    names = (os.path.relpath(path, folder) for path, _ in images)
+    drawn = np.array([hashlib.sha256(os.fsencode(f"{seed} {name}")).hexdigest() for name in names])
+    held = np.zeros(len(images), dtype=bool)
+    for target in np.unique(images.targets):
+        ours = np.flatnonzero(images.targets == target)
+        count = min(max(int(share * len(ours) + 0.5), 1), len(ours) - 1)
+        held[ours[np.argsort(drawn[ours], kind="stable")[:count]]] = True
+    if not held.any():
+        raise FileNotFoundError(f"No class in {str(folder)!r} has two images, one to train and one to validate on.")
+    rule = f"{share} by {seed}"
+    divided = {"train": images.subset(~held, f"train without {rule}"), "val": images.subset(held, f"val of {rule}")}
+    divided["train"].skipped = images.skipped
+    return divided
+
+
+def _require_no_other(root: Path, known: tuple[str, ...]) -> None:
+    """Raises FileNotFoundError if a folder of the root has the name of a split, and is not known as one."""
+    found = (
+        [name for name in class_folders(root) if name.lower() in USUAL and name not in known] if root.is_dir() else []
+    )
+    if found:
+        raise FileNotFoundError(
+            f"{str(root)!r} has the folder(s) {', '.join(found)}, and no folder 'val'. Name those of the splits, such "
+            f"as --data.init_args.val {found[0]}. (If they are classes: --data.init_args.train and a dot, the root.)"
+        )

@@ -1,0 +1,77 @@
+"""What is logged of a training step and of a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from kdvit.structures import Batch, ViTOutput
+
+
+@torch.no_grad()
+def log_step(module: Any, target: Tensor, student: ViTOutput, teachers: Mapping[str, ViTOutput], loss: Tensor) -> None:
+    """Logs the loss of a step, its terms as they are and weighted, what distillers measure, and the accuracy.
+
+    Args:
+        module: The `DistillationModule`.
+        target: Class indices ``[B]``, or probabilities ``[B, K]``.
+        student: Its output.
+        teachers: Those of the teachers, by name.
+        loss: The weighted sum.
+    """
+    shown = {"train/loss": loss}
+    if module.supervised:
+        classes = target if target.ndim == 1 else target.argmax(dim=1)
+        shown["train/acc1"] = (student.logits.argmax(dim=1) == classes).float().mean()  # type: ignore[union-attr]
+    module.log_dict(shown, prog_bar=True)
+    weighted = {f"{name}_weighted": weight * module.last_terms[name] for name, weight in module.weights().items()}
+    values = {**module.last_terms, **weighted, **module.distillers.metrics(student, teachers)}
+    module.log_dict({f"train/{name}": value for name, value in values.items()})
+
+
+@torch.no_grad()
+def log_objectives(
+    module: Any, network: nn.Module, batch: Batch, teachers: Mapping[str, ViTOutput] | None = None, suffix: str = ""
+) -> Mapping[str, ViTOutput]:
+    """Logs the objectives of a student on a held-out batch: `val/loss`, each unweighted term, what distillers measure.
+
+    All are means over batches, weighted by their images, over all ranks; the loss has the weights of the epoch.
+
+    Args:
+        module: The `DistillationModule`.
+        network: Its student, or an average of that.
+        batch: The batch.
+        teachers: The outputs of the teachers for it, by name, if they are known.
+        suffix: Of the names in the log.
+
+    Returns:
+        The outputs of the teachers.
+    """
+    objectives = module.distillers
+    teachers = teachers or objectives.ask(module.teachers, batch)
+    student = network(batch.image.to(next(network.parameters())), objectives.student_layers).at_least_float32()
+    with torch.autocast(module.device.type, enabled=False):
+        terms = objectives.terms(student, teachers, batch.target)
+        loss = torch.stack([weight * terms[name] for name, weight in module.weights().items()]).sum()
+        values = {**terms, **objectives.metrics(student, teachers)}
+    stage = _stage(module)
+    images = {"batch_size": len(batch.image), "sync_dist": True}
+    module.log(f"{stage}/loss{suffix}", loss, prog_bar=stage == "val", **images)
+    module.log_dict({f"{stage}/{name}{suffix}": value for name, value in values.items()}, **images)
+    return teachers
+
+
+def log_scores(module: Any, scores: MetricCollection, suffix: str = "") -> None:
+    """Logs scores of the module's validation or test over all ranks, and resets them."""
+    stage = _stage(module)
+    named = {f"{stage}/{name}{suffix}": value for name, value in scores.compute().items()}
+    module.log_dict(named, prog_bar=stage == "val" and not suffix, sync_dist=True)
+    scores.reset()
+
+
+def _stage(module: Any) -> str:
+    return "test" if module.trainer.testing else "val"
