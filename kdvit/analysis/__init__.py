@@ -13,6 +13,8 @@ from kdvit.analysis.mismatch import Advice, advise
 from kdvit.analysis.outliers import Outliers, SinkShare
 from kdvit.analysis.participation import ParticipationRatio, participation_ratio
 from kdvit.analysis.pca import DatasetPCA, PCAEnergy, SharedBasis, moments, pca_energy, shared_basis
+from kdvit.analysis.probes import ProbeOptions, ProbeScores
+from kdvit.analysis.probing import probe
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.run import analyze
 from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, channel_spectrum, sep_curve
@@ -31,6 +33,8 @@ __all__ = [
     "Outliers",
     "PCAEnergy",
     "ParticipationRatio",
+    "ProbeOptions",
+    "ProbeScores",
     "Ranks",
     "Report",
     "SVDRank",
@@ -49,6 +53,7 @@ __all__ = [
     "p99",
     "participation_ratio",
     "pca_energy",
+    "probe",
     "read_features",
     "sep_curve",
     "shared_basis",

@@ -2,6 +2,7 @@
 
 from kdvit.callbacks.bad_images import BadImages
 from kdvit.callbacks.ema import StudentEMA
+from kdvit.callbacks.labelled_probe import LabelledProbe
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
 from kdvit.callbacks.preemption import Preemption
@@ -11,6 +12,7 @@ from kdvit.callbacks.throughput import Throughput
 
 __all__ = [
     "BadImages",
+    "LabelledProbe",
     "NonFiniteError",
     "NonFiniteGuard",
     "PredictionWriter",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -19,10 +20,10 @@ from kdvit.analysis.save import save
 from kdvit.cli.commands.analyze import Processes
 from kdvit.cli.config_files import find_config
 from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
-from kdvit.cli.lookup import Experiment, find_network, read_experiment
+from kdvit.cli.lookup import find_network, read_experiment, take_best
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
-from kdvit.models import Network, TimmTeacher, load_student
+from kdvit.models import Network, TimmTeacher
 from kdvit.runtime.processes import planned_processes, require_all_processes, require_all_tasks, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
@@ -95,7 +96,7 @@ class Analysis:
             )
         root = ["--data.init_args.root", self.data] if self.data else []
         experiment = read_experiment(file, root, random=() if self.pretrained else (TEACHER,), data=True)
-        note = _take_best(experiment)
+        note = take_best(experiment)
         if len(experiment.teachers) > 1:
             raise UserError(
                 f"--config {file}: an analysis is of one pair, and the config has {', '.join(experiment.teachers)}. "
@@ -113,10 +114,7 @@ class Analysis:
 
     def _run(self, networks: Mapping[str, Network], images: Images) -> Report:
         numbers = choose(images, self.images, self.options.seed)
-        require_all_tasks(planned_processes(self.processes.devices, self.processes.num_nodes))
-        trainer = analysis_trainer(**{key: each for key, each in asdict(self.processes).items() if each is not None})
-        require_whole_networks(trainer)
-        require_all_processes(trainer)
+        trainer = process_trainer(self.processes)
         rank_zero_info(f"{len(numbers)} images of {images.name}; {', '.join(networks)}.")
         with shown((ValueError, TypeError)):
             return analyze(
@@ -129,6 +127,15 @@ class Analysis:
                 trainer,
                 self.memory,
             )
+
+
+def process_trainer(processes: Processes) -> pl.Trainer:
+    """Returns the Trainer of a measurement, and refuses what would go wrong in its processes."""
+    require_all_tasks(planned_processes(processes.devices, processes.num_nodes))
+    trainer = analysis_trainer(**{key: each for key, each in asdict(processes).items() if each is not None})
+    require_whole_networks(trainer)
+    require_all_processes(trainer)
+    return trainer
 
 
 def _config_of_pair(
@@ -161,18 +168,6 @@ def _config_of_pair(
         "data": {**images.spec, "init_args": init_args},
         "model": advised_model(report.advice, model),
     }
-
-
-def _take_best(experiment: Experiment) -> str:
-    """Loads the best checkpoint of a config's run into its student, and says in a note what the student is."""
-    best = experiment.root / "checkpoints" / "best.ckpt"
-    note = f"The student is untrained, as there is no {best}: its ranks say nothing yet, its width does."
-    if best.is_file():
-        with shown((ValueError, RuntimeError), prefix=f"{str(best)!r} is of another student than the config's: "):
-            experiment.student.load_state_dict(load_student(best).state_dict())
-        note = f"The student is that of {best}."
-    rank_zero_info(note)
-    return note
 
 
 def features_of(file: str, label: str, options: Options) -> NetworkReport:

@@ -115,6 +115,7 @@ class KdvitCLI(LightningCLI):
         parser.add_lightning_class_args(callbacks.StudentEMA, "ema")
         parser.add_lightning_class_args(callbacks.NonFiniteGuard, "nonfinite")
         parser.add_lightning_class_args(GeometryMonitor, "geometry")
+        parser.add_lightning_class_args(callbacks.LabelledProbe, "probe")
         for key, callback in SWITCHED.items():
             default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
             parser.add_argument(f"--callbacks.{key}", type=callback | None, default=default)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.fit import ReadFit
@@ -91,6 +92,36 @@ def find_network(name: str, pretrained: bool, kind: type[TimmStudent] | type[Tim
     """
     with shown((ValueError, OSError, TypeError, RuntimeError)):
         return load_student(name) if Path(name).exists() else kind(name, pretrained=pretrained)
+
+
+def take_best(experiment: Experiment) -> str:
+    """Loads the best checkpoint of a config's run into its student, and says in a note what the student is."""
+    best = experiment.root / "checkpoints" / "best.ckpt"
+    note = f"The student is untrained, as there is no {best}: its ranks say nothing yet, its width does."
+    if best.is_file():
+        with shown((ValueError, RuntimeError), prefix=f"{str(best)!r} is of another student than the config's: "):
+            experiment.student.load_state_dict(load_student(best).state_dict())
+        note = f"The student is that of {best}."
+    rank_zero_info(note)
+    return note
+
+
+def find_trained(name: str, config: str | None, pretrained: bool) -> list[tuple[str, Network]]:
+    """Returns the networks behind a name with their trained weights, by their names in a table.
+
+    Args:
+        name: As the user types it.
+        config: The file, if it is a config: its student is that of the run's best checkpoint, if there is one.
+        pretrained: Load timm's published weights where it is a timm name; else they are random.
+
+    Raises:
+        UserError: If there is nothing of that name.
+    """
+    if config is None:
+        return [(name, find_network(name, pretrained, TimmTeacher))]
+    found = read_experiment(config, random=() if pretrained else ("teacher",))
+    take_best(found)
+    return [(f"{Path(name).stem}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]
 
 
 def find_networks(name: str, config: str | None = None) -> list[tuple[str, Network]]:

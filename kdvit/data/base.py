@@ -186,13 +186,17 @@ class ImageDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches of this rank, each image on one rank."""
-        return self._eval_loader("val")
+        return self._eval_loader(self.dataset("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Returns the test batches of this rank, each image on one rank."""
-        return self._eval_loader("test")
+        return self._eval_loader(self.dataset("test"))
 
     predict_dataloader = test_dataloader
+
+    def plain_dataloader(self, split: Split) -> DataLoader[Any]:
+        """Returns this rank's batches of `plain_dataset`, each image on one rank."""
+        return self._eval_loader(self.plain_dataset(split))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels."""
@@ -205,8 +209,7 @@ class ImageDataModule(pl.LightningDataModule):
             image, target = mix(batch.image, batch.target.clamp(min=0))
         return batch._replace(image=image, target=target if self.class_names else batch.target)
 
-    def _eval_loader(self, split: Split) -> DataLoader[Any]:
-        dataset: Any = self.dataset(split)
+    def _eval_loader(self, dataset: Any) -> DataLoader[Any]:
         sampler = self._sampler(len(dataset), training=False)
         batch_size = even_batch_size(len(dataset), sampler.num_replicas, self.batch_size)
         return self._loader(dataset, sampler, batch_size)
