@@ -21,7 +21,6 @@ from kdvit.cli import main
 from kdvit.data import Digits
 from kdvit.models import TimmStudent
 from tests import tiny
-from tests.several import together
 
 CLASSES = 4
 
@@ -121,17 +120,6 @@ def test_a_network_comes_back_as_it_was_and_a_layer_can_be_named() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
     with pytest.raises(ValueError, match="has no layer 9"):
         probe(network, Digits(), ProbeOptions(layer=9), trainer)
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(demo_teacher: str) -> None:
-    command = ["probe", demo_teacher.removeprefix("local-dir:"), *SMALL]
-    main(command)
-    alone = json.loads(Path("probe.json").read_text())["networks"][0]
-    together(2, [*command, "--trainer.devices", "2"])
-    both = json.loads(Path("probe.json").read_text())["networks"][0]
-    assert (both["train"], both["val"]) == (alone["train"], alone["val"]) == (1297, 500)
-    assert (both["knn"], both["linear"]) == pytest.approx((alone["knn"], alone["linear"]), abs=0.0021)
 
 
 @pytest.mark.parametrize(
