@@ -11,9 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
+import kdvit.data
 import kdvit.distillers
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
+from tests.data.test_data_modules import image_folder
 from tests.runs import SHORT
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -65,6 +67,36 @@ def test_the_table_of_objectives_names_each_and_its_demo() -> None:
     assert set(demos) == set(files) - {"teacher", "plain"}
     for demo, name in demos.items():
         assert name in {each["class_path"] for each in files[demo]["distillers"].values()}
+
+
+TINY = {"embed_dim": 12, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+def tiny_networks(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config with networks and images that take no time, its networks otherwise as they are."""
+    for name in ("student", "teacher"):
+        args = given["model"][name]["init_args"]
+        args |= {"img_size": 16, "model_args": TINY} | ({"pretrained": False} if name == "teacher" else {})
+    given["data"]["init_args"] |= {"img_size": 16, "batch_size": 4, "num_workers": 0}
+    return given
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_images_runs() -> None:
+    page = (Path(kdvit.data.__file__).parent / "README.md").read_text()
+    image_folder(Path("labelled"))
+    image_folder(Path("photographs"))
+    run = [*SHORT, "--trainer.accelerator", "cpu"]
+    for kind, block in re.findall(r"```(yaml|bash|python)\n(.*?)```", page, re.DOTALL):
+        if kind == "yaml":
+            Path(block.split()[1]).write_text(yaml.safe_dump(tiny_networks(yaml.safe_load(block))))
+        elif kind == "python":
+            exec(block, {"__name__": "images"})
+        for command in block.splitlines() if kind == "bash" else ():
+            _, *args = shlex.split(command)
+            of_a_trainer = args[0] in ("fit", "test", "predict")
+            main([*args, *(run if of_a_trainer else ["--pretrained", "false", "--num_workers", "0", "--k", "3"])])
 
 
 def test_the_recipe_for_contributors_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,9 +174,21 @@ def module(**more: Any) -> DistillationModule:
     ],
 )
 def test_what_needs_labels_is_refused_before_the_first_step(more: dict, text: str) -> None:
-    with pytest.raises(UserError, match=f"The images have no labels that .* compared with, and {text}"):
+    with pytest.raises(UserError, match=f"The images have no labels, and {text}"):
         module(**more).setup("fit")
     module(**more).setup("predict")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("alone", [False, True])
+def test_targets_that_are_measured_are_measured_before_the_first_validation(alone: bool) -> None:
+    measured = module(distillers={"feature": FeatureDistiller(projector="phi_s", calibration_images=20)})
+    data = tiny.TinyData()
+    loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
+    runner = tiny.trainer("run", max_epochs=1, limit_train_batches=2)
+    runner.fit(measured, **(loaders if alone else {"datamodule": data}))
+    assert 0 < float(runner.callback_metrics["val/feature"]) < 10
+    assert measured.distillers["feature"].is_calibrated()
 
 
 def test_a_supervised_config_and_a_probe_of_no_classes_are_refused_in_one_line(capfd) -> None:

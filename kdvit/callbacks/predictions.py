@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.errors import UserError
 from kdvit.runtime.processes import gather
 
 
@@ -17,6 +18,14 @@ class PredictionWriter(pl.Callback):
 
     The path is what the data module's ``path(index)`` says, or the index where it has none.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Raises UserError if the student has no head to predict by."""
+        if stage == "predict" and not getattr(pl_module, "num_classes", 1):
+            raise UserError(
+                "The student has no head, so it predicts no class. What its features tell of classes: kdvit probe; the "
+                "features themselves: kdvit.load_student(...)(image, ['pooled'])."
+            )
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Opens this rank's part of the table."""

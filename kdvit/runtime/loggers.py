@@ -47,7 +47,7 @@ def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
     validated = content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
     again = validated["ready"] > validated["processed"]  # a validation that is due, and had been held before a kill
     rows = [row for row in read_table(file) if row.get("step", step) < step]
-    return [row for row in rows if not (again and row["step"] == step - 1 and "val/acc1" in row)]
+    return [row for row in rows if not (again and row["step"] == step - 1 and "val/loss" in row)]
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from kdvit.structures import Batch, ViTOutput
+from kdvit.training.calibration import calibrate
 
 
 @torch.no_grad()
@@ -52,6 +53,8 @@ def log_objectives(
         The outputs of the teachers.
     """
     objectives = module.distillers
+    if module.trainer.sanity_checking:  # before the start of the training, which does it otherwise
+        calibrate(objectives, module.teachers, module.trainer)
     teachers = teachers or objectives.ask(module.teachers, batch)
     student = network(batch.image.to(next(network.parameters())), objectives.student_layers).at_least_float32()
     with torch.autocast(module.device.type, enabled=False):

@@ -89,7 +89,7 @@ class DistillationModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses what needs labels, where there are none."""
         if stage != "predict":
-            self.distillers.require_labels(self.task_weight)
+            self.distillers.require_labels(self.task_weight, self.num_classes)
 
     def configure_model(self) -> None:
         """Splits student and distillers over the processes where the strategy is `sharded`; the teacher stays whole."""

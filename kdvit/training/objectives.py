@@ -135,11 +135,16 @@ class Objectives(nn.ModuleDict):
         task_term = {"task": task} if self.supervised else {}
         return {**task_term, **{name: distiller.weight for name, distiller in self.items()}}
 
-    def require_labels(self, task: Weight) -> None:
-        """Raises UserError if something needs labels and there are none, or nothing is left to train on."""
+    def require_labels(self, task: Weight, classes: int) -> None:
+        """Raises UserError if something needs labels and there are none, or nothing is left to train on.
+
+        Args:
+            task: Weight of the cross-entropy.
+            classes: Classes of the student; 0 without a head.
+        """
         if self.supervised:
             return
-        why = "The images have no labels that the student's logits could be compared with"
+        why = "The images have no labels" if classes else "The student has no head"
         needing = [f"model.distillers.{name}" for name, distiller in self.items() if distiller.needs_labels]
         if task != 0:
             raise UserError(f"{why}, and model.task_weight is {task:g}. Set it to 0: the distillers alone train.")

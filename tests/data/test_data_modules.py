@@ -106,7 +106,7 @@ def test_posterize_to_0_bits_is_black_and_else_timms() -> None:
     assert rand_augment_transform("rand-m9-mstd0.5-inc1", {}).ops[4].aug_fn is not posterize  # timm's own is left alone
 
 
-def _training(step: int) -> SimpleNamespace:
+def training(step: int) -> SimpleNamespace:
     fit_loop = SimpleNamespace(total_batch_idx=step)
     return SimpleNamespace(training=True, world_size=1, global_rank=0, global_step=step, fit_loop=fit_loop)
 
@@ -116,7 +116,7 @@ def test_mixup_is_drawn_from_run_and_step(tmp_path) -> None:
     batch = next(iter(data.train_dataloader()))
 
     def mixed(step: int) -> Batch:
-        data.trainer = _training(step)
+        data.trainer = training(step)
         return data.on_after_batch_transfer(Batch(batch.image.clone(), batch.target, batch.index), 0)
 
     one = mixed(4)

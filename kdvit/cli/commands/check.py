@@ -51,7 +51,7 @@ def describe(
     rows = [
         ("student", _network(module.student)),
         *(_teachers(module) or [("teacher", "none: a supervised run")]),
-        ("classes", str(module.num_classes)),
+        ("classes", str(module.num_classes or "none: the student has no head")),
         ("images", _images(module.image_format)),
         *_data(datamodule),
         *_teacher_input(module),
@@ -75,7 +75,7 @@ def _network(network: Network) -> str:
 
 def _task(module: DistillationModule) -> str:
     if not module.supervised:
-        return "none: the images have no labels that logits could be compared with"
+        return f"none: {'the images have no labels' if module.num_classes else 'the student has no head'}"
     return f"cross-entropy x {module.task_weight:g}, label smoothing {module.label_smoothing:g}"
 
 

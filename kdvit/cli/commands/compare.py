@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from kdvit.errors import UserError
 from kdvit.tables import text_table
 
+PROBES = ("val/knn_acc1", "val/linear_acc1")
+
 
 class Run(NamedTuple):
     """One run; None is what it does not say.
@@ -20,6 +22,8 @@ class Run(NamedTuple):
         acc1: Validation accuracy after the last epoch, 0..1.
         seconds: Time of the training, validation included.
         curve: Epoch and validation accuracy, after every epoch.
+        knn: Accuracy of the last k-NN probe, 0..1.
+        linear: The same of the linear probe.
         notes: Why something is missing, and what a Lift costs once folded.
     """
 
@@ -30,6 +34,8 @@ class Run(NamedTuple):
     seconds: float | None
     curve: list[tuple[int, float]]
     notes: list[str]
+    knn: float | None = None
+    linear: float | None = None
 
 
 def compare(runs: list[str], out: str = "runs/comparison") -> None:
@@ -92,17 +98,25 @@ def read_run(folder: Path) -> Run:
     except Exception as error:  # a class of the user's may raise anything
         notes.append(f"no parameters, latency and seconds: {' '.join(str(error).split())}")
     acc1 = curve[-1][1] if curve else told.get("val/acc1")
-    return Run(folder.absolute().name, parameters, latency, acc1, told.get("seconds"), curve, notes)
+    probes = [next((row[name] for row in reversed(rows) if name in row), told.get(name)) for name in PROBES]
+    return Run(folder.absolute().name, parameters, latency, acc1, told.get("seconds"), curve, notes, *probes)
 
 
 def table(runs: list[Run]) -> str:
     """Returns the table of a comparison."""
-    rows = []
-    for run in runs:
-        numbers = run.parameters, run.latency_ms, run.acc1 and 100 * run.acc1, run.seconds
-        cells = zip(numbers, (",", ".2f", ".2f", ".0f"), strict=True)
-        rows.append((run.name, *("" if value is None else format(value, shape) for value, shape in cells)))
-    return text_table(("run", "parameters", "latency (ms)", "top-1 (%)", "seconds"), rows)
+    columns: dict[str, list[str]] = {"run": [run.name for run in runs]}
+    columns["parameters"] = [_cell(run.parameters, ",") for run in runs]
+    columns["latency (ms)"] = [_cell(run.latency_ms, ".2f") for run in runs]
+    columns["top-1 (%)"] = [_cell(run.acc1 and 100 * run.acc1, ".2f") for run in runs]
+    columns["seconds"] = [_cell(run.seconds, ".0f") for run in runs]
+    if any(run.knn is not None for run in runs):
+        columns["k-NN (%)"] = [_cell(run.knn and 100 * run.knn, ".2f") for run in runs]
+        columns["linear (%)"] = [_cell(run.linear and 100 * run.linear, ".2f") for run in runs]
+    return text_table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _cell(value: float | None, shape: str) -> str:
+    return "" if value is None else format(value, shape)
 
 
 def draw_curves(runs: list[Run], file: Path) -> None:
