@@ -108,7 +108,8 @@ def test_a_run_without_labels_is_validated_by_its_objectives_and_keeps_the_best_
     assert len(set(losses)) == 4
     saved = torch.load("run/checkpoints/best.ckpt", weights_only=True)["callbacks"].values()
     (best,) = (each for each in saved if each.get("monitor"))
-    assert (best["monitor"], float(best["best_model_score"])) == ("val/loss", pytest.approx(min(losses)))
+    assert best["monitor"] == "val/loss"
+    assert float(best["best_model_score"]) == pytest.approx(min(losses))
     assert expected("run/checkpoints/best.ckpt")["loss"] == pytest.approx(min(losses), rel=1e-4)
     header = Path("run/metrics.csv").read_text().splitlines()[0]
     assert not re.search("acc1(?<!(knn|ear)_acc1)|task", header)
@@ -120,6 +121,10 @@ def test_a_run_without_labels_is_validated_by_its_objectives_and_keeps_the_best_
     capsys.readouterr()
     main(["probe", "run/checkpoints/last.ckpt", "--data", "labelled", "--k", "3", "--num_workers", "0"])
     assert [f"{score:.2%}" for score in scores[-1]] == capsys.readouterr().out.split()[-2:]
+    main(command("validate", *ALONE, *PROBE, "--probe.every_n_epochs", "3", "--ckpt_path", "last"))
+    told = capsys.readouterr().out
+    logged = [float(re.search(rf"val/{name}_acc1 +([\d.]+)", told)[1]) for name in ("knn", "linear")]
+    assert logged == pytest.approx(scores[-1])
     main(command("test", *ALONE, "--ckpt_path", "last"))
     assert f"{losses[-1]:.6f}" in re.search(r"test/loss +(.*)", capsys.readouterr().out)[1]
     main(command("predict", *ALONE, "--data.init_args.test", "."))
@@ -144,7 +149,9 @@ def test_a_cache_a_resume_and_several_processes_work_without_labels(caplog, caps
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
     main(command("cache", *ALONE, "--out", "cache", "--views", "2"))
-    main([*run, "--trainer.default_root_dir", "cached", "--data.init_args.cache", "cache"])
+    cached = [*run, "--trainer.default_root_dir", "cached", "--data.init_args.cache", "cache"]
+    main([*cached, "--probe.every_n_epochs", "2"])
+    assert len(rows("val/knn_acc1", root="cached")) == 1
     np.testing.assert_allclose(rows(*objectives[:4], root="cached"), [row[:4] for row in alone], rtol=2e-3)
     main(["analyze", "--model", "run/student", "--data", "images", "--images", "8", "--num_workers", "0"])
     assert "8 images of" in "".join(caplog.messages)

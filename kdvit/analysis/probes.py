@@ -106,7 +106,7 @@ class LabelledFeatures:
 
     def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields features and classes of so many images at once."""
-        return zip(self.features.split(rows), self.targets.split(rows), strict=True)
+        return zip(torch.split(self.features, rows), torch.split(self.targets, rows), strict=True)
 
 
 def features_layer(network: Network, layer: Layer | None) -> Layer:
@@ -122,6 +122,8 @@ def features_of_images(forward: Any, image: Tensor, layer: Layer) -> Tensor:
         image: ``[B, C, H, W]``.
         layer: The layer.
     """
+    if isinstance(forward, Network):
+        image = image.to(next(forward.parameters()).dtype)
     (feature,) = forward(image, (layer,), logits=False).features
     return feature.float().mean(dim=(2, 3))  # type: ignore[no-any-return]
 
@@ -228,7 +230,8 @@ def fit_linear(trainer: pl.Trainer, train: LabelledFeatures, num_classes: int, c
         return totals[0] + weight.square().sum() / (2 * c * count)
 
     options: dict[str, Any] = {"max_iter": ITERATIONS, "history_size": HISTORY, "line_search_fn": "strong_wolfe"}
-    torch.optim.LBFGS([numbers], tolerance_grad=1e-5, tolerance_change=1e-7, **options).step(step)  # type: ignore[arg-type]
+    solver: Any = torch.optim.LBFGS([numbers], tolerance_grad=1e-5, tolerance_change=1e-7, **options)
+    solver.step(step)
     return probe
 
 
@@ -244,4 +247,5 @@ def probe_scores(
 
 
 def _sum(trainer: pl.Trainer, ours: Tensor) -> Tensor:
-    return trainer.strategy.reduce(ours, reduce_op="sum")  # type: ignore[no-any-return]
+    total: Tensor = trainer.strategy.reduce(ours, reduce_op="sum")
+    return total

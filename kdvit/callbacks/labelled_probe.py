@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kdvit.analysis.probes import (
     LabelledFeatures,
@@ -75,10 +76,14 @@ class LabelledProbe(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Probes the student, where the epoch's turn has come; before the first step it logs zeros for the monitors."""
-        if self._data is None or (trainer.training and (trainer.current_epoch + 1) % self.every_n_epochs):
+        if self._data is None:
+            return
+        before = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        fitting = trainer.state.fn == TrainerFn.FITTING and not before
+        if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         scores = ProbeScores(0.0, 0.0, 0, 0, 0)
-        if not (trainer.sanity_checking or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if not before:
             scores = self._probe(trainer, pl_module, self._data, pl_module.student, pl_module.student)
         pl_module.log_dict({f"val/{name}": value for name, value in named(scores).items()})
 
@@ -87,20 +92,20 @@ class LabelledProbe(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, data: ImageDataModule, network: Network, forward: Any
     ) -> ProbeScores:
         """Runs `forward` (a network, or the holder that converts its images) in eval over both parts of the images."""
-        layer = features_layer(network, self.options.layer)
         found = []
-        with network.evaluating():
-            for loader in (data.plain_dataloader("train"), data.plain_dataloader("val")):
-                part = None
-                for batch in loader:
-                    with trainer.precision_plugin.forward_context():
-                        features = features_of_images(forward, batch.image.to(pl_module.device), layer)
-                    part = part or LabelledFeatures(len(loader.sampler), features.shape[1], pl_module.device)  # type: ignore[arg-type]
-                    part.add(features, batch.target.to(pl_module.device))
-                assert part is not None  # each rank has an image
-                found.append(part)
+        layer = features_layer(network, self.options.layer)
+        for loader in (data.plain_dataloader("train"), data.plain_dataloader("val")):
+            part = None
+            for batch in loader:
+                with network.evaluating(), trainer.precision_plugin.forward_context():
+                    features = features_of_images(forward, batch.image.to(pl_module.device), layer)
+                part = part or LabelledFeatures(len(loader.sampler), features.shape[1], pl_module.device)  # type: ignore[arg-type]
+                part.add(features, batch.target.to(pl_module.device))
+            assert part is not None  # each rank has an image
+            found.append(part)
+        train, val = found
         with torch.autocast(pl_module.device.type, enabled=False):
-            return probe_scores(trainer, *found, data.num_classes, self.options)
+            return probe_scores(trainer, train, val, data.num_classes, self.options)
 
 
 def named(scores: ProbeScores) -> dict[str, float]:

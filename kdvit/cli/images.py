@@ -91,9 +91,8 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
             "mean": list(image_format.mean),
             "std": list(image_format.std),
         }
-        spec = {"class_path": name, "init_args": {}}
         module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
-        return _of_module(module, name, spec)
+        return _of_module(module, name, {"class_path": name, "init_args": {}})
     root = Path(name)
     splits = (root / "val").is_dir()
     if not root.is_dir():
@@ -102,8 +101,9 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     with shown((OSError, ValueError)):
         samples = list_images(shown_folder, labels=bool(class_folders(shown_folder)))
     targets = samples.targets.tolist() if samples.class_names else None
-    folder = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}}
-    spec = folder if splits and samples.class_names else None
+    spec: dict[str, Any] | None = None
+    if splits and samples.class_names:
+        spec = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}}
     dataset = FolderImages(samples, eval_transform(image_format), None, grey=len(image_format.mean) == 1)
     classes = len(samples.class_names) or None
     return Images(dataset, targets, image_format, collate, str(root.absolute()), spec, classes)

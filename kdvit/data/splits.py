@@ -36,6 +36,7 @@ def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: flo
     for split, name in folders.items():
         if split not in there and name != split:
             raise FileNotFoundError(f"There is no folder {str(root / name)!r}, by which {split} is named. {LAYOUT}")
+    listed: dict[str, ImageList]
     if "val" in there:
         listed = {split: list_images(there[split], labels) for split in ("train", "val") if split in there}
     else:
