@@ -198,6 +198,18 @@ def test_targets_that_are_measured_are_measured_before_the_first_validation(alon
     assert measured.distillers["feature"].is_calibrated()
 
 
+def test_a_student_of_labelled_images_predicts_others_by_its_classes() -> None:
+    image_folder(Path("images"))
+    main(command("fit"))
+    image_folder(Path("others"), train=2, val=1)
+    others = ["--data.init_args.root", "others", "--data.init_args.labels", "false", "--data.init_args.test", "."]
+    main(["predict", "--config", "run/config.yaml", *others])
+    with Path("run/predictions.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert len(table) == 6
+    assert {row["class"] for row in table} <= {"cat", "dog"}
+
+
 def test_a_supervised_config_and_a_probe_of_no_classes_are_refused_in_one_line(capfd) -> None:
     image_folder(Path("images"))
     line = last_line(command("fit", "--data.init_args.labels", "false"), capfd)

@@ -194,7 +194,8 @@ class KdvitCLI(LightningCLI):
     def _follow_objectives(self) -> None:
         """Lets best.ckpt follow the objectives of the validation where there is no accuracy to follow."""
         options = self.config[self.command].get("checkpoint")
-        if options and options.monitor == ACCURACY and not self.model.supervised:
+        alone = self.model.task_weight == 0 and not self.model.supervised
+        if options and options.monitor == ACCURACY and alone:
             best = {**options, "monitor": OBJECTIVES, "mode": None}
             self.config_init[self.command].checkpoint = StepCheckpoint(**best)
             if self.command == "fit":

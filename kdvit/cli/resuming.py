@@ -100,7 +100,10 @@ def require_plain(file: Path) -> None:
 
 
 def require_same_student(file: str, module: DistillationModule) -> None:
-    """Raises UserError if a checkpoint is of another student than a module's, or of other classes than its data's."""
+    """Raises UserError if a checkpoint is of another student than a module's, or of other classes than its data's.
+
+    Where the data have no labels, the module takes over the names of the classes that the student was trained on.
+    """
     content = read_weights_only(Path(file))
     spec = content.get("kdvit") or {}
     names, own = spec.get("class_names"), module.class_names
@@ -124,6 +127,7 @@ def require_same_student(file: str, module: DistillationModule) -> None:
             f"{key.lstrip('.')} is {here!r} in the config and {there!r} there" for key, here, there in (*args, *weights)
         ]
         raise UserError(f"{file!r} holds another student than the config builds: {'; '.join(said[:3])}.")
+    module.class_names = own or names
 
 
 def _named(name: str, folder: Path, command: str) -> Path:
