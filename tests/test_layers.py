@@ -60,7 +60,7 @@ from kdvit.cli import main
 for args in (["--help"], ["--version"], ["analize"], ["fit", "--config", "no.yaml"], ["compare", "no"],
              ["export", "--ckpt", "no", "--out", "x"], ["import", "no", "--out", "x"], ["benchmark", "no.yaml"],
              ["analyze", "--config", "no.yaml"], *([name, "--help"] for name in ("analyze", "benchmark", "compare",
-             "distillers", "export", "import", "slurm"))):
+             "distillers", "export", "import", "probe", "slurm"))):
     try:
         main(args)
     except SystemExit as end:

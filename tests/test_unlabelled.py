@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from kdvit import load_student
+from kdvit.callbacks import PredictionWriter
 from kdvit.cli import main
 from kdvit.data import ImageFolder
 from kdvit.distillers import DKDDistiller, FeatureDistiller
@@ -127,6 +129,10 @@ def test_a_run_without_labels_is_validated_by_its_objectives_and_keeps_the_best_
     assert logged == pytest.approx(scores[-1])
     main(command("test", *ALONE, "--ckpt_path", "last"))
     assert f"{losses[-1]:.6f}" in re.search(r"test/loss +(.*)", capsys.readouterr().out)[1]
+    main(["compare", "run"])
+    head, row = capsys.readouterr().out.splitlines()[:2]
+    assert head.split()[-4:] == ["k-NN", "(%)", "linear", "(%)"]
+    assert row.split()[-2:] == [f"{100 * score:.2f}" for score in scores[-1]]
     main(command("predict", *ALONE, "--data.init_args.test", "."))
     with Path("run/predictions.csv").open() as stream:
         table = list(csv.DictReader(stream))
@@ -184,6 +190,13 @@ def test_what_needs_labels_is_refused_before_the_first_step(more: dict, text: st
     with pytest.raises(UserError, match=f"The images have no labels, and {text}"):
         module(**more).setup("fit")
     module(**more).setup("predict")
+
+
+def test_a_student_without_a_head_predicts_nothing_and_learns_no_labels() -> None:
+    with pytest.raises(UserError, match=r"The student has no head, so it predicts no class. What its features tell"):
+        PredictionWriter().setup(None, SimpleNamespace(num_classes=0), "predict")
+    with pytest.raises(UserError, match=r"The student has no head, and model.task_weight is 1"):
+        module().distillers.require_labels(1.0, classes=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -214,7 +214,7 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
         (["--model", "resnet18", "--pretrained", "false"], "Give --data: a folder of images, or one of Digits"),
         (["--model", "resnet181", "--data", "Digits"], "no model 'resnet181'. Did you mean"),
         (["--model", "resnet18", "--pretrained", "false", "--data", "nowhere"], "neither a folder nor one of"),
-        (["--model", "resnet18", "--pretrained", "false", "--data", "bare"], "There is no class folder"),
+        (["--model", "resnet18", "--pretrained", "false", "--data", "bare"], "There is no image. Files are read that"),
         (["--model", "resnet18", "--pretrained", "false", "--data", "Digits", "--layers", "9"], "has no layer 9"),
         (["--model", "x.npy"], "There is no file"),
         (["--model", "flat.npy"], "expected floating-point tokens"),

@@ -27,7 +27,7 @@ def probe(
     num_workers: NonNegativeInt = 2,
     trainer: Processes = Processes(),  # noqa: B008
 ) -> None:
-    """Show how well the frozen features of networks tell the classes of labelled images: by k-NN and a linear probe.
+    """Show how well the frozen features of networks tell classes apart: by k-NN and a linear probe.
 
     Both learn from the training images, not augmented, and are scored on the validation images, which each network gets
     in its own size and normalisation. k-NN is DINO's: neighbours by the cosine vote by exp(cosine / 0.07). The linear
@@ -48,7 +48,7 @@ def probe(
         trainer: How to run.
 
     Example:
-        kdvit probe runs/demo/lift/student runs/demo/plain/student --data Digits
+        kdvit probe runs/demo/lift/student --data Digits
     """
     files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}
     if out:
