@@ -48,7 +48,7 @@ class ViTOutput(NamedTuple):
     """What a network returns.
 
     Attributes:
-        logits: ``[B, K]``, or None where nobody asked for them.
+        logits: ``[B, K]``, or None where nobody asked for them, or the network has no head.
         features: One map ``[B, C, H, W]`` for each layer asked for, in the order of the asking. (A tuple and not a
             dict: as keys ``1`` and ``1.0`` are the same, and ``-1`` and ``11`` are one block under two names.)
     """
@@ -85,7 +85,7 @@ class OutputShapes(NamedTuple):
     """The shapes behind a `ViTOutput`, known before training.
 
     Attributes:
-        classes: Number of classes K, or None where no logits were asked for.
+        classes: Number of classes K, or None where no logits were asked for, or the network has no head.
         features: ``(C, H, W)`` for each layer asked for.
         class_names: Names of the classes in the order of the logits, where known.
     """

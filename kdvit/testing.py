@@ -122,7 +122,8 @@ def check_network(network: Network, layers: Sequence[Layer] = (0, -1)) -> None:
     _promise(isinstance(network, Network), f"a network is a subclass of kdvit.models.Network, got {type(network)}")
     network.eval()
     layers = (*layers, *network.token_layers())
-    image = torch.randn(2, 3, *network.image_format.size, generator=torch.Generator().manual_seed(0))
+    shape = 2, len(network.image_format.mean), *network.image_format.size
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     before = image.clone()
     output = network(image, layers)
     _promise(isinstance(output, ViTOutput), f"forward must return a ViTOutput, got {type(output).__name__}")

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.cli.run_config import changes, differing
 from kdvit.errors import UserError, shown
-from kdvit.models.released import read_weights_only
+from kdvit.models.layouts import read_weights_only
 from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
 from kdvit.training.module import DistillationModule
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdvit.files import write_whole
+from kdvit.models.layouts import read_weights_only
 from kdvit.models.network import Network, TimmNetwork
-from kdvit.models.released import load_released, read_weights_only
+from kdvit.models.released import load_released
 from kdvit.models.timm_model import WEIGHTS
 from kdvit.structures import ImageFormat, subclasses
 
@@ -116,7 +117,7 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
         "num_classes": classes,
         "model_args": {name: value for name, value in args.items() if value is not None},
         "pretrained_cfg": {
-            "input_size": [3, *images.pop("size")],
+            "input_size": [len(images["mean"]), *images.pop("size")],
             "fixed_input_size": True,
             "num_classes": classes,
             **images,

@@ -43,16 +43,15 @@ class Agreement(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A student as a plain module from images ``[B, 3, H, W]`` to logits ``[B, K]``."""
+    """A student as a plain module from images ``[B, C, H, W]`` to logits ``[B, K]``, or features without a head."""
 
     def __init__(self, student: Network) -> None:
         super().__init__()
         self.student = student
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns the logits."""
-        logits: Tensor = self.student(image).logits
-        return logits
+        """Returns what the student is used for."""
+        return self.student.deployed(image)
 
 
 def export_program(student: Network, file: str | Path) -> Agreement:
@@ -95,7 +94,7 @@ def agreement(
         RuntimeError: If they differ by more, or are not finite.
     """
     with student.evaluating():
-        original = torch.cat([student(image).logits for image in images]).double()
+        original = torch.cat([student.deployed(image) for image in images]).double()
     ours = torch.cat(list(exported)).double()
     largest, scale = float((ours - original).abs().max()), float(original.abs().max())
     if not (math.isfinite(largest) and largest <= tolerance * scale):
@@ -107,8 +106,9 @@ def agreement(
 
 
 def random_images(student: Network, batch: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Returns normal noise ``[B, 3, H, W]``, the same at every call, by default of the student's own size."""
-    return torch.randn(batch, 3, *(size or student.image_format.size), generator=torch.Generator().manual_seed(batch))
+    """Returns normal noise ``[B, C, H, W]``, the same at every call, by default of the student's own size."""
+    shape = batch, len(student.image_format.mean), *(size or student.image_format.size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
 
 
 def checked_fold(student: Network) -> tuple[LiftViT, Agreement]:

@@ -98,7 +98,9 @@ class LiftViT(TimmStudent):
         return tokens.reshape(*tokens.shape[:2], height, width)
 
 
-def _head(width: int, num_classes: int, published_init: bool) -> nn.Linear:
+def _head(width: int, num_classes: int, published_init: bool) -> nn.Linear | nn.Identity:
+    if num_classes == 0:
+        return nn.Identity()
     head = nn.Linear(width, num_classes)
     if not published_init:
         nn.init.trunc_normal_(head.weight, std=0.02)

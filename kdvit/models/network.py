@@ -11,8 +11,18 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Grayscale
 
-from kdvit.models.one_token import DISTILLATION_LOGITS, NAMES, WAYS_OUT, class_logits, offered, one_token_map
+from kdvit.models.one_token import (
+    DISTILLATION_LOGITS,
+    NAMES,
+    POOLED,
+    WAYS_OUT,
+    class_logits,
+    has_head,
+    offered,
+    one_token_map,
+)
 from kdvit.models.timm_model import create_timm_model
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 
@@ -50,15 +60,28 @@ class Network(nn.Module):
         """Runs the network.
 
         Args:
-            image: ``[B, 3, H, W]``.
+            image: ``[B, 3, H, W]``, or ``[B, 1, H, W]`` where the `image_format` is of grey images.
             layers: Layers whose output is wanted.
             logits: Whether logits are wanted.
 
         Returns:
-            Logits ``[B, K]`` or None, and one map ``[B, C, H, W]`` (patch tokens only, before any final norm) for each
-            of `layers`, in their order; ``[B, C, 1, 1]`` for those of `token_layers`.
+            Logits ``[B, K]``, None where they are not wanted or the network has no head, and one map ``[B, C, H, W]``
+            (patch tokens only, before any final norm) for each of `layers`, in their order; ``[B, C, 1, 1]`` for those
+            of `token_layers`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override forward(image, layers, logits).")
+
+    def deployed(self, image: Tensor) -> Tensor:
+        """Returns what the network is used for: its logits ``[B, K]``; without a head its pooled features ``[B, C]``.
+
+        Raises:
+            ValueError: If it has neither.
+        """
+        logits: Tensor | None = self(image).logits
+        if logits is None:
+            pooled: Tensor = self(image, (POOLED,), logits=False).features[0]
+            return pooled.flatten(1)
+        return logits
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides biases and norms."""
@@ -79,13 +102,14 @@ class Network(nn.Module):
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The evaluation transform of `image_format`: makes a tensor ``[3, H, W]`` of an RGB image."""
+        """The evaluation transform of `image_format`: makes a tensor ``[C, H, W]`` of an RGB or grey image."""
         return eval_transform(self.image_format)
 
     def blank_image(self) -> Tensor:
-        """Returns one image ``[1, 3, H, W]`` of the network's own size, on its device and in its precision."""
+        """Returns one image ``[1, C, H, W]`` of the network's own size, on its device and in its precision."""
         weight = next(self.parameters())
-        return torch.zeros(1, 3, *self.image_format.size, device=weight.device, dtype=weight.dtype)
+        shape = 1, len(self.image_format.mean), *self.image_format.size
+        return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -141,12 +165,20 @@ class Network(nn.Module):
         """Measures the shapes of `forward` on one blank image of the network's own size.
 
         Raises:
-            ValueError: If a layer does not exist.
+            ValueError: If a layer does not exist, or the network does not take images of that size.
         """
         for layer in layers:
             self.resolve(layer)
-        with self.evaluating():
-            output = self(self.blank_image(), layers, logits)
+        try:
+            with self.evaluating():
+                output = self(self.blank_image(), layers, logits)
+        except (RuntimeError, AssertionError) as error:
+            shape = " x ".join(map(str, self.blank_image().shape[1:]))
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{network_name(self)} does not take images of {shape} (channels, height, width). Set img_size, or "
+                f"in_chans, of the network or of the data so that they agree. ({said})"
+            ) from error
         classes = None if output.logits is None else output.logits.shape[1]
         shapes = tuple((int(f.shape[1]), int(f.shape[2]), int(f.shape[3])) for f in output.features)
         return OutputShapes(classes, shapes)
@@ -170,7 +202,7 @@ class TimmNetwork(Network):
                 "feature maps and logits. Use another timm model, or wrap yours in a subclass of kdvit.models.Network."
             )
         info: Any = model.feature_info
-        super().__init__(len(info), image_format or _image_format(model))
+        super().__init__(len(info), image_format or image_format_of(model))
         self.model = model
 
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
@@ -187,6 +219,7 @@ class TimmNetwork(Network):
     def forward(self, image: Tensor, layers: Sequence[Layer] = (), logits: bool = True) -> ViTOutput:
         """Runs the model once; without `logits` only up to the last block that is needed.
 
+        A model without a head (`num_classes: 0`) has none: its features are never taken for them.
         A student with two heads predicts by the mean of both. In training, where "distillation_logits" are asked for,
         its `logits` are those of the class head alone, so that each head learns from its own labels (as timm's
         `distilled_training`).
@@ -197,6 +230,7 @@ class TimmNetwork(Network):
         model: Any = self.model
         maps: list[Tensor] = []
         end = None
+        logits = logits and has_head(model)
         if not blocks and needs_end:
             end = model.forward_features(image)
         elif needs_end:
@@ -234,12 +268,17 @@ class TimmStudent(TimmNetwork):
 
     Args:
         arch: timm's model name, as in `timm.list_models()`.
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 for a network without a head, which is trained by distillers alone.
         pretrained: Start from timm's published weights.
-        checkpoint: Start from a file of timm's, DeiT's or `kdvit fit`'s, or from an exported folder.
-        img_size: Input size in pixels, where it differs from the architecture's.
+        checkpoint: Start from a file of timm's, DeiT's or `kdvit fit`'s, of MAE, DINO, Lightning or Hugging Face (ViT,
+            DINOv2, DINOv3), or from an exported folder. A line says what was loaded, what is new and what was left.
+        img_size: Input size in pixels, where it differs from the architecture's: a number, or height and width.
+            Position embeddings of weights are resized where timm can.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the timm model, such as `embed_dim`, `depth`, `patch_size`.
+        in_chans: Channels of the images; 1 for grey ones.
+        mean: Mean of each channel that is subtracted, where the data do not say it.
+        std: Standard deviation of each channel that is divided by, where the data do not say it.
 
     Raises:
         ValueError: If timm does not know the architecture or an argument.
@@ -252,22 +291,68 @@ class TimmStudent(TimmNetwork):
         num_classes: int = 1000,
         pretrained: bool = False,
         checkpoint: str | None = None,
-        img_size: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
         drop_path_rate: float = 0.0,
         model_args: dict[str, Any] | None = None,
+        in_chans: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> None:
         sizes: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate}
-        args = {"arch": arch, **sizes, "model_args": model_args}
-        super().__init__(create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint))
+        args = {"arch": arch, **sizes, "model_args": model_args, **({"in_chans": in_chans} if in_chans else {})}
+        model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint)
+        super().__init__(model, stated_format(model, img_size, mean, std))
         self.init_args: dict[str, Any] = args
+        self.states_values = bool(mean or std)
+
+
+def stated_format(
+    model: nn.Module,
+    img_size: int | tuple[int, int] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> ImageFormat:
+    """Returns the images that a timm model is made for, as far as is stated; the rest is of its own configuration.
+
+    Raises:
+        ValueError: If sizes or channels do not fit together.
+    """
+    images = image_format_of(model)
+    channels = getattr(model, "in_chans", None) or len(mean or images.mean)
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(size) != 2:
+            raise ValueError(f"img_size must be a number, or height and width, got {img_size}.")
+        images = images._replace(size=(size[0], size[1]))
+    values = tuple(mean or images.mean), tuple(std or images.std)
+    if channels == 1 and not mean and not std:  # of a student, which takes those of the data
+        values = ((sum(values[0]) / len(values[0]),), (sum(values[1]) / len(values[1]),))
+    if [len(each) for each in values] != [channels] * 2:
+        raise ValueError(
+            f"The network takes images of {channels} channel(s), and mean and std have {len(values[0])} and "
+            f"{len(values[1])}: give both, a number for each channel."
+        )
+    return images._replace(mean=values[0], std=values[1])
+
+
+def network_name(network: Network) -> str:
+    """Returns a network's class, and its architecture where it has one."""
+    arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
+    return f"{type(network).__name__} {arch}"
 
 
 def eval_transform(images: ImageFormat) -> Callable[[Image.Image], Tensor]:
-    """Returns resize of the shorter side to ``size / crop_pct``, centre crop and normalisation."""
+    """Returns resize of the shorter side to ``size / crop_pct``, centre crop and normalisation.
+
+    Of grey images it takes colour images, too, and makes them grey.
+    """
     size, mean, std, crop_pct, interpolation = images
-    return create_transform(  # type: ignore[no-any-return]
-        (3, *size), is_training=False, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
+    transform: Any = create_transform(
+        (len(mean), *size), is_training=False, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
     )
+    if len(mean) == 1:
+        transform.transforms.insert(0, Grayscale())
+    return transform  # type: ignore[no-any-return]
 
 
 def as_network(module: nn.Module) -> Network:
@@ -280,7 +365,7 @@ def as_network(module: nn.Module) -> Network:
 
 
 def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequence[str] | None = None) -> int:
-    """Sets the images that a network will see, and returns its number of classes.
+    """Sets the images that a network will see, and returns its number of classes, 0 without a head.
 
     Args:
         network: The network.
@@ -288,7 +373,7 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
         class_names: The classes of the data, where known.
 
     Raises:
-        ValueError: If the network takes another size only, or its classes are not those of the data, or fewer than two.
+        ValueError: If the network takes other images only, or its classes are not those of the data, or fewer than two.
     """
     model: Any = getattr(network, "model", network)
     fixed = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
@@ -297,9 +382,16 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
             f"The student takes images of {network.image_format.size} pixels and the data gives {image_format.size}. "
             "Set img_size of the student, or of the data, so that they agree."
         )
+    ours, theirs = network.image_format[1:3], image_format[1:3]
+    if getattr(network, "states_values", False) and ours != theirs:
+        raise ValueError(
+            f"The student states mean and std {ours}, and the data gives {theirs}. Leave them out of the student: it "
+            "learns of the images as the data gives them."
+        )
     network.image_format = image_format
     classes = network.output_shapes().classes
-    assert classes is not None
+    if classes is None:
+        return 0
     known = classes if class_names is None else len(class_names)
     if min(classes, known) < 2:
         raise ValueError(f"Expected 2 classes or more, got {classes} of the student and {known} of the data.")
@@ -310,7 +402,8 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
     return classes
 
 
-def _image_format(model: nn.Module) -> ImageFormat:
+def image_format_of(model: nn.Module) -> ImageFormat:
+    """Returns the images of a timm model's own configuration."""
     config: Any = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     crop = config["crop_pct"], config["interpolation"]

@@ -22,12 +22,18 @@ WAYS_OUT = {
 """What to do where a network does not offer a layer."""
 
 
+def has_head(model: Any) -> bool:
+    """Tells whether a timm model classifies; one of `num_classes: 0` returns what its head would read."""
+    classes: int = getattr(model, "num_classes", 1)
+    return classes != 0
+
+
 def offered(model: Any) -> list[str]:
     """Returns the names of the layers that a timm model has."""
     has = {
         POOLED: True,
         CLASS_TOKEN: getattr(model, "cls_token", None) is not None,
-        DISTILLATION_LOGITS: isinstance(model, VisionTransformerDistilled),
+        DISTILLATION_LOGITS: isinstance(model, VisionTransformerDistilled) and has_head(model),
     }
     return [name for name in NAMES if has[name]]
 

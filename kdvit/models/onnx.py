@@ -31,7 +31,7 @@ def export_onnx(
     dynamic_size: bool = False,
     images: Sequence[Tensor] = (),
 ) -> Agreement:
-    """Writes an ONNX file with a dynamic batch, float32 input "image" and output "logits".
+    """Writes an ONNX file with a dynamic batch, float32 input "image" and output "logits", "features" without a head.
 
     Its metadata say in JSON what its images are (`size`, `mean`, `std`, `crop_pct`, `interpolation`) and its
     `class_names`. Attention is written in plain operations: torch.onnx has the fused one for some networks only.
@@ -71,7 +71,7 @@ def export_onnx(
         try:
             _write(plain.eval(), written, precision, dynamic_size, student)
             session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
-            logits = [torch.from_numpy(session.run(["logits"], {"image": each.numpy()})[0]) for each in compared]
+            logits = [torch.from_numpy(session.run(None, {"image": each.numpy()})[0]) for each in compared]
         except Exception as error:  # of torch.export, torch.onnx, the network's own code or onnxruntime
             what = " for images of any size (leave out --dynamic_size)" if dynamic_size else ""
             raise RuntimeError(f"{type(student).__name__} cannot be exported to ONNX{what}: {_cause(error)}") from error
@@ -107,7 +107,7 @@ def _write(plain: Network, file: Path, precision: Precision, dynamic_size: bool,
         _Half(network) if precision == "float16" else network,
         (random_images(student, 2),),
         input_names=["image"],
-        output_names=["logits"],
+        output_names=["features" if student.output_shapes().classes is None else "logits"],
         dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),),
         dynamo=True,
         verbose=False,

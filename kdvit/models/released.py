@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
+from kdvit.models.layouts import read_weights_only
 from kdvit.models.lift import LiftViT
 from kdvit.models.network import TimmNetwork
 from kdvit.models.wide_last import WideLastViT
@@ -79,28 +79,6 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
         raise ValueError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     student.image_format = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
     return Released(student.eval(), sorted(name for name in weights if name.startswith(DEAD)))
-
-
-def read_weights_only(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint that holds tensors and plain options, and runs no code that a file may bring.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or holds anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {str(path.absolute())!r}.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can lead the unpickler anywhere
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        reason = f"it names {named[1]}, which is not run" if named else said
-        raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and plain options: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}; expected a dictionary.")
-    return content
 
 
 def _lift(weights: dict[str, Tensor], args: dict[str, Any]) -> tuple[TimmNetwork, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.errors import UserError
-from kdvit.models.network import Network, TimmNetwork, as_network
+from kdvit.models.network import Network, TimmNetwork, as_network, image_format_of, stated_format
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
@@ -24,15 +24,22 @@ class TimmTeacher(TimmNetwork):
         arch: timm's model name (a tag after a dot picks the weights), or ``local-dir:FOLDER`` for a network that kdvit
             or timm has exported.
         pretrained: Load timm's published weights. Ignored where `checkpoint` is given.
-        checkpoint: Load a local file of timm's or DeiT's format instead.
-        img_size: Input size in pixels; position embeddings are resized where it differs from the architecture's.
-        model_args: More arguments of the timm model. `num_classes` only beside `checkpoint`: published weights come
-            with their own head.
+        checkpoint: Load a local file instead, of timm's, DeiT's, MAE's, DINO's, Lightning's or Hugging Face's (ViT,
+            DINOv2, DINOv3). A line says what was loaded and what was left.
+        img_size: Input size in pixels, a number or height and width; position embeddings are resized where timm can,
+            and a size that the network cannot take is refused.
+        model_args: More arguments of the timm model.
+        num_classes: Number of classes of `checkpoint`, where it is not the architecture's; published weights come with
+            their own head. 0 leaves the head away: the teacher then has features and no logits.
         fast_attention: Compute CaiT's talking heads as `kdvit.models.talking_heads` does: timm's numbers, weights and
             names in less time. Of no effect on other architectures.
+        in_chans: Channels of the images; 1 for grey ones.
+        mean: Mean of each channel that is subtracted, where it is not that of the published weights.
+        std: Standard deviation of each channel that is divided by, likewise.
 
     Raises:
-        ValueError: If the architecture or an argument is unknown, or `num_classes` would replace a trained head.
+        ValueError: If the architecture or an argument is unknown, `num_classes` would replace a trained head, or the
+            images are not fully stated.
         FileNotFoundError: If the checkpoint or the folder is not there.
     """
 
@@ -41,21 +48,33 @@ class TimmTeacher(TimmNetwork):
         arch: str,
         pretrained: bool = True,
         checkpoint: str | None = None,
-        img_size: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
         model_args: dict[str, Any] | None = None,
         fast_attention: bool = True,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> None:
         pretrained = pretrained and checkpoint is None
-        if pretrained and "num_classes" in (model_args or {}):
+        classes = (model_args or {}).get("num_classes", num_classes)
+        if pretrained and classes:
             raise ValueError(
-                f"TimmTeacher: num_classes={(model_args or {})['num_classes']} would replace the trained head of "
-                f"{arch} by a random one. Leave it out; a teacher keeps its own classes."
+                f"TimmTeacher: num_classes={classes} would replace the trained head of {arch} by a random one. Leave "
+                "it out, for a teacher keeps its own classes, or set it to 0 for features without logits."
             )
         args: dict[str, Any] = {"arch": arch, "img_size": img_size, "model_args": model_args}
+        args |= {} if num_classes is None else {"num_classes": num_classes}
+        args |= {"in_chans": in_chans} if in_chans else {}
         model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint, new_head=False)
         if fast_attention:
             use_fast_talking_heads(model)
-        super().__init__(model)
+        if getattr(model, "in_chans", 3) != len(image_format_of(model).mean) and not (mean and std):
+            raise ValueError(
+                f"TimmTeacher: mean and std of {arch} are those of colour images, and its images are grey. Give mean "
+                "and std, a number each, that it was trained with."
+            )
+        super().__init__(model, stated_format(model, img_size, mean, std))
         self.init_args = args
         if checkpoint is None and (names := _class_names(arch, model, pretrained)):
             self.spec["class_names"] = names
@@ -88,10 +107,15 @@ class FrozenTeacher:
         self.image_format = image_format or network.image_format
         self._device = torch.device("cpu")
         theirs, ours = network.image_format, self.image_format
+        if len(theirs.mean) < len(ours.mean):
+            raise ValueError(
+                f"The {label} takes grey images and the data gives colour ones. Take a teacher of three channels, or "
+                "grey data (mean and std of one number)."
+            )
         self.converts_size = theirs.size != ours.size
         self.converts_values = (theirs.mean, theirs.std) != (ours.mean, ours.std)
-        mean, std = torch.tensor(ours.mean).view(3, 1, 1), torch.tensor(ours.std).view(3, 1, 1)
-        own_mean, own_std = torch.tensor(theirs.mean).view(3, 1, 1), torch.tensor(theirs.std).view(3, 1, 1)
+        mean, std = torch.tensor(ours.mean).view(-1, 1, 1), torch.tensor(ours.std).view(-1, 1, 1)
+        own_mean, own_std = torch.tensor(theirs.mean).view(-1, 1, 1), torch.tensor(theirs.std).view(-1, 1, 1)
         self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
@@ -102,7 +126,7 @@ class FrozenTeacher:
         """Runs the teacher without gradient.
 
         Args:
-            image: ``[B, 3, H, W]`` in the `image_format` of the construction.
+            image: ``[B, C, H, W]`` in the `image_format` of the construction.
             layers: Layers whose output is wanted.
             logits: Whether logits are wanted; without them the teacher stops after the last layer needed.
         """
@@ -112,7 +136,7 @@ class FrozenTeacher:
         return output
 
     def convert(self, image: Tensor) -> Tensor:
-        """Returns images ``[B, 3, H, W]`` in the teacher's own size, normalisation and precision."""
+        """Returns images ``[B, C, H, W]`` in the teacher's own size, values, channels and precision."""
         weight = next(self.network.parameters())
         image = image.to(weight.dtype)
         if self.converts_values:

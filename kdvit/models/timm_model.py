@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
-import sys
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_state_dict
 from torch import nn
 
 from kdvit.errors import nearest
+from kdvit.models.loading import load_checkpoint, load_weights
 
 WEIGHTS = "model.safetensors"
 """The weights in an exported folder."""
-OF_A_RUN = "student.model."
-"""What stands before a student's keys in a checkpoint of `kdvit fit`."""
 
 
 def create_timm_model(
@@ -25,21 +21,25 @@ def create_timm_model(
     num_classes: int | None = None,
     pretrained: bool = False,
     checkpoint: str | None = None,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
     drop_path_rate: float = 0.0,
     model_args: dict[str, Any] | None = None,
+    in_chans: int | None = None,
     new_head: bool = True,
 ) -> nn.Module:
     """Builds a timm model.
 
     Args:
         arch: timm's model name, or ``local-dir:FOLDER`` for an exported folder.
-        num_classes: Number of classes; None leaves the architecture's own head.
+        num_classes: Number of classes, 0 for a network without a head; None leaves the architecture's own.
         pretrained: Load timm's published weights.
-        checkpoint: Load weights from a local file instead, of timm or `kdvit fit`, or from an exported folder.
-        img_size: Input size in pixels; None leaves the architecture's own.
+        checkpoint: Load weights from a local file instead (see `kdvit.models.layouts`), or from a folder's
+            model.safetensors.
+        img_size: Input size in pixels, a number or height and width; None leaves the architecture's own. A network
+            that takes images of any size is not told.
         drop_path_rate: Stochastic depth.
         model_args: More arguments of the model.
+        in_chans: Channels of the images, 1 for grey ones; None leaves the architecture's own.
         new_head: Whether a checkpoint of other classes may leave the model with an untrained head.
 
     Raises:
@@ -56,10 +56,12 @@ def create_timm_model(
         checkpoint = str(Path(checkpoint) / WEIGHTS)
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"{arch}: there is no checkpoint file {str(Path(checkpoint).absolute())!r}.")
-    given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate or None}
+    size = img_size if isinstance(img_size, int | None) else tuple(img_size)
+    given = {"num_classes": num_classes, "img_size": size, "drop_path_rate": drop_path_rate or None}
+    given["in_chans"] = in_chans
     args = {**{name: value for name, value in given.items() if value is not None}, **(model_args or {})}
     try:
-        model: nn.Module = timm.create_model(arch, pretrained=pretrained, **args)
+        model = _create(arch, pretrained, args)
     except TypeError as error:
         raise ValueError(f"{arch} does not take these arguments: {args}. timm says: {error}") from error
     except (AssertionError, RuntimeError, ZeroDivisionError, OverflowError, MemoryError) as error:
@@ -70,7 +72,27 @@ def create_timm_model(
             "there is internet and pass the file as `checkpoint`, or set HF_HUB_CACHE to a folder that has them."
         ) from error
     if checkpoint:
-        _load(model, arch, checkpoint, new_head)
+        try:
+            load_checkpoint(model, arch, Path(checkpoint), new_head)
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"The checkpoint {checkpoint!r} does not fit {arch}: {error}") from error
+    return model
+
+
+def _create(arch: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """Builds a model; where timm does not resize published weights on loading, resizes them behind it."""
+    try:
+        model: nn.Module = timm.create_model(arch, pretrained=pretrained, **args)
+    except TypeError as error:
+        if "img_size" not in args or "'img_size'" not in str(error):
+            raise
+        return _create(arch, pretrained, {name: value for name, value in args.items() if name != "img_size"})
+    except RuntimeError as error:
+        if not pretrained or "img_size" not in args or "size mismatch" not in str(error):
+            raise
+        model = timm.create_model(arch, **args)
+        native = _create(arch, True, {name: value for name, value in args.items() if name != "img_size"})
+        load_weights(model, arch, native.state_dict(), new_head=False)
     return model
 
 
@@ -84,21 +106,3 @@ def _check_arch(arch: str) -> None:
             )
     elif not source and not timm.is_model(arch.split(".")[0]):
         raise ValueError(f"timm has no model {arch!r}.{nearest(arch, timm.list_models())} timm.list_models() has all.")
-
-
-def _load(model: nn.Module, arch: str, checkpoint: str, new_head: bool) -> None:
-    """Loads weights of the same architecture; position embeddings are resized."""
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
-        weights = load_state_dict(checkpoint, use_ema=False)
-        if trained := {key.removeprefix(OF_A_RUN): value for key, value in weights.items() if key.startswith(OF_A_RUN)}:
-            weights = trained
-        weights = filter_fn(weights, model) if filter_fn else weights
-        own = model.state_dict()
-        found = [key for key in own if key.startswith("head") and key in weights]
-        heads = [key for key in found if len(weights[key]) != len(own[key])]
-        if heads and new_head:
-            warnings.warn(f"{checkpoint!r} is of other classes: {', '.join(heads)} are left out.", stacklevel=2)
-        model.load_state_dict({**weights, **({key: own[key] for key in heads} if new_head else {})})
-    except (RuntimeError, ValueError, KeyError, AttributeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The checkpoint {checkpoint!r} does not fit {arch}: {error}") from error

@@ -20,6 +20,7 @@ from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.network import network_name
 from kdvit.structures import ImageFormat, Layer
 from kdvit.tables import text_table
 from kdvit.training.module import DistillationModule
@@ -66,9 +67,8 @@ def describe(
 
 
 def _network(network: Network) -> str:
-    arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
     return (
-        f"{type(network).__name__} {arch}: {parameter_count(network):,} parameters, "
+        f"{network_name(network)}: {parameter_count(network):,} parameters, "
         f"{forward_flops(network) / 1e9:.3g} GFLOP an image, {network.depth} layers"
     )
 
