@@ -118,10 +118,10 @@ def resized_positions(positions: Tensor, shape: Sequence[int], model: nn.Module)
     tokens: Tensor
     if positions.ndim == 4:
         same = [axis for axis in (1, 3) if positions.shape[axis] == shape[axis]]
-        if not same:
-            return None
-        channels = max(same, key=lambda axis: shape[axis])
+        channels = max(same, key=lambda axis: shape[axis], default=3)
         moved, size = positions.movedim(channels, 3), [n for axis, n in enumerate(shape) if axis not in (0, channels)]
+        if not same or moved.shape[1] != moved.shape[2]:  # such as NesT's blocks and their tokens
+            return None
         tokens = resample_abs_pos_embed(moved.flatten(1, 2), size, list(moved.shape[1:3]), num_prefix_tokens=0)
         return tokens.unflatten(1, size).movedim(3, channels)
     for prefix in (0, 1, getattr(model, "num_prefix_tokens", 1)):
