@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,11 @@ from torch.nn import functional as F
 from kdvit import DistillationModule, load_student
 from kdvit.callbacks import StudentEMA, StudentExport, TeacherScores
 from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
-from kdvit.models import TimmStudent
+from kdvit.models import Network, TimmStudent
 from kdvit.runtime.length import RunEnd
 from kdvit.structures import Batch, ImageFormat, ViTOutput
-from kdvit.training.optim import OptimizerOptions, global_batch, parameter_groups, run_length
-from kdvit.training.schedule import ScheduleOptions
+from kdvit.training.optim import OptimizerOptions, global_batch, highest_rate, parameter_groups, run_length
+from kdvit.training.schedule import RunLength, ScheduleOptions
 from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, teacher, trainer
 
 FAST = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}
@@ -197,6 +198,32 @@ def test_biases_norms_and_exempt_names_are_not_decayed() -> None:
     plain, decayed = parameter_groups([network], 0.05, decay_embeddings=True)
     assert all(parameter.ndim <= 1 for parameter in plain["params"])
     assert {"model.pos_embed", "model.cls_token"} < {names[id(parameter)] for parameter in decayed["params"]}
+
+
+@pytest.mark.parametrize(("remedy", "depth"), [(None, 3), ("wide_last", 3)])
+def test_layers_learn_by_rates_that_fall_from_the_head_down(remedy: str | None, depth: int) -> None:
+    network = student(remedy)
+    options = OptimizerOptions(
+        lr=1.0, lr_base_batch=None, args={"layer_decay": 0.5, "layer_decay_min_scale": 0.1, "filter_bias_and_bn": False}
+    )
+    distiller = torch.nn.Linear(2, 2)
+    groups = parameter_groups([network, distiller], 0.05, **options.grouping)
+    optimizer = options.build(groups, global_batch=1)
+    ScheduleOptions(warmup_epochs=0, name="constant").build(optimizer, RunLength(2)).set(1, 0)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in network.named_parameters()}
+    for name, rate in found.items():  # BEiT: layer i of n learns by decay ** (n + 1 - i), the embedding is layer 0
+        block = re.match(r"model.blocks.(\d+)", name)
+        outside = {"model.head": 0, "model.norm": 1}  # timm counts the norm to the last block
+        above = depth - int(block[1]) if block else outside.get(name.rpartition(".")[0], depth + 1)
+        assert rate == pytest.approx(max(0.5**above, 0.1)), name
+    assert [rates[id(parameter)] for parameter in distiller.parameters()] == [1.0, 1.0]
+    assert highest_rate(optimizer) == 1.0
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    undecayed = {name for name, parameter in network.named_parameters() if decays[id(parameter)] == 0}
+    assert undecayed == {"model.pos_embed", "model.cls_token"}
+    with pytest.raises(ValueError, match="layer_decay has no effect on a Network, whose layers timm does not know"):
+        parameter_groups([Network(1, FORMAT)], 0.05, layer_decay=0.5)
 
 
 def test_raw_and_averaged_scores_differ_by_the_known_average(tmp_path) -> None:

@@ -123,7 +123,7 @@ def resized_positions(positions: Tensor, shape: Sequence[int], model: nn.Module)
         if not same or moved.shape[1] != moved.shape[2]:  # such as NesT's blocks and their tokens
             return None
         tokens = resample_abs_pos_embed(moved.flatten(1, 2), size, list(moved.shape[1:3]), num_prefix_tokens=0)
-        return tokens.unflatten(1, size).movedim(3, channels)
+        return tokens.reshape(1, *size, -1).movedim(3, channels)
     for prefix in (0, 1, getattr(model, "num_prefix_tokens", 1)):
         old, new = (_grid(count - prefix, model) for count in (positions.shape[1], shape[1]))
         if old and new and positions.shape[2] == shape[2]:

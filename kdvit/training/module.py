@@ -21,7 +21,7 @@ from kdvit.training.calibration import calibrate
 from kdvit.training.logs import log_objectives, log_scores, log_step
 from kdvit.training.metrics import classification_scores
 from kdvit.training.objectives import Objectives
-from kdvit.training.optim import OptimizerOptions, gradient_norm, optimizer_and_schedule
+from kdvit.training.optim import OptimizerOptions, gradient_norm, highest_rate, optimizer_and_schedule
 from kdvit.training.schedule import ScheduleOptions
 from kdvit.training.sharding import split
 
@@ -178,7 +178,7 @@ class DistillationModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the learning rate and the gradient norm before clipping."""
         if self._is_logged_step():
-            self.log_dict({"train/grad_norm": gradient_norm(self), "train/lr": optimizer.param_groups[0]["lr"]})
+            self.log_dict({"train/grad_norm": gradient_norm(self), "train/lr": highest_rate(optimizer)})
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""

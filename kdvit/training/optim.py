@@ -10,17 +10,38 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 
 from kdvit.errors import nearest
+from kdvit.models import Network
 from kdvit.runtime.length import RunEnd
 from kdvit.training.schedule import RunLength, ScheduleOptions, limited, planned_length
 
 FUSED = ("adam", "adamw")  # optimizers of torch's with one kernel for a whole step
 FUSED_DEVICES = ("cpu", "cuda")
+GROUPING = {
+    "filter_bias_and_bn": "weight_decay_exclude_1d",
+    "fallback_list": "fallback_list",
+    "fallback_no_weight_decay": "fallback_no_weight_decay",
+    "layer_decay": "layer_decay",
+    "layer_decay_min_scale": "min_scale",
+}
+"""Options of timm's optimizers that say how parameters are grouped, with the names that its grouping takes them by."""
+OF_LAYERS = ("layer_decay", "min_scale")
+NO_OPTION = {
+    "param_group_fn": "kdvit groups the parameters",
+    "layer_decay_no_opt_scale": "layer_decay_min_scale is the least that a layer learns by",
+}
+"""Options of timm's optimizers that have no place here, and why."""
 
 
 @dataclass
@@ -36,7 +57,12 @@ class OptimizerOptions:
             the authors' Lift, WideLast and uniform-wide runs (arXiv:2511.15572) do, for their wrappers hide the names.
             The default is better founded: timm and DeiT exempt these parameters on purpose, as they do biases.
         args: More arguments of the optimizer, such as `betas`. `fused` and `foreach` choose torch's implementation; by
-            default it is the fused one where there is one.
+            default it is the fused one where there is one. ``layer_decay: 0.75`` gives each layer of a timm student the
+            learning rate of the next times 0.75, down from the head (BEiT, arXiv:2106.08254), `layer_decay_min_scale`
+            at least; ``filter_bias_and_bn: false`` decays biases and norms, too.
+
+    Raises:
+        ValueError: If timm has no such optimizer, or an argument is unknown or has no effect.
     """
 
     name: str = "adamw"
@@ -52,10 +78,26 @@ class OptimizerOptions:
             raise ValueError(f"optimizer.name: timm has no {self.name!r}.{hint} timm.optim.list_optimizers() has all.")
         if None in (self.lr, self.weight_decay):  # timm would take the optimizer's own
             raise ValueError(f"optimizer: lr and weight_decay must be numbers, got {self.lr} and {self.weight_decay}.")
+        if wrong := {name: NO_OPTION[name] for name in self.args if name in NO_OPTION} | self._without_effect():
+            raise ValueError(f"optimizer.args: {'; '.join(f'{name} has no effect: {wrong[name]}' for name in wrong)}.")
+        if not 0 < self.args.get("layer_decay", 1.0) <= 1:
+            raise ValueError(f"optimizer.args: layer_decay must be above 0, and 1 or less; got {self.args}.")
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)
         except TypeError as error:
             raise ValueError(f"optimizer.args: {self.name} does not take {self.args}: {error}") from error
+
+    def _without_effect(self) -> dict[str, str]:
+        """Returns the arguments that timm would drop for this optimizer without a word, each with the reason."""
+        info = get_optimizer_info(self.name)
+        taken = {"momentum": info.has_momentum, "eps": info.has_eps, "betas": info.has_betas}
+        taken |= dict.fromkeys(("fallback_list", "fallback_no_weight_decay"), "muon" in self.name)
+        return {name: f"{self.name} has none" for name in self.args if not taken.get(name, True)}
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """What `args` say of the groups, for `parameter_groups`."""
+        return {GROUPING[name]: value for name, value in self.args.items() if name in GROUPING}
 
     def scaled_lr(self, global_batch: int) -> float:
         """Returns the learning rate for a global batch: images a step over all processes and accumulated batches."""
@@ -70,7 +112,8 @@ class OptimizerOptions:
             fused: Whether a fused kernel may be used, if `args` do not say.
         """
         parameters: Any = groups
-        args, lr = self.args, self.scaled_lr(global_batch)
+        args = {name: value for name, value in self.args.items() if name not in GROUPING}
+        lr = self.scaled_lr(global_batch)
         if fused and self.name in FUSED and not {"fused", "foreach"} & set(args):
             args = {**args, "fused": True}
         return create_optimizer_v2(parameters, opt=self.name, lr=lr, weight_decay=self.weight_decay, **args)
@@ -81,7 +124,7 @@ def optimizer_and_schedule(
 ) -> Any:
     """Builds what `LightningModule.configure_optimizers` returns, over the parameters of student and distillers."""
     images = 1 if optimizer.lr_base_batch is None else global_batch(trainer)
-    groups = parameter_groups(modules, optimizer.weight_decay, optimizer.decay_embeddings)
+    groups = parameter_groups(modules, optimizer.weight_decay, optimizer.decay_embeddings, **optimizer.grouping)
     built = optimizer.build(groups, images, may_fuse(trainer))
     rate = schedule.build(built, run_length(trainer, schedule.interval == "step"))
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": schedule.interval}}
@@ -153,26 +196,54 @@ def may_fuse(trainer: pl.Trainer) -> bool:
 
 
 def parameter_groups(
-    modules: Iterable[nn.Module], weight_decay: float, decay_embeddings: bool = False
+    modules: Iterable[nn.Module], weight_decay: float, decay_embeddings: bool = False, **grouping: Any
 ) -> list[dict[str, Any]]:
-    """Splits trainable parameters into timm's two groups, without and with weight decay.
+    """Splits trainable parameters into timm's groups, without and with weight decay.
 
-    Biases and norms are not decayed, nor is what a module's own `no_weight_decay()` names.
+    Biases and norms are not decayed, nor is what a module's own `no_weight_decay()` names. With `layer_decay` the
+    student has two groups a layer, whose `lr_scale` timm's schedules apply.
 
     Args:
         modules: The student and the distillers.
         weight_decay: Weight decay of the second group.
         decay_embeddings: Whether what `no_weight_decay()` names is decayed after all.
+        grouping: More arguments of timm's `param_groups_layer_decay`, or `param_groups_weight_decay` without layers.
+
+    Raises:
+        ValueError: If `layer_decay` is given, and the student's layers are not known.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+    flat = {name: value for name, value in grouping.items() if name not in OF_LAYERS}
     for module in modules:
         exempt: Any = () if decay_embeddings else getattr(module, "no_weight_decay", set)()
-        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt):
-            groups.setdefault(group["weight_decay"], []).extend(group["params"])
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        if isinstance(module, Network) and "layer_decay" in grouping:
+            model, exempt = _layered(module), {name.removeprefix("model.") for name in exempt}
+            found: Any = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, **grouping)
+        else:
+            found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt, **flat)
+        for group in found:
+            parameters = group.pop("params")
+            groups.setdefault(tuple(sorted(group.items())), []).extend(parameters)
+    return [{"params": parameters, **dict(options)} for options, parameters in groups.items()]
+
+
+def _layered(student: Network) -> nn.Module:
+    """Returns the timm model inside a student, whose layers timm knows."""
+    model = getattr(student, "model", None)
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(
+            f"optimizer.args: layer_decay has no effect on a {type(student).__name__}, whose layers timm does not "
+            "know. Leave it out."
+        )
+    return model  # type: ignore[return-value]
 
 
 def gradient_norm(module: nn.Module) -> Tensor:
     """Returns the norm of all gradients of a module; of a split one's, over all processes, which call it together."""
     norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Returns the learning rate of the group that learns fastest: the run's, where layers have a share of it."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
