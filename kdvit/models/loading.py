@@ -163,7 +163,7 @@ def _require_biases(arch: str, weights: Mapping[str, Tensor], own: Iterable[str]
     dropped = "storage_tokens" in weights and not any(name.endswith(".q_bias") for name in own)
     if dropped and any(bool(each.any()) for each in biases):
         raise ValueError(
-            f"it has biases of queries and values, and {arch} has none. Take the architecture {arch}_qkvb."
+            f"it has biases of queries and values, and {arch} has none. Take {arch}_qkvb."
         )
 
 
