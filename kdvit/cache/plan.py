@@ -47,6 +47,10 @@ def plan(
     if store in ("features", "both") and not maps:
         raise CacheError(f"--store {store}: no distiller of this config wants a feature map of the teacher.")
     layers = tuple(each.layer for each in maps)
+    if logits and teacher.output_shapes().classes is None:
+        raise CacheError(
+            f"--store {store}: the teacher has no head (num_classes: 0), and so no logits. Store features."
+        )
     shapes = teacher.output_shapes(layers, logits)
     if topk is not None and not (shapes.classes and 0 < topk < shapes.classes):
         raise CacheError(f"--topk must be between 1 and the stored classes less one ({shapes.classes}), got {topk}.")

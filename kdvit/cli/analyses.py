@@ -150,7 +150,7 @@ def _config_of_pair(
     base = yaml.safe_load(Path(find_config("lift.yaml")).read_text())
     for part, option in (("optimizer", "decay_embeddings"), ("schedule", "lag_epochs")):
         del base["model"][part][option]  # the authors' own, and not for other pairs
-    same = classes == _classes(networks[TEACHER])
+    same = classes is not None and classes == _classes(networks[TEACHER])
     model = {
         **base["model"],
         "student": {"class_path": _class_path(student), "init_args": {**args, "num_classes": classes}},

@@ -162,9 +162,7 @@ def _require_biases(arch: str, weights: Mapping[str, Tensor], own: Iterable[str]
     biases = [value for name, value in weights.items() if name.endswith(".attn.qkv.bias")]
     dropped = "storage_tokens" in weights and not any(name.endswith(".q_bias") for name in own)
     if dropped and any(bool(each.any()) for each in biases):
-        raise ValueError(
-            f"it has biases of queries and values, and {arch} has none. Take {arch}_qkvb."
-        )
+        raise ValueError(f"it has biases of queries and values, and {arch} has none. Take {arch}_qkvb.")
 
 
 def _of_another_network(arch: str, wrong: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

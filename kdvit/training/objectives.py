@@ -12,6 +12,7 @@ from kdvit.distillers import Distiller, Weight, WeightSchedule
 from kdvit.errors import UserError
 from kdvit.models import FrozenTeacher, Network
 from kdvit.structures import Batch, Layer, OutputShapes, TeacherMap, ViTOutput
+from kdvit.training.heads import leave_unreached, require_logits
 
 
 @dataclass
@@ -83,11 +84,16 @@ class Objectives(nn.ModuleDict):
                 )
         for name, distiller in self.items():
             self._build(name, distiller, student, teachers[self.teacher_of[name]])
+        if not supervised:
+            logits = any(distiller.needs_teacher_logits for distiller in self.values())
+            self.conversions += leave_unreached(student, self.student_layers, logits)
 
     def _build(self, name: str, distiller: Distiller, student: Network, teacher: FrozenTeacher) -> None:
         try:
             ours = student.output_shapes(distiller.student_layers)
             theirs = teacher.output_shapes(distiller.teacher_layers, distiller.needs_teacher_logits)
+            if distiller.needs_teacher_logits:
+                require_logits({"student": ours, "teacher": theirs})
             distiller.build(_named(ours, self._class_names), _named(theirs, teacher.network.class_names))
         except ValueError as error:
             raise ValueError(f"distillers.{name}: {error}") from error
