@@ -58,7 +58,7 @@ def remedy_costs(student: Network, width: int) -> list[Cost]:
             except (ValueError, TypeError):  # heads that do not divide the width, another family, or no TimmStudent
                 continue
             costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
-            if isinstance(remedied, LiftViT):
+            if isinstance(remedied, LiftViT) and remedied.folds:
                 folded = remedied.folded()
                 costs.append(Cost(name, width, parameter_count(folded), forward_flops(folded), folded=True))
             break

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdvit.models.families import check_family
 from kdvit.models.fold import fold_lift
 from kdvit.models.network import TimmStudent
+from kdvit.models.one_token import has_head
 
 
 class LiftViT(TimmStudent):
@@ -78,6 +79,11 @@ class LiftViT(TimmStudent):
         folded = copy.deepcopy(self)
         folded._fold()
         return folded
+
+    @property
+    def folds(self) -> bool:
+        """Whether there is a lift to fold, and a head to fold it into."""
+        return bool(self.named_layers()) and has_head(self.model)
 
     def _fold(self) -> None:
         fold_lift(self.model)

@@ -108,5 +108,5 @@ def _and_folded(networks: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
     for name, network in networks:
         yield name, network
-        if isinstance(network, LiftViT) and "lift" in network.named_layers():
+        if isinstance(network, LiftViT) and network.folds:
             yield f"{name}, folded", network.folded()

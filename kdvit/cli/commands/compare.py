@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
         told = student.spec.get("run", {})
         if "seconds" not in told:
             notes.append("no seconds, as its student was not written by the training itself.")
-        if isinstance(student, LiftViT) and "lift" in student.named_layers():
+        if isinstance(student, LiftViT) and student.folds:
             folded = student.folded()
             cost = f"has {parameter_count(folded):,} parameters and takes {latency_ms(folded):.2f} ms"
             notes.append(f"once folded (kdvit export --fold) it {cost}.")
