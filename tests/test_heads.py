@@ -107,7 +107,7 @@ def test_a_student_without_a_head_goes_the_whole_way_by_its_distillers_alone(cap
     assert "no parameters" not in told
     main(["analyze", *named, "--images", "100", "--num_workers", "0", "--out", "analysis"])
     main(["test", *named, *SHORT])
-    assert "predicts no classes" in refused(["predict", *named, *SHORT], capsys)
+    assert "it predicts no class" in refused(["predict", *named, *SHORT], capsys)
 
 
 @pytest.mark.usefixtures("_teacher")
@@ -118,7 +118,7 @@ def test_what_needs_logits_says_so_where_there_are_none(capsys) -> None:
     feature = {"feature": {"class_path": "FeatureDistiller", "init_args": {"projector": "linear"}}}
     headless = config("TimmStudent", feature, 1.0, num_classes=0)
     message = refused(["fit", *headless, *SHORT], capsys)
-    assert "The student has no head (num_classes: 0), and task_weight is 1. Set task_weight to 0" in message
+    assert "The student has no head, and model.task_weight is 1. Set it to 0: the distillers alone train." in message
     headless = config("TimmStudent", feature, 0.0, num_classes=0)
     message = refused(["cache", *headless, *QUIET, "--out", "cached", "--store", "both"], capsys)
     assert "--store both: the teacher has no head (num_classes: 0), and so no logits. Store features." in message

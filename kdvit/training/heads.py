@@ -27,7 +27,7 @@ def leave_unreached(student: Network, layers: Sequence[Layer], logits: bool) -> 
         output = student(student.blank_image(), layers, logits)
         read = [each.sum() for each in (*output.features, output.logits) if each is not None]
         named = {name: each for name, each in student.named_parameters() if each.requires_grad}
-        found = torch.autograd.grad(sum(read), list(named.values()), allow_unused=True) if read else ()
+        found = torch.autograd.grad(sum(read), list(named.values()), allow_unused=True) if read and named else ()
     idle = [name for name, gradient in zip(named, found, strict=False) if gradient is None]
     for name in idle:
         named[name].requires_grad_(False)
