@@ -24,7 +24,8 @@ class TeacherScores(pl.Callback):
     """Scores each teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
 
     A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does
-    not repeat it; a teacher with other classes than the data is not scored, and none is without labels.
+    not repeat it; a teacher with other classes than the data or without a head is not scored, and none is without
+    labels.
 
     Args:
         images: Number of validation images, evenly spaced over the data set; null for all. The accuracy on 2,000 has a
@@ -43,7 +44,10 @@ class TeacherScores(pl.Callback):
 
     def _score(self, trainer: pl.Trainer, pl_module: Any, teacher: FrozenTeacher) -> None:
         other = first_difference(pl_module.class_names, teacher.network.class_names)
-        if teacher.output_shapes().classes != pl_module.num_classes or other:
+        classes = teacher.output_shapes().classes
+        if classes is None:
+            return
+        if classes != pl_module.num_classes or other:
             rank_zero_info(f"The {teacher.label} has other classes than the data, so its accuracy is not measured.")
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)

@@ -95,7 +95,10 @@ def head_names(model: nn.Module) -> set[str]:
     """Returns the names of the modules that a timm model classifies by, whether they are there or not."""
     timm_model: Any = model
     named = getattr(timm_model, "pretrained_cfg", {}).get("classifier") or ()
-    found = timm_model.get_classifier() if hasattr(timm_model, "get_classifier") else ()
+    try:
+        found = timm_model.get_classifier()
+    except AttributeError:  # of a network that never has one, or looks for it inside a head that is gone
+        found = ()
     heads = found if isinstance(found, (tuple, list)) else (found,)
     own = {name for name, module in model.named_modules() if any(module is each for each in heads)}
     return {*([named] if isinstance(named, str) else named), *own} - {""}

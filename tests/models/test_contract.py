@@ -22,6 +22,8 @@ OURS: dict[str, Callable[[], Network]] = {
     "teacher": teacher,
     "two_heads": lambda: student(arch="deit_tiny_distilled_patch16_224"),
     "wide_two_heads": lambda: student("wide_last", arch="deit_tiny_distilled_patch16_224"),
+    "no_head": lambda: student("lift", num_classes=0),
+    "grey": lambda: student(in_chans=1, img_size=(16, 8)),
     "cnn": lambda: TimmTeacher("resnet10t", pretrained=False, model_args={"num_classes": 3}),
 }
 
