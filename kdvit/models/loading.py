@@ -34,8 +34,7 @@ def load_checkpoint(model: nn.Module, arch: str, path: Path, new_head: bool) -> 
         ValueError: If it is damaged, or the weights are of another network.
     """
     weights = read_weights(path)
-    own = {*model.state_dict(), *map(_suffix, head_names(model))}
-    prefix, inner = under_prefix(from_hugging_face(weights), own)
+    prefix, inner = under_prefix(from_hugging_face(weights), model.state_dict())
     outer = [name for name in weights if prefix and not name.startswith(prefix)]
     said = load_weights(model, arch, inner, new_head, outer)
     if not any(int(os.environ.get(name) or 0) for name in RANKS):
@@ -72,7 +71,7 @@ def load_weights(
     fits = {name: value for name, value in given.items() if value.shape == own[name].shape}
     new = [name for name in own if name not in fits]
     heads = head_names(model)
-    apart = (*map(_suffix, heads), "fc_norm.")
+    apart = (*(f"{name}." for name in heads), "fc_norm.")
     if wrong := [name for name in new if not name.startswith(apart)]:
         raise ValueError(_of_another_network(arch, wrong, given, own))
     parts = {name.partition(".")[0] for name in own}
@@ -178,10 +177,6 @@ def _of_another_network(arch: str, wrong: Sequence[str], given: Mapping[str, Ten
         "Is it of another architecture? If only the input size differs, this network cannot be resized: take the size "
         "of its weights (leave img_size out)."
     )
-
-
-def _suffix(name: str) -> str:
-    return f"{name}."
 
 
 def _some(names: Sequence[str]) -> str:
