@@ -283,17 +283,14 @@ def test_every_network_of_timms_takes_another_head_no_head_and_another_size_or_s
             source = TimmNetwork(timm.create_model(name, num_classes=7))
             held = source.model.state_dict()
             TimmStudent(name, num_classes=5, **from_file)
-            TimmTeacher(name, num_classes=0, **from_file)
-            headless = TimmStudent(name, num_classes=0).eval()
-            assert headless(headless.blank_image()).logits is None, name
             size = tuple(2 * each for each in source.image_format.size)
             try:
-                larger = TimmTeacher(name, num_classes=7, img_size=size, **from_file)
-                larger.output_shapes((-1,))
+                larger = TimmTeacher(name, num_classes=0, img_size=size, **from_file)
+                classes = larger.output_shapes((-1,)).classes
             except ValueError as error:
                 if "meta tensors" not in str(error):  # Gemma 4's looks at values
                     refused[name] = str(error)
             else:
-                assert larger.image_format.size == size
+                assert (larger.image_format.size, classes) == (size, None)
     assert refused.keys() == REFUSED
     assert all(re.search("cannot be resized|does not take images of", each) for each in refused.values())
