@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Batch", "DistillationModule", "Distiller", "ViTOutput", "load_student"]
+__all__ = ["Batch", "DistillationModule", "Distiller", "ImageFormat", "ViTOutput", "load_student"]
 
 if TYPE_CHECKING:
     __version__: str
     from kdvit.distillers import Distiller
     from kdvit.models import load_student
-    from kdvit.structures import Batch, ViTOutput
+    from kdvit.structures import Batch, ImageFormat, ViTOutput
     from kdvit.training.module import DistillationModule
 
 _HOMES = {
     "Batch": "kdvit.structures",
     "DistillationModule": "kdvit.training",
     "Distiller": "kdvit.distillers",
+    "ImageFormat": "kdvit.structures",
     "ViTOutput": "kdvit.structures",
     "load_student": "kdvit.models",
 }

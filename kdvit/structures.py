@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -79,6 +80,58 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
     teacher: ViTOutput | None = None
     bad: tuple[str, ...] = ()
+
+
+ONE_CLASS = (
+    "kdvit trains classifiers of one class an image: several labels an image (multi-hot) and numbers to regress have "
+    "no loss here. Give the index of one class. (Images without labels: labels: false, or class_names of ().)"
+)
+
+
+class BatchError(TypeError):
+    """A batch that is none."""
+
+
+IMAGES, TARGETS = ("image", "img", "pixel_values"), ("target", "label", "labels")
+"""What others call image and target in a mapping."""
+
+
+def image_and_target(item: Any) -> tuple[Any, Any] | None:
+    """Returns the parts of a pair (what stands behind is left out), or of a mapping, whose target may lack.
+
+    Example:
+        >>> image_and_target({"image": 1, "label": 2}), image_and_target([1, 2, 3]), image_and_target(1)
+        ((1, 2), (1, 2), None)
+    """
+    if isinstance(item, Mapping):
+        image, target = (next((item[key] for key in keys if key in item), None) for keys in (IMAGES, TARGETS))
+        return None if image is None else (image, target)
+    return (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
+
+
+def as_batch(batch: Any) -> Batch:
+    """Returns a batch of any data module as a Batch, its target or index -1 where it has none.
+
+    Raises:
+        BatchError: If it is neither a Batch nor a pair or mapping of images and targets.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    image, target = image_and_target(batch) or (None, None)
+    if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 4):
+        parts = (
+            batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, list | tuple) else ()
+        )
+        told = ", ".join(
+            f"{key}: {getattr(each, 'dtype', type(each).__name__)} {list(getattr(each, 'shape', ()))}"
+            for key, each in parts
+        )
+        raise BatchError(
+            f"Expected a kdvit.Batch, a pair (image, target) or a mapping of these, with normalised float images "
+            f"[B, C, H, W]; got {type(batch).__name__} ({told})."
+        )
+    unknown = torch.full((len(image),), -1, device=image.device)
+    return Batch(image, unknown if target is None else torch.as_tensor(target, device=image.device), unknown)
 
 
 class OutputShapes(NamedTuple):

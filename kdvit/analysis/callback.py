@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
 from kdvit.analysis.plots import figures
@@ -17,7 +19,7 @@ from kdvit.analysis.run import chosen_layers
 from kdvit.analysis.tokens import as_tokens
 from kdvit.analysis.variants import LEVEL, p99
 from kdvit.models import Network
-from kdvit.structures import Layer
+from kdvit.structures import Layer, as_batch
 
 
 class GeometryMonitor(pl.Callback):
@@ -84,11 +86,13 @@ class GeometryMonitor(pl.Callback):
         """Reads this rank's share of the images."""
         loaders: Any = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, list) else loaders
-        size = len(loader.dataset)
-        ranks = trainer.world_size
+        dataset, ranks = loader.dataset, trainer.world_size
+        if isinstance(dataset, IterableDataset):
+            dataset = list(islice(dataset, max(self.images, ranks)))
+        size = len(dataset)
         numbers = np.unique(np.linspace(0, size - 1, max(self.images, ranks)).astype(int))
-        batch = loader.collate_fn([loader.dataset[int(i)] for i in numbers[trainer.global_rank :: ranks]])
-        self._share = batch.image
+        batch = loader.collate_fn([dataset[int(i)] for i in numbers[trainer.global_rank :: ranks]])
+        self._share = as_batch(batch).image
         self._order = torch.from_numpy(np.argsort(np.concatenate([numbers[rank::ranks] for rank in range(ranks)])))
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from kdvit.analysis.tokens import as_tokens
 from kdvit.models import FrozenTeacher, Network, as_network
 from kdvit.models.checkpoint import weights_sha256
 from kdvit.models.cost import forward_flops, parameter_count
-from kdvit.structures import Batch, ImageFormat, Layer
+from kdvit.structures import Batch, ImageFormat, Layer, as_batch
 
 FEW_IMAGES = 100
 
@@ -126,8 +126,14 @@ class AnalysisModule(pl.LightningModule):
             self.keep = self.trainer.strategy.reduce_boolean_decision(fits, all=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measures one batch: a `Batch`, a tensor of images, or a tuple that starts with one."""
-        image = batch if isinstance(batch, Tensor) else batch[0]
+        """Measures one batch: a `Batch`, a tensor of images, a tuple that starts with one, or a mapping with one."""
+        image = (
+            batch
+            if isinstance(batch, Tensor)
+            else batch[0]
+            if isinstance(batch, tuple | list)
+            else as_batch(batch).image
+        )
         counted = self.seen + torch.arange(len(image), device=self.device)
         numbers = batch.index if isinstance(batch, Batch) else counted * self.trainer.world_size + self.global_rank
         self.seen += len(image)

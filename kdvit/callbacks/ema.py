@@ -9,7 +9,7 @@ import torch
 from jsonargparse.typing import OpenUnitInterval
 from timm.utils import ModelEmaV3
 
-from kdvit.structures import Batch
+from kdvit.structures import Batch, as_batch
 from kdvit.training.logs import log_objectives, log_scores
 
 
@@ -69,6 +69,7 @@ class StudentEMA(pl.Callback):
         """Scores the average on one batch."""
         if self._average is None:
             return
+        batch = as_batch(batch)
         with trainer.precision_plugin.forward_context():
             if not pl_module.supervised:
                 log_objectives(pl_module, self._average.module, batch, outputs, "_ema")

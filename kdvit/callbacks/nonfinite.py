@@ -15,7 +15,7 @@ from torch import Tensor
 from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, listed, place, save
 from kdvit.errors import UserError
 from kdvit.runtime.processes import gather
-from kdvit.structures import Batch
+from kdvit.structures import Batch, as_batch
 from kdvit.training.optim import gradient_norm
 
 FREE_TO_READ = ("cpu",)  # on other devices a read waits for all that the device has been given to do
@@ -80,7 +80,7 @@ class NonFiniteGuard(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Keeps the batch until its numbers are known to be finite."""
-        self._current = batch_idx, batch
+        self._current = batch_idx, as_batch(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
         """Keeps the batch's terms."""

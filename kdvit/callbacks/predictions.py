@@ -38,6 +38,8 @@ class PredictionWriter(pl.Callback):
         names = pl_module.class_names or [str(i) for i in range(pl_module.num_classes)]
         path = getattr(trainer.datamodule, "path", str)  # type: ignore[attr-defined]
         for index, predicted, probability in zip(*(value.tolist() for value in outputs), strict=True):
+            if index < 0:  # a batch of others, which does not tell: the images are dealt out by turns
+                index = len(self._rows) * trainer.world_size + trainer.global_rank
             self._rows.append((index, path(index), names[predicted], probability))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from kdvit.distillers.classes import first_difference
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.processes import gather
-from kdvit.structures import Batch
+from kdvit.structures import Batch, as_batch
 from kdvit.training.metrics import classification_scores
 
 
@@ -52,7 +52,7 @@ class TeacherScores(pl.Callback):
             return
         scores = classification_scores(pl_module.num_classes).to(pl_module.device)
         scored = 0
-        for batch in self._batches(trainer):
+        for batch in map(as_batch, self._batches(trainer)):
             image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
                 logits = teacher(image).logits

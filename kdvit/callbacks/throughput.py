@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from kdvit.structures import as_batch
+
 
 class Throughput(pl.Callback):
     """Logs `train/images_per_second` over all ranks, measured between two logged steps, validation left out."""
@@ -20,7 +22,7 @@ class Throughput(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the batch, and logs the rate on logged steps."""
-        self._images += len(batch.image)
+        self._images += len(as_batch(batch).image)
         every = trainer.log_every_n_steps
         if every > 0 and trainer.global_step % every == 0:
             rate = self._images * trainer.world_size / (time.perf_counter() - self._since)

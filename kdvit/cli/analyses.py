@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import IterableDataset
 
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
 from kdvit.analysis.published import PUBLISHED
@@ -113,6 +115,9 @@ class Analysis:
         return report, {**config, "trainer": trainer, "model": advised_model(report.advice, config["model"])}
 
     def _run(self, networks: Mapping[str, Network], images: Images) -> Report:
+        if isinstance(images.dataset, IterableDataset):
+            first: Any = list(islice(images.dataset, self.images))
+            images = images._replace(dataset=first)
         numbers = choose(images, self.images, self.options.seed)
         trainer = process_trainer(self.processes)
         rank_zero_info(f"{len(numbers)} images of {images.name}; {', '.join(networks)}.")

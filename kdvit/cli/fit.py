@@ -24,6 +24,7 @@ from kdvit.cli.messages import unforeseen
 from kdvit.cli.resuming import Start, find_start, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed
 from kdvit.cli.trainer import Trainer
+from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO
@@ -38,6 +39,7 @@ from kdvit.runtime.processes import (
     require_all_tasks,
     require_whole_networks,
 )
+from kdvit.structures import ImageFormat
 from kdvit.training.module import DistillationModule
 from kdvit.training.sharding import ShardedStrategy, require_shardable
 
@@ -126,7 +128,7 @@ class KdvitCLI(LightningCLI):
             of_kdvit = {**defaults, "enable_version_counter": False}
             parser.set_defaults({f"{key}.{name}": value for name, value in of_kdvit.items()})
             parser.link_arguments("trainer.default_root_dir", f"{key}.dirpath", compute_fn=_checkpoint_folder)
-        parser.link_arguments("data", "model.image_format", compute_fn=_image_format, apply_on="instantiate")
+        parser.link_arguments("data", "model.image_format", compute_fn=format_of, apply_on="instantiate")
         parser.link_arguments("data", "model.class_names", compute_fn=_class_names, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -229,6 +231,9 @@ class KdvitCLI(LightningCLI):
     def before_check(self) -> None:
         """Shows what a fit will do, as it is planned and not as it is checked."""
         given = self.config_init["check"]
+        if not isinstance(self.datamodule, ImageDataModule):  # those of others have their data once they are set up
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
         workers = getattr(self.datamodule, "num_workers", 0)
         self.datamodule.num_workers = 0
         with unforeseen("The config cannot be described."):
@@ -272,8 +277,20 @@ def _checkpoint_folder(root: Any) -> str:
     return str(Path(root) / "checkpoints")
 
 
-def _image_format(data: Any) -> Any:
-    return getattr(data, "image_format", None)
+def format_of(data: Any) -> ImageFormat:
+    """Returns how a data module's images arrive.
+
+    Raises:
+        UserError: If it does not say.
+    """
+    found = getattr(data, "image_format", None)
+    if not isinstance(found, ImageFormat):
+        raise UserError(
+            f"data: {type(data).__name__} does not say how its images are normalised, by which a teacher converts them "
+            "and an exported student is told. Give it an attribute image_format = kdvit.ImageFormat((224, 224), mean, "
+            "std), with the numbers of its transform."
+        )
+    return found
 
 
 def _class_names(data: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kdvit.cli.fit import format_of
 from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
@@ -129,14 +130,14 @@ def images_of_config(experiment: Experiment, file: str) -> Images:
     data.prepare_data()
     data.setup("validate")
     loader = data.val_dataloader()
-    image_format = getattr(data, "image_format", None) or experiment.student.image_format
     names = getattr(data, "class_names", None)
-    return Images(loader.dataset, None, image_format, loader.collate_fn, name, spec, names and len(names))
+    return Images(loader.dataset, None, format_of(data), loader.collate_fn, name, spec, names and len(names))
 
 
 def _of_module(module: ImageDataModule, name: str, spec: dict[str, Any]) -> Images:
     dataset: Any = module.dataset("val")
-    targets = [int(target) for target in dataset.targets]
+    known = getattr(dataset, "targets", None)
+    targets = None if known is None else [int(target) for target in known]
     return Images(dataset, targets, module.image_format, collate, name, spec, module.num_classes or None)
 
 

@@ -76,7 +76,10 @@ class Trainer(pl.Trainer):
             samples: Number of its records to compare.
         """
         if not isinstance(datamodule, ImageDataModule):
-            raise UserError(f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}.")
+            raise UserError(
+                f"Only data modules of kdvit can be replayed, got {type(datamodule).__name__}. Give its data sets to "
+                "`Images`, which makes one of them."
+            )
         if (out is None) == (check is None):
             raise UserError("Give either --out, the folder to write, or --check, a folder to compare.")
         self.callbacks = [each for each in self.callbacks if isinstance(each, (BadImages, ProgressBar))]

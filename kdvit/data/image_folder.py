@@ -30,14 +30,10 @@ SUBSTITUTES = 10
 OnError = Literal["raise", "skip"]
 
 
-class ImageFolder(ImageDataModule):
-    """Images in folders, one a class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``, as of ImageNet.
+class ListedImages(ImageDataModule):
+    """Images that are read one by one, and augmented by timm's transform. Subclass it and list them in `samples`.
 
     Args:
-        root: The folder that holds train and val. (With val alone, a student can be evaluated.) A folder test beside
-            them, of the same classes, is for `kdvit test` and `predict`; without one they show the images of val.
-            Where there is no folder for val, `val_share` of the training images are set apart; without one for train
-            either, the root itself holds the classes.
         batch_size: Images a step and process.
         num_workers: Processes that load images, for each training process.
         auto_augment: timm's policy; null for none.
@@ -45,25 +41,24 @@ class ImageFolder(ImageDataModule):
         random_erasing: Probability of random erasing.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
-        train: Name of the folder in the root that has the training images; a dot for the root itself.
-        val: The same of the validation images.
-        test: The same of the test images.
-        val_share: Share of each class that is set apart where there is no folder for val: always the same images,
-            whatever the run's seed.
+        val_share: Share of each class that is set apart where there is no val: always the same images, whatever the
+            run's seed.
         split_seed: Of what is set apart.
-        labels: Whether folders are classes. Without labels, all images below a split's folder, and in it, are its.
+        labels: Whether the images have labels.
         on_error: What happens at a damaged training image: raise, or skip it, and train on another, which follows from
             seed, epoch and image, and is counted as `train/bad_images`. A damaged validation image always raises.
         kwargs: Those of ImageDataModule.
 
-    Raises:
-        FileNotFoundError: If a folder is missing or empty; the message names it and the layout.
-        ValueError: If train, val and test have different classes, or a folder belongs to two.
+    Attributes:
+        samples: What each split that there is shows; without test, the images of val are shown for it.
+        root: What the paths that `path` returns are relative to.
     """
+
+    samples: dict[str, Any]
+    root: Path
 
     def __init__(
         self,
-        root: str,
         batch_size: PositiveInt = 128,
         num_workers: NonNegativeInt = 8,
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
@@ -72,22 +67,14 @@ class ImageFolder(ImageDataModule):
         interpolation: str = "bicubic",
         crop_pct: float = 0.875,
         on_error: OnError = "raise",
-        train: str = "train",
-        val: str = "val",
-        test: str = "test",
         val_share: OpenUnitInterval = 0.1,
         split_seed: NonNegativeInt = 0,
         labels: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
-        self.root, self.on_error = Path(root).absolute(), on_error
-        folders = {"train": train, "val": val, "test": test}
-        self.samples = list_splits(self.root, folders, labels, val_share, split_seed)
-        self.class_names = self.samples["val"].class_names or ()
-        self.set_apart = "" if (self.root / val).is_dir() else f"val is {val_share:.0%} of train, by seed {split_seed}"
-        for split in self.samples:
-            self._require_same_classes(split)
+        self.on_error, self.is_labelled = on_error, labels
+        self.val_share, self.split_seed = val_share, split_seed
         self.image_format = self.image_format._replace(crop_pct=crop_pct, interpolation=interpolation)
         self.augmentation: dict[str, Any] = {
             "auto_augment": auto_augment,
@@ -103,6 +90,62 @@ class ImageFolder(ImageDataModule):
         more = {"interpolation": self.image_format.interpolation, "on_error": self.on_error}
         return {**super().fingerprint(), **self.augmentation, **more}
 
+    def source(self, split: Split) -> Split:
+        """Returns val for test where there are no images for it."""
+        return "val" if split == "test" and "test" not in self.samples else split
+
+    def labels(self, split: Split) -> Any:
+        """Returns those of a split; none if there is no such split, or nobody knows yet."""
+        return self.samples[split].targets if split in self.samples else None
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split; of val for test where there are none for it."""
+        if split == "train":
+            return self.read(split, self.train_transform, self.seed)
+        return self.plain_dataset(split)
+
+    def plain_dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split as an evaluation shows them."""
+        return self.read(self.source(split), self.eval_transform, None)
+
+    def read(self, split: Split, transform: Transform, seed: int | None) -> Dataset[Any]:
+        """Returns the images of a split under a transform whose draws follow from the seed."""
+        return FolderImages(self.samples[split], transform, seed, self.on_error, self.is_grey)
+
+    def path(self, index: int, split: Split = "test") -> str:
+        """Returns the path of an image, relative to the root."""
+        return os.path.relpath(self.samples[self.source(split)][index][0], self.root)
+
+
+class ImageFolder(ListedImages):
+    """Images in folders, one a class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``, as of ImageNet.
+
+    Args:
+        root: The folder that holds train and val. (With val alone, a student can be evaluated.) A folder test beside
+            them, of the same classes, is for `kdvit test` and `predict`; without one they show the images of val.
+            Where there is no folder for val, `val_share` of the training images are set apart; without one for train
+            either, the root itself holds the classes. Without labels, all images below a split's folder, and in it,
+            are its.
+        train: Name of the folder in the root that has the training images; a dot for the root itself.
+        val: The same of the validation images.
+        test: The same of the test images.
+        kwargs: Those of ListedImages.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or empty; the message names it and the layout.
+        ValueError: If train, val and test have different classes, or a folder belongs to two.
+    """
+
+    def __init__(self, root: str, train: str = "train", val: str = "val", test: str = "test", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root).absolute()
+        folders, of = {"train": train, "val": val, "test": test}, (self.val_share, self.split_seed)
+        self.samples = list_splits(self.root, folders, self.is_labelled, *of)
+        self.class_names = self.samples["val"].class_names or ()
+        self.set_apart = "" if (self.root / val).is_dir() else "val is {:.0%} of train, by seed {}".format(*of)
+        for split in self.samples:
+            self._require_same_classes(split)
+
     def _require_same_classes(self, split: str) -> None:
         ours, theirs = self.samples[split].class_names, self.samples["val"].class_names
         if ours != theirs:
@@ -110,14 +153,6 @@ class ImageFolder(ImageDataModule):
             named = "; ".join(f"only in {place}: {', '.join(names[:5])}" for place, names in only.items() if names)
             counts = f"({len(ours)} and {len(theirs)})"
             raise ValueError(f"{split} and val in {str(self.root)!r} have different classes {counts}; {named}.")
-
-    def source(self, split: Split) -> Split:
-        """Returns val for test where there is no test folder."""
-        return "val" if split == "test" and "test" not in self.samples else split
-
-    def labels(self, split: Split) -> Any:
-        """Returns those of a folder; none if there is no such folder."""
-        return self.samples[split].targets if split in self.samples else None
 
     def summary(self) -> str:
         """Says also which images are set apart to validate on."""
@@ -128,24 +163,14 @@ class ImageFolder(ImageDataModule):
         return told(self.samples[split].skipped)
 
     def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of a split; of val for test where there is no test folder.
+        """Returns the images of a split.
 
         Raises:
             UserError: If the root has no images to train on.
         """
-        if split != "train":
-            return self.plain_dataset(split)
-        if "train" not in self.samples:
+        if split == "train" and split not in self.samples:
             raise UserError(f"There is no folder {str(self.root / 'train')!r} to train on. {LAYOUT}")
-        return FolderImages(self.samples["train"], self.train_transform, self.seed, self.on_error, self.is_grey)
-
-    def plain_dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of a split as an evaluation shows them."""
-        return FolderImages(self.samples[self.source(split)], self.eval_transform, None, grey=self.is_grey)
-
-    def path(self, index: int, split: Split = "test") -> str:
-        """Returns the path of an image, relative to the root."""
-        return str(Path(self.samples[self.source(split)][index][0]).relative_to(self.root))
+        return super().dataset(split)
 
 
 class FolderImages(Dataset[Any]):
@@ -189,17 +214,21 @@ class FolderImages(Dataset[Any]):
         samples, bad = zip(*(self._sample(View.of(index)) for index in indices), strict=True)
         return collate(list(samples))._replace(bad=tuple(filter(None, bad)))
 
+    def read(self, number: int) -> tuple[Image.Image, int]:
+        """Returns an image and its class index."""
+        path, target = self.samples[number]
+        return read_image(path, self.grey), target
+
     def _sample(self, view: View) -> tuple[tuple[Tensor, int, int], str]:
         """Returns a sample, and what is wrong with the view's own image where another replaces it."""
-        image, number, bad = self._readable(view)
-        target = self.samples[number][1]
         with nullcontext() if self.seed is None else seeded(mixed_seed(self.seed, *view)):
+            (image, target), number, bad = self._readable(view)
             return (self.transform(image), target, number), bad
 
-    def _readable(self, view: View) -> tuple[Image.Image, int, str]:
+    def _readable(self, view: View) -> tuple[tuple[Image.Image, int], int, str]:
         """Reads the image of a view, or the one that replaces it, which follows from seed and view."""
         try:
-            return read_image(self.samples[view.image][0], self.grey), view.image, ""
+            return self.read(view.image), view.image, ""
         except DamagedImage as error:
             if self.seed is None:
                 raise
@@ -209,7 +238,7 @@ class FolderImages(Dataset[Any]):
         for attempt in range(1, SUBSTITUTES + 1):
             number = mixed_seed(self.seed, *view, attempt) % len(self)
             with suppress(DamagedImage):
-                return read_image(self.samples[number][0], self.grey), number, str(bad)
+                return self.read(number), number, str(bad)
         raise DamagedImage(f"{bad} (Of {SUBSTITUTES} others in its place, none can be read.)") from bad
 
     def fingerprint(self) -> dict[str, Any]:

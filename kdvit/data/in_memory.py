@@ -17,15 +17,18 @@ from kdvit.structures import Batch, ImageFormat, View
 
 
 class InMemoryImages(Dataset[Any]):
-    """Grey images, of one channel or repeated as three equal ones, as the format says.
+    """Colour images, or grey ones, of one channel or repeated as three equal ones, as the format says.
 
     Args:
-        images: ``[n, H, W]``, uint8.
+        images: ``[n, H, W]`` or ``[n, H, W, 3]``, uint8.
         targets: ``[n]``, int64.
         image_format: Size and normalisation to give; other sizes are reached by bilinear resizing, once.
         seed: Seed of the augmentation, together with the view; None for none.
         padding: Zero pixels around an image, of which a random crop is taken.
         hflip: Probability of a horizontal flip.
+
+    Raises:
+        ValueError: If images have more channels than the format.
     """
 
     def __init__(
@@ -37,7 +40,11 @@ class InMemoryImages(Dataset[Any]):
         padding: int = 0,
         hflip: float = 0.0,
     ) -> None:
-        pixels = images[:, None]
+        pixels = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        if pixels.shape[1] > len(image_format.mean):
+            raise ValueError(
+                f"The images have {pixels.shape[1]} channels, and mean and std {len(image_format.mean)} number(s)."
+            )
         if pixels.shape[2:] != image_format.size:
             pixels = F.interpolate(pixels, size=list(image_format.size), mode="bilinear", antialias=True)
         self.pixels, self.targets = pixels, targets
@@ -71,6 +78,6 @@ class InMemoryImages(Dataset[Any]):
         height, width = pixels.shape[2:]
         rows = shifts[:, 0, None] + torch.arange(height)
         columns = shifts[:, 1, None] + torch.where(flips[:, None], torch.arange(width).flip(0), torch.arange(width))
-        padded = F.pad(pixels, [self.padding] * 4)[:, 0]
+        padded = F.pad(pixels, [self.padding] * 4).movedim(1, 3)
         picked = padded[torch.arange(len(views))[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return picked[:, None]
+        return picked.movedim(3, 1)

@@ -47,13 +47,18 @@ def read_image(path: str, grey: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return _rgb(image).convert("L") if grey else _rgb(image)
+                return converted(image, grey)
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(
             f"Cannot read the image {path!r}: {_reason(path, error)}. "
             f"{'Repair or remove it.' if damaged else NOT_OF_THE_FILE}"
         ) from error
+
+
+def converted(image: Image.Image, grey: bool) -> Image.Image:
+    """Returns an image as RGB, or its luma (ITU-R 601) alone; see `read_image`."""
+    return _rgb(image).convert("L") if grey else _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from kdvit.analysis.tokens import as_tokens
 from kdvit.cache import CacheError
 from kdvit.distillers import Distiller
 from kdvit.models import FrozenTeacher
-from kdvit.structures import SharedBasis
+from kdvit.structures import SharedBasis, as_batch
 from kdvit.training.objectives import Objectives
 
 
@@ -94,7 +94,7 @@ def _measure(
     wanted = -(-distiller.calibration_images // trainer.world_size)
     images = 0
     for batch in _batches(trainer, data, wanted):
-        image = batch.image[: wanted - images].to(device)
+        image = as_batch(batch).image[: wanted - images].to(device)
         with trainer.precision_plugin.forward_context():
             features = teacher(image, distiller.teacher_layers, logits=False).features
         with torch.autocast(device.type, enabled=False):
@@ -118,4 +118,4 @@ def _batches(trainer: pl.Trainer, data: Any, images: int) -> Any:
     batches = -(-images // (getattr(loader, "batch_size", None) or 1))
     batches = min(batches, 1) if trainer.fast_dev_run else batches  # type: ignore[attr-defined]
     quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    return tqdm(islice(loader, batches), "Calibrating", total=min(batches, len(loader)), disable=quiet, leave=False)
+    return tqdm(islice(loader, batches), "Calibrating", total=batches, disable=quiet, leave=False)

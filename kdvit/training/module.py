@@ -16,7 +16,8 @@ from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attentio
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
-from kdvit.structures import Batch, ImageFormat, ViTOutput
+from kdvit.structures import Batch, ImageFormat, ViTOutput, as_batch
+from kdvit.training.batches import read_batch
 from kdvit.training.calibration import calibrate
 from kdvit.training.logs import log_objectives, log_scores, log_step
 from kdvit.training.metrics import classification_scores
@@ -76,14 +77,12 @@ class DistillationModule(pl.LightningModule):
         self.image_format = image_format or self.student.image_format
         names = class_names or None
         self.num_classes = fit_to_data(self.student, self.image_format, names)
-        self.supervised = bool(self.num_classes) and class_names != []
+        self.supervised, self._run_seed = bool(self.num_classes) and class_names != [], torch.initial_seed()
         self.teachers = freeze_teachers(teacher, teachers, self.image_format)
         self.distillers = Objectives(distillers or {}, self.student, self.teachers, names, self.supervised)
-        self.task_weight, self.label_smoothing = task_weight, label_smoothing
-        self.optimizer_options, self.schedule_options = optimizer, schedule
-        self.class_names, self.compiled = names, compile
+        self.task_weight, self.label_smoothing, self.compiled = task_weight, label_smoothing, compile
+        self.optimizer_options, self.schedule_options, self.class_names = optimizer, schedule, names
         self.scores = classification_scores(self.num_classes if self.supervised else 0)
-        self._run_seed = torch.initial_seed()
         self._spec = student_spec(self.student, self.image_format, names)  # a split student is of another class
 
     def setup(self, stage: str) -> None:
@@ -143,6 +142,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch, and keeps its terms, unweighted, as `last_terms`."""
+        batch = read_batch(batch, batch_idx, self.num_classes * self.supervised)
         teachers = self.distillers.ask(self.teachers, batch)
         student = self.student(batch.image, self.distillers.student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
@@ -155,6 +155,7 @@ class DistillationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Any:
         """Scores the student on one batch: as a classifier, or else by its objectives, and returns the teachers'."""
+        batch = read_batch(batch, batch_idx, self.num_classes * self.supervised)
         if not self.supervised:
             return log_objectives(self, self.student, batch)
         return self.scores.update(self(batch.image), batch.target)
@@ -168,8 +169,8 @@ class DistillationModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the index, the most probable class and its probability of each image, each ``[B]``."""
-        probability, predicted = self(batch.image).float().softmax(dim=1).max(dim=1)
-        return batch.index, predicted, probability
+        probability, predicted = self(as_batch(batch).image).float().softmax(dim=1).max(dim=1)
+        return as_batch(batch).index, predicted, probability
 
     def _is_logged_step(self) -> bool:  # a call of self.log costs as much as a small kernel
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -182,8 +183,8 @@ class DistillationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""
-        options = self.optimizer_options, self.schedule_options
-        return optimizer_and_schedule(self.trainer, (self.student, self.distillers), *options)
+        modules = self.student, self.distillers
+        return optimizer_and_schedule(self.trainer, modules, self.optimizer_options, self.schedule_options)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Moves the learning rate to the coming epoch or step."""

@@ -19,7 +19,7 @@ from timm.optim import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 
 from kdvit.errors import nearest
 from kdvit.models import Network
@@ -154,7 +154,10 @@ def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
             "The training loader has no length, so the steps of an epoch are not known. Set trainer.max_epochs and "
             "schedule.interval: epoch."
         ) from error
-    if not isinstance(loader.sampler, DistributedSampler):  # Lightning is yet to deal the images out to the processes
+    streamed = isinstance(loader.dataset, IterableDataset)
+    if not streamed and not isinstance(
+        loader.sampler, DistributedSampler
+    ):  # Lightning is yet to deal the images out to the processes
         batches = math.ceil(batches / trainer.world_size)
     batches = limited(batches, trainer.limit_train_batches)
     an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))

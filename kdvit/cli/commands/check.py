@@ -21,7 +21,7 @@ from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.models.network import network_name
-from kdvit.structures import ImageFormat, Layer
+from kdvit.structures import ImageFormat, Layer, as_batch
 from kdvit.tables import text_table
 from kdvit.training.module import DistillationModule
 
@@ -155,7 +155,7 @@ def _load(datamodule: Any) -> tuple[Tensor, float]:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         start = time.perf_counter()
-        image = next(iter(loader)).image[:LOADED_IMAGES]
+        image = as_batch(next(iter(loader))).image[:LOADED_IMAGES]
         return image, len(image) / (time.perf_counter() - start)
     numbers = np.linspace(0, len(dataset) - 1, LOADED_IMAGES).astype(int).tolist()
     load_all = getattr(dataset, "__getitems__", None) or (lambda each: [dataset[i] for i in each])
@@ -163,7 +163,7 @@ def _load(datamodule: Any) -> tuple[Tensor, float]:
     start = time.perf_counter()
     samples = load_all(numbers)
     rate = LOADED_IMAGES / (time.perf_counter() - start)
-    return loader.collate_fn(samples).image, rate
+    return as_batch(loader.collate_fn(samples)).image, rate
 
 
 def _loading(rate: float, workers: int, wanted: float | None) -> Rows:
