@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torchvision
 import yaml
 from PIL import Image
 
@@ -81,15 +84,42 @@ def tiny_networks(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+class CIFAR100(torchvision.datasets.FakeData):
+    """Stands for torchvision's, which is a download."""
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        super().__init__(size=8, image_size=(3, 32, 32), num_classes=2)
+        self.targets, self.classes = [0, 1] * 4, ["cat", "dog"]
+
+
+def write_other_forms() -> None:
+    """Writes the images of "photographs" as the page's tables, tar files and arrays."""
+    for split in ("train", "val"):
+        paths = sorted(path.relative_to("photographs") for path in Path("photographs", split).rglob("*.jpg"))
+        rows = [f"{path},{path.parent.name}" for path in paths]
+        Path(f"{split}.csv").write_text("\n".join(["path,label", *rows]))
+        with tarfile.open(f"photographs/{split}.tar", "w") as tar:
+            for path in paths:
+                tar.add(Path("photographs", path), arcname=str(Path(*path.parts[1:])))
+    np.savez("medmnist.npz", train_images=np.zeros((20, 28, 28), np.uint8), train_labels=np.arange(20) % 2)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_of_images_runs() -> None:
+def test_the_page_of_images_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", CIFAR100)
     page = (Path(kdvit.data.__file__).parent / "README.md").read_text()
     image_folder(Path("labelled"))
     image_folder(Path("photographs"))
+    write_other_forms()
     run = [*SHORT, "--trainer.accelerator", "cpu"]
     for kind, block in re.findall(r"```(yaml|bash|python)\n(.*?)```", page, re.DOTALL):
-        if kind == "yaml":
+        if kind == "yaml" and "model" not in yaml.safe_load(block):  # the data of any config
+            student = {"class_path": "TimmStudent", "init_args": {"arch": "resnet10t", "num_classes": 2}}
+            given = {**yaml.safe_load(block), "model": {"student": student}, "trainer": {"max_epochs": 1}}
+            Path("data.yaml").write_text(yaml.safe_dump(given))
+            main(["check", "--config", "data.yaml", "--data.init_args.batch_size", "2"])
+        elif kind == "yaml":
             Path(block.split()[1]).write_text(yaml.safe_dump(tiny_networks(yaml.safe_load(block))))
         elif kind == "python":
             exec(block, {"__name__": "images"})
