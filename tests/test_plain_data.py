@@ -100,11 +100,10 @@ def command(name: str, kind: str, *more: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pairs_mappings_and_streams_are_checked_trained_and_predicted() -> None:
+def test_mappings_and_streams_are_trained_and_predicted() -> None:
     for kind in ("Mappings", "Stream"):
         run = ["--trainer.default_root_dir", kind]
-        main(command("check", kind, *run))
-        main(command("fit", kind, *run, "--ema.decay", "0.5", "--geometry.every_n_epochs", "2"))
+        main(command("fit", kind, *run, "--ema.decay", "0.5"))
         main(command("predict", kind, *run))
     tables = [
         list(csv.DictReader(Path(kind, "predictions.csv").read_text().splitlines())) for kind in ("Mappings", "Stream")
@@ -115,8 +114,10 @@ def test_pairs_mappings_and_streams_are_checked_trained_and_predicted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_plain_module_is_analysed(capsys) -> None:
+def test_a_plain_module_is_checked_measured_in_training_and_analysed() -> None:
     for kind in ("Plain", "Mappings", "Stream"):
+        main(command("check", kind))
+        main(command("fit", kind, "--trainer.default_root_dir", f"run_{kind}", "--geometry.every_n_epochs", "2"))
         name = config({"class_path": f"tests.test_plain_data.{kind}"})
         main(["analyze", "--config", name, "--images", "8", "--num_workers", "0", "--out", kind])
         assert "8 images" in Path(kind, "report.html").read_text()
@@ -128,7 +129,7 @@ def test_a_plain_module_is_analysed(capsys) -> None:
         ("Unsaid", "Unsaid does not say how its images are normalised, .*image_format = kdvit.ImageFormat"),
         (
             "MultiHot",
-            r"probabilities of sum 1; got torch.float32 \[4, 2\] of others. kdvit trains classifiers of one c",
+            r"Expected class indices \[4\], got torch.float32 \[4, 2\]. kdvit trains classifiers of one class",
         ),
         ("Alone", r"Expected a kdvit.Batch, a pair .* or a mapping.*got Tensor"),
     ],
@@ -158,13 +159,20 @@ IMAGE = torch.zeros(2, 3, 4, 4)
 )
 def test_targets_that_no_loss_is_for_are_refused_unless_nobody_wants_them(target: torch.Tensor, text: str) -> None:
     with pytest.raises(TargetError, match=text):
-        read_batch((IMAGE, target), 0, 5)
+        read_batch((IMAGE, target), 0, 5, mixed=True)
     assert read_batch((IMAGE, target), 0, 0).target is target
+
+
+def test_a_batch_of_kdvit_is_looked_at_in_validation_alone() -> None:
+    batch = Batch(IMAGE, torch.tensor([0, -1]), torch.tensor([0, 1]))
+    with pytest.raises(TargetError, match="got -1 to 0"):
+        read_batch(batch, 0, 5)
+    assert read_batch(batch, 0, 5, mixed=True) is batch
 
 
 def test_indices_and_mixed_probabilities_pass() -> None:
     for target in (torch.tensor([4, 0]), torch.tensor([[0.3, 0.7, 0, 0, 0], [1, 0, 0, 0, 0]])):
-        assert read_batch([IMAGE, target], 0, 5).target is target
+        assert read_batch([IMAGE, target], 0, 5, mixed=True).target is target
 
 
 def test_a_batch_of_any_form_becomes_a_batch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,6 @@ class Images(ListedImages):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.root = Path()
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
         self.given = {split: data for split, data in given.items() if data is not None}
         self.streams = {split for split, data in self.given.items() if isinstance(data, IterableDataset)}

@@ -5,23 +5,28 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 
 from kdvit.data.image_folder import FolderImages
 from kdvit.data.labels import class_indices
 from kdvit.data.reading import FORMATS, OF_THE_FILE, DamagedImage, ImageError, converted
+from kdvit.errors import WorkerError
 from kdvit.seeding import seeded
 from kdvit.structures import image_and_target
 
-LABELS = ("targets", "labels", "_labels")
-"""Where torchvision's data sets have their labels."""
 FINGERPRINTED = 64
 """Images whose pixels a fingerprint reads: to read all of a large data set takes as long as to write a cache."""
+
+
+class ItemError(WorkerError, TypeError):
+    """An item that is no image."""
 
 
 class Items(Sequence[Any]):
@@ -43,11 +48,10 @@ class Items(Sequence[Any]):
     def __init__(self, data: Any, classes: int, grey: bool, name: str, numbers: NDArray[Any] | None = None) -> None:
         self.data, self.classes, self.grey, self.name = data, classes, grey, name
         self.numbers = np.arange(len(data)) if numbers is None else numbers
-        known = known_labels(data) if classes else np.full(len(data), -1)
-        self.targets: Any = None
-        if known is not None:
-            known = class_indices(known, len(data), classes, name) if classes else known
-            self.targets = known[self.numbers]
+        known = known_labels(data)
+        self.targets: Any = np.full(len(self), -1) if not classes else None
+        if classes and known is not None:
+            self.targets = class_indices(known, len(data), classes, name)[self.numbers]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,24 +60,19 @@ class Items(Sequence[Any]):
         number = int(self.numbers[index])
         where = f"item {number} of {self.name}"
         try:
-            item = self.data[number]
-            image, label = image_and_target(item) or (item, None)
-            shown = as_image(image, self.grey)
+            return read_item(self.data[number], self.classes, self.grey, where)
         except OSError as error:
             kind = DamagedImage if error.errno in OF_THE_FILE else ImageError
             raise kind(f"Cannot read {where}: {error}.") from error
-        except TypeError as error:
-            raise TypeError(f"{where}: {error}") from error
-        return shown, int(class_indices(label, 1, self.classes, where)[0]) if self.classes else -1
 
     def digest_of_some(self) -> str:
         """Returns a digest of all labels, where known, and of the pixels and labels of some images."""
         digest = hashlib.sha256(repr((type(self.data).__name__, len(self))).encode())
         digest.update(b"" if self.targets is None else np.ascontiguousarray(self.targets).tobytes())
         for index in np.unique(np.linspace(0, len(self) - 1, FINGERPRINTED).astype(int)):
-            with seeded(0):
+            with seeded(0), suppress(DamagedImage):
                 image, target = self[index]
-            digest.update(repr((image.size, target)).encode() + image.tobytes())
+                digest.update(repr((image.size, target)).encode() + image.tobytes())
         return digest.hexdigest()
 
 
@@ -97,52 +96,63 @@ class ItemImages(FolderImages):
         return {"content": self.samples.digest_of_some(), "transform": transform}
 
 
-def as_image(image: Any, grey: bool) -> Image.Image:
-    """Returns an image as RGB, or grey.
+def read_item(item: Any, classes: int, grey: bool, where: str) -> tuple[Image.Image, int]:
+    """Returns the image of an item as RGB, or grey, and its class index, -1 where there are no classes.
 
     Raises:
         OSError: If bytes or a file are no image.
-        TypeError: If it is none of the forms that `Items` names.
+        ItemError: If the image is none of the forms that `Items` names.
+        LabelError: If the label is no class index.
     """
+    image, label = image_and_target(item) or (item, None)
+    target = int(class_indices(label, 1, classes, where)[0]) if classes else -1
+    return converted(as_image(image, where), grey), target
+
+
+def as_image(image: Any, where: str) -> Image.Image:
+    """Returns an image as Pillow's; see `read_item`."""
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if hasattr(image, "read"):
         with image, Image.open(image, formats=FORMATS) as opened:
-            return converted(opened, grey)
+            opened.load()
+            return opened
     if isinstance(image, Tensor):
         image = image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).squeeze(2).numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise TypeError(
-            f"expected an image of Pillow, bytes of a file, or uint8 pixels, got {what}. Leave out the data set's own "
-            "transform: kdvit augments and normalises."
+        raise ItemError(
+            f"{where}: expected an image of Pillow, bytes of a file, or uint8 pixels, got {what}. Leave out the data "
+            "set's own transform: kdvit augments and normalises."
         )
-    return converted(image, grey)
+    return image
 
 
 def known_labels(data: Any) -> Any:
-    """Returns the labels of a data set ``[n]`` without reading an image; None where it does not offer them.
+    """Returns the labels of a data set ``[n]`` without reading an image; None where its `targets` are none.
 
     A transform of the labels is not applied to them, so it hides them.
     """
-    inner = getattr(data, "dataset", None)
-    if inner is not None and hasattr(data, "indices"):  # torch's Subset
-        labels = known_labels(inner)
-        return None if labels is None else np.asarray(labels)[np.asarray(data.indices)]
-    if getattr(data, "target_transform", None) is not None:
+    if isinstance(data, Subset):
+        labels = known_labels(data.dataset)
+        return None if labels is None else labels[np.asarray(data.indices)]
+    found = getattr(data, "targets", None)
+    if found is None or getattr(data, "target_transform", None) is not None:
         return None
-    return next((getattr(data, name) for name in LABELS if hasattr(data, name)), None)
+    labels = np.asarray(found)
+    return labels if labels.dtype.kind in "iub" and labels.shape == (len(data),) else None
 
 
 def known_classes(data: Any) -> list[str] | None:
     """Returns the names of a data set's classes; None where it does not offer them."""
+    if isinstance(data, Subset):
+        return known_classes(data.dataset)
+    if names := getattr(data, "wnids", None) or getattr(data, "classes", None):  # ImageNet's classes are synonyms
+        return list(map(str, names))
     owners = data, getattr(data, "reader", None)  # timm's readers of streams know them
     if numbers := next(filter(None, (getattr(owner, "class_to_idx", None) for owner in owners)), None):
         return sorted(numbers, key=numbers.__getitem__)
-    names = getattr(data, "classes", None) or getattr(getattr(data, "dataset", None), "classes", None)
-    if names:
-        return list(map(str, names))
     labels = known_labels(data)
     return None if labels is None else [str(i) for i in range(int(np.max(labels)) + 1)]

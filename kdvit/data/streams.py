@@ -9,11 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from kdvit.data.items import as_image
-from kdvit.data.labels import class_indices
+from kdvit.data.items import read_item
 from kdvit.data.transforms import Transform
 from kdvit.seeding import mixed_seed, seeded
-from kdvit.structures import image_and_target
 
 STREAM = "a stream: a run that goes on amid an epoch reads it from its beginning, and there can be no cache"
 
@@ -56,11 +54,9 @@ class StreamImages(IterableDataset[Any]):
             yield self._sample(item, number)
 
     def _sample(self, item: Any, number: int) -> tuple[Tensor, int, int]:
-        where = f"item {number} of {self.name}"
-        image, label = image_and_target(item) or (item, None)
-        target = int(class_indices(label, 1, self.classes, where)[0]) if self.classes else -1
+        image, target = read_item(item, self.classes, self.grey, f"item {number} of {self.name}")
         with seeded(mixed_seed(self.seed or 0, self.epoch, number)):
-            return self.transform(as_image(image, self.grey)), target, number
+            return self.transform(image), target, number
 
 
 class StreamLoader(DataLoader[Any]):

@@ -14,37 +14,42 @@ class TargetError(UserError, ValueError):
     """Targets that no loss of kdvit is for."""
 
 
-def read_batch(batch: Any, number: int, classes: int) -> Batch:
+def read_batch(batch: Any, number: int, classes: int, mixed: bool = False) -> Batch:
     """Returns a batch of any data module as a Batch.
 
     Args:
         batch: What the data module yields.
-        number: Number of the batch in its epoch. The values of the first are looked at, those of others only where
-            that is free, on CPUs.
+        number: Number of the batch in its epoch. The values of labels are looked at in the first, for a GPU has to wait
+            for that; on CPUs in all that are no `Batch` yet. (kdvit's own data modules have looked, so a `Batch` of
+            training is taken as it is.)
         classes: Number of classes K; 0 where labels are not used, and may be missing.
+        mixed: Whether the targets may be probabilities, as Mixup makes them in training.
 
     Raises:
         UserError: If it is no batch.
-        TargetError: If its targets are neither class indices ``[B]`` nor, once mixed, probabilities ``[B, K]``.
+        TargetError: If its targets are neither class indices ``[B]`` nor, where mixed, probabilities ``[B, K]``.
     """
     with shown((BatchError,)):
         read = as_batch(batch)
     if classes:
-        require_classes(read.target, len(read.image), classes, number == 0 or read.target.device.type == "cpu")
+        foreign = not isinstance(batch, Batch)
+        look = (foreign and read.target.device.type == "cpu") or (number == 0 and (foreign or not mixed))
+        require_classes(read.target, len(read.image), classes, mixed, look)
     return read
 
 
-def require_classes(target: Tensor, images: int, classes: int, look: bool) -> None:
-    """Raises TargetError unless targets are class indices ``[B]`` or probabilities ``[B, K]``.
+def require_classes(target: Tensor, images: int, classes: int, mixed: bool, look: bool) -> None:
+    """Raises TargetError unless targets are class indices ``[B]`` or, where mixed, probabilities ``[B, K]``.
 
     Args:
         target: The targets.
         images: Number of images B.
         classes: Number of classes K.
+        mixed: Whether they may be probabilities.
         look: Whether to look at their values, for which a GPU has to wait.
     """
     found = f"{target.dtype} {list(target.shape)}"
-    if target.is_floating_point() and target.shape == (images, classes):
+    if mixed and target.is_floating_point() and target.shape == (images, classes):
         if look and not bool(((target.sum(dim=1) - 1).abs() < 1e-2).all() and target.min() >= 0):
             raise TargetError(f"Expected class indices, or probabilities of sum 1; got {found} of others. {ONE_CLASS}")
     elif target.is_floating_point() or target.shape != (images,):

@@ -142,7 +142,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one batch, and keeps its terms, unweighted, as `last_terms`."""
-        batch = read_batch(batch, batch_idx, self.num_classes * self.supervised)
+        batch = read_batch(batch, batch_idx, self.num_classes * self.supervised, mixed=True)
         teachers = self.distillers.ask(self.teachers, batch)
         student = self.student(batch.image, self.distillers.student_layers).at_least_float32()
         with torch.autocast(self.device.type, enabled=False):
