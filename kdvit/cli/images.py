@@ -14,7 +14,7 @@ from kdvit.cli.fit import format_of
 from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
-from kdvit.data.image_folder import FolderImages
+from kdvit.data.listed import FolderImages
 from kdvit.data.listing import LAYOUT, class_folders, list_images
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform

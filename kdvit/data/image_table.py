@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdvit.data.image_folder import ListedImages
 from kdvit.data.labels import LabelError
+from kdvit.data.listed import ListedImages
 from kdvit.data.listing import ImageList
 from kdvit.data.splits import set_apart
 from kdvit.structures import ONE_CLASS

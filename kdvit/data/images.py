@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from kdvit.cache import CacheError
 from kdvit.data.base import Split
 from kdvit.data.cached import collate
-from kdvit.data.image_folder import ListedImages
 from kdvit.data.items import ItemImages, Items, known_classes
 from kdvit.data.labels import held_out
+from kdvit.data.listed import ListedImages
 from kdvit.data.streams import STREAM, StreamImages, StreamLoader
 from kdvit.data.transforms import Transform
 from kdvit.data.workers import FORK, start_worker

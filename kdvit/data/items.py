@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from kdvit.data.image_folder import FolderImages
 from kdvit.data.labels import class_indices
+from kdvit.data.listed import FolderImages
 from kdvit.data.reading import FORMATS, OF_THE_FILE, DamagedImage, ImageError, converted
 from kdvit.errors import WorkerError
 from kdvit.seeding import seeded

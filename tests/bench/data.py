@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdvit.data.image_folder import FolderImages, read_image
+from kdvit.data.listed import FolderImages, read_image
 from kdvit.data.transforms import train_transform
 from kdvit.structures import ImageFormat
 from tests.bench.rounds import Row, interleave, row, speed_up
