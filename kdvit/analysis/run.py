@@ -127,13 +127,8 @@ class AnalysisModule(pl.LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures one batch: a `Batch`, a tensor of images, a tuple that starts with one, or a mapping with one."""
-        image = (
-            batch
-            if isinstance(batch, Tensor)
-            else batch[0]
-            if isinstance(batch, tuple | list)
-            else as_batch(batch).image
-        )
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        image = first if isinstance(first, Tensor) else as_batch(batch).image
         counted = self.seen + torch.arange(len(image), device=self.device)
         numbers = batch.index if isinstance(batch, Batch) else counted * self.trainer.world_size + self.global_rank
         self.seen += len(image)

@@ -19,6 +19,7 @@ from kdvit.cli.messages import unforeseen
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import require_monitors
+from kdvit.structures import BatchError
 from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
 
@@ -29,8 +30,8 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also check a run, and store a teacher's outputs."""
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Run Lightning's own, and show in one line what a callback lacks: a logger, or a package."""
-        with shown((MisconfigurationException, ModuleNotFoundError)):
+        """Run Lightning's own, and show in one line what a callback lacks (logger, package), or what is no batch."""
+        with shown((MisconfigurationException, ModuleNotFoundError, BatchError)):
             super().fit(*args, **kwargs)
 
     def check(

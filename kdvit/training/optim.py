@@ -154,10 +154,8 @@ def run_length(trainer: pl.Trainer, by_steps: bool) -> RunLength:
             "The training loader has no length, so the steps of an epoch are not known. Set trainer.max_epochs and "
             "schedule.interval: epoch."
         ) from error
-    streamed = isinstance(loader.dataset, IterableDataset)
-    if not streamed and not isinstance(
-        loader.sampler, DistributedSampler
-    ):  # Lightning is yet to deal the images out to the processes
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if not (is_stream or isinstance(loader.sampler, DistributedSampler)):  # Lightning is yet to deal the images out
         batches = math.ceil(batches / trainer.world_size)
     batches = limited(batches, trainer.limit_train_batches)
     an_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
