@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
+from kdvit.analysis.geometry import BANDWIDTH_LEVELS, LayerGeometry, LayerReport, Options, bandwidths
 from kdvit.analysis.plots import figures
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.run import chosen_layers
@@ -125,12 +125,13 @@ class GeometryMonitor(pl.Callback):
 
 def scalars(layer: LayerReport) -> dict[str, float]:
     """Returns what is logged of one layer."""
+    sep = bandwidths(layer)[f"{BANDWIDTH_LEVELS[-1]:g}"]
     return {
         "svd_rank_95": p99(layer.svd_rank(LEVEL)),
         "pca_dimension_95": p99(layer.pca_dimension(LEVEL)),
         "rotation": layer.rotation(LEVEL),
-        "sep_90": layer.bandwidths[-1][0].value,
-        "sep_90_minus_permuted": layer.bandwidths[-1][1].value,
+        "sep_90": sep["tokens"],
+        "sep_90_permuted_minus_own": sep["permuted_mean"] - sep["tokens"],
         "dc_share": layer.dc_share,
         "participation": float(layer.participation.mean()),
     }

@@ -1,9 +1,7 @@
 """What SEP shows where there is nothing to see: the same tokens with their channels permuted, and Gaussian noise.
 
-Two facts make the permutations cheap. The mean spectrum of tokens under any permutation P follows from one matrix, the
-second moment M of the tokens at length 1, as that of ``P M P^T``. And its mean over all permutations is known: a
-permutation leaves the share of frequency 0 (the squared channel mean) as it is, and all others are alike, so each of
-them has ``(1 - share) / (D - 1)``.
+The curve of a data set under any permutation P is cheap, as it follows from one matrix, the second moment M of the
+tokens at length 1, as that of ``P M P^T``. Bandwidths of each image under it take a transform of all tokens.
 """
 
 from __future__ import annotations
@@ -12,48 +10,74 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.spectral import bandwidth, channel_spectrum, multiplicity, sep_curve, spectrum_of_moment
+from kdvit.analysis.spectral import (
+    channel_spectrum,
+    image_bandwidths,
+    multiplicity,
+    power_spectrum,
+    spectrum_of_moment,
+    unit,
+)
+from kdvit.analysis.tokens import over_images
 
 RESAMPLES = 1000
 
 
-def permuted_spectra(moment: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
-    """Returns the mean channel spectrum of a data set under random permutations of its channels, exactly.
+def channel_orders(width: int, permutations: int, seed: int) -> list[Tensor]:
+    """Returns random permutations of D channels, ``[D]`` each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(width, generator=generator) for _ in range(permutations)]
+
+
+def permuted_spectra(moment: Tensor, orders: Sequence[Tensor]) -> Tensor:
+    """Returns the mean channel spectrum of a data set under permutations of its channels, exactly.
 
     Args:
         moment: Second moment of the tokens at length 1, ``[D, D]``, as of `SpectralEnergyPattern`.
-        permutations: How many, P.
-        generator: On the CPU.
+        orders: P permutations.
 
     Returns:
         ``[P, D // 2 + 1]``, float64.
     """
     moment = moment.cpu()
-    orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
     return torch.stack([spectrum_of_moment(moment[order][:, order]) for order in orders])
 
 
-def mean_permuted_spectrum(spectrum: Tensor, width: int) -> Tensor:
-    """Returns the mean of a spectrum over all permutations of the channels, in closed form.
+class PermutedBandwidths(Metric):
+    """The bandwidths of each image's mean curve under permutations of the channels, their mean over these.
 
     Args:
-        spectrum: ``[..., D // 2 + 1]``, as of `channel_spectrum`.
-        width: Channels D.
-
-    Returns:
-        ``[..., D // 2 + 1]``.
-
-    Example:
-        >>> mean_permuted_spectrum(torch.tensor([0.1, 0.9, 0.0]), width=4)
-        tensor([0.1000, 0.6000, 0.3000])
+        orders: P permutations of the channels, the same for all images.
+        levels: Shares of the energy, L.
     """
-    counts = multiplicity(width, spectrum)
-    flat = (1 - spectrum[..., :1]) / max(width - 1, 1) * counts
-    flat[..., :1] = spectrum[..., :1]
-    return flat
+
+    full_state_update = False
+    found: list[Tensor]
+
+    def __init__(self, orders: Sequence[Tensor], levels: Sequence[float]) -> None:
+        super().__init__()
+        self.orders, self.levels = list(orders), levels
+        self.add_state("found", [], dist_reduce_fx="cat")
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        self.found += over_images(self._measure, tokens)
+
+    def _measure(self, tokens: Tensor) -> Tensor:
+        tokens, width = unit(tokens), tokens.shape[2]
+        power = torch.stack([power_spectrum(tokens[..., order.to(tokens.device)]).sum(1) for order in self.orders])
+        return image_bandwidths(power * multiplicity(width, power), width, self.levels).mean(0)
+
+    def compute(self) -> Tensor:
+        """Returns the mean of every image, ``[images, L]``, float64."""
+        return dim_zero_cat(self.found)
 
 
 @lru_cache(maxsize=8)  # the layers of a network have few shapes
@@ -81,38 +105,26 @@ class Interval(NamedTuple):
     high: float
 
 
-def bandwidth_intervals(
-    spectrum: Tensor, counts: Tensor, width: int, levels: Sequence[float], generator: torch.Generator
-) -> list[tuple[Interval, Interval]]:
-    """Returns bandwidths, and their differences from those of the permuted channels, with 95 % intervals over images.
+def bandwidth_intervals(own: Tensor, permuted: Tensor, seed: int) -> list[tuple[Interval, Interval]]:
+    """Returns bandwidths, and what a permutation of the channels adds to them, with 95 % intervals over images.
 
-    The bootstrap is paired: each resample of the images is used for both. The permuted curve is the mean over all
-    permutations.
+    These are means over the images, of which each has its own bandwidth, and the bootstrap is paired: each resample of
+    the images is used for both (as in the authors' script, sign and all: permuted minus own).
 
     Args:
-        spectrum: Of each image, ``[images, D // 2 + 1]``, on the CPU.
-        counts: Tokens behind each, ``[images]``.
-        width: Channels D.
-        levels: Shares of the energy.
-        generator: On the CPU.
+        own: Bandwidths of the images, ``[images, L]``.
+        permuted: Likewise, of `PermutedBandwidths`.
+        seed: Of the resamples.
 
     Returns:
-        For each level the bandwidth, and bandwidth minus permuted bandwidth.
+        For each level the bandwidth, and permuted minus own bandwidth.
     """
-    images = len(spectrum)
-    weights = torch.cat([torch.ones(1, images), *(_resample(images, generator) for _ in range(RESAMPLES))])
-    means = torch.cat([(part * counts).double() @ spectrum for part in torch.split(weights, 50)])
-    means /= means.sum(1, keepdim=True)
-    curves = sep_curve(means, width), sep_curve(mean_permuted_spectrum(means, width), width)
-    pairs = [tuple(bandwidth(curve, level) for curve in curves) for level in levels]
-    return [(_interval(ours), _interval(ours - permuted)) for ours, permuted in pairs]
+    images = len(own)
+    chosen = np.random.default_rng(seed).integers(images, size=(RESAMPLES, images))
+    pairs = [[of[:, level].numpy() for of in (own, permuted - own)] for level in range(own.shape[1])]
+    return [(_interval(ours, chosen), _interval(added, chosen)) for ours, added in pairs]
 
 
-def _resample(images: int, generator: torch.Generator) -> Tensor:
-    """Returns how often each image comes in a resample, ``[1, images]``."""
-    return torch.randint(images, (images,), generator=generator).bincount(minlength=images).float()[None]
-
-
-def _interval(values: Tensor) -> Interval:
-    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(float(values[0]), low, high)
+def _interval(values: NDArray[np.float64], chosen: NDArray[np.int64]) -> Interval:
+    low, high = np.percentile(values[chosen].mean(1), (2.5, 97.5))
+    return Interval(float(values.mean()), float(low), float(high))

@@ -10,12 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdvit.analysis.controls import Interval, bandwidth_intervals, gaussian_spectrum, permuted_spectra
+from kdvit.analysis.controls import (
+    Interval,
+    PermutedBandwidths,
+    bandwidth_intervals,
+    channel_orders,
+    gaussian_spectrum,
+    permuted_spectra,
+)
 from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
 from kdvit.analysis.participation import ParticipationRatio
 from kdvit.analysis.pca import TokenMoments
 from kdvit.analysis.shuffled import ShuffledTokens
-from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, sep_curve
+from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, image_bandwidths, sep_curve
 from kdvit.analysis.variants import LEVEL, VARIANTS, Ranks, VariantRanks
 
 Array = NDArray[np.float64]
@@ -66,7 +73,8 @@ class LayerReport(NamedTuple):
         spectrum: Mean channel spectrum, ``[D // 2 + 1]``.
         permuted: The same under random permutations of the channels, ``[P, D // 2 + 1]``.
         gaussian: The same of Gaussian noise of the same shape, ``[D // 2 + 1]``.
-        bandwidths: At 50, 60, 70, 80 and 90 %: the bandwidth, and its difference from the permuted channels'.
+        bandwidths: At 50, 60, 70, 80 and 90 %, where it was asked for, means over the images with their intervals: the
+            bandwidth of an image, and what a permutation of the channels adds to it.
     """
 
     layer: str
@@ -158,7 +166,8 @@ class LayerGeometry(nn.Module):
     Args:
         width: Channels D.
         options: What to measure.
-        robust: Measure ranks and axes of all `VARIANTS`, not only of one, and beside them those of shuffled tokens.
+        robust: Measure ranks and axes of all `VARIANTS`, not only of one, and beside them those of shuffled tokens;
+            and the SEP bandwidths of each image.
     """
 
     def __init__(self, width: int, options: Options, robust: bool = False) -> None:
@@ -169,6 +178,8 @@ class LayerGeometry(nn.Module):
         self.sep = SpectralEnergyPattern(width)
         self.participation = ParticipationRatio()
         self.sinks = SinkShare()
+        self.orders = channel_orders(width, options.permutations, options.seed)
+        self.permuted = PermutedBandwidths(self.orders, BANDWIDTH_LEVELS) if robust else None
         self.shuffled = ShuffledTokens(options.seed) if robust else None
         self.seen = 0
         self.variants: Any = nn.ModuleList()
@@ -188,8 +199,9 @@ class LayerGeometry(nn.Module):
             for variant in self.variants:
                 variant.update(tokens)
             return
-        for metric in (self.moments, self.sep, self.participation, self.sinks):
-            metric.update(tokens)
+        for metric in (self.moments, self.sep, self.participation, self.sinks, self.permuted):
+            if metric is not None:
+                metric.update(tokens)
         shape = (tokens.shape[1], tokens.shape[2])
         if self.shape not in ((0, shape[1]), shape):
             raise ValueError(f"All images must have one number of tokens; got {self.shape[0]} and {shape[0]}.")
@@ -239,11 +251,13 @@ class LayerGeometry(nn.Module):
         spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
         mean = mean.cpu().reshape(width)
         variance = (moment.diagonal() - mean.square()).clamp(min=0)
-        generator = torch.Generator().manual_seed(self.options.seed)
         spectrum = (counts[:, None] * spectra).sum(0) / counts.sum()
-        permuted = permuted_spectra(moment, self.options.permutations, generator)
+        permuted = permuted_spectra(moment, self.orders)
         gaussian = gaussian_spectrum(images, tokens, width, self.options.seed)
-        intervals = bandwidth_intervals(spectra, counts, width, BANDWIDTH_LEVELS, generator)
+        intervals = []
+        if self.permuted is not None:
+            own = image_bandwidths(spectra, width, BANDWIDTH_LEVELS)
+            intervals = bandwidth_intervals(own, rows(self.permuted.compute()), self.options.seed)
         return LayerReport(
             layer=layer,
             index=index,

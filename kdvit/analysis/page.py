@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kdvit.analysis.geometry import BANDWIDTH_LEVELS, bandwidths
+from kdvit.analysis.geometry import bandwidths
 from kdvit.analysis.report import FIRST, Cells, NetworkReport, Report
+from kdvit.analysis.variants import shown
 
 SOURCES = (
     "features in a file",
@@ -51,24 +52,22 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
 
 
 def _sep_table(report: Report) -> Cells:
-    head = ("network", "layer", "energy", "tokens", "minus permuted", "permutations", "Gaussian", "channel mean")
+    head = (
+        *("network", "layer", "energy", "mean curve", "permutations", "Gaussian", "channel mean"),
+        *("of an image", "permuted minus own"),
+    )
     rows = []
     for network, layer in report.layers():
-        controls = bandwidths(layer)
-        for level, (ours, difference) in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=True):
-            of = controls[f"{level:g}"]
-            rows.append(
-                (
-                    network.name,
-                    layer.layer,
-                    f"{100 * level:g} %",
-                    f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}]",
-                    f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
-                    f"{of['permuted_min']:.3f} to {of['permuted_max']:.3f}",
-                    f"{of['gaussian']:.3f}",
-                    f"{100 * layer.dc_share:.1f} %",
-                )
+        of_images = [(shown(own, ".4f"), shown(added, "+.4f")) for own, added in layer.bandwidths]
+        for i, (level, of) in enumerate(bandwidths(layer).items()):
+            figures = (
+                f"{of['tokens']:.3f}",
+                f"{of['permuted_min']:.3f} to {of['permuted_max']:.3f}",
+                f"{of['gaussian']:.3f}",
+                f"{100 * layer.dc_share:.1f} %",
+                *(of_images[i] if of_images else ("", "")),
             )
+            rows.append((network.name, layer.layer, f"{100 * float(level):g} %", *figures))
     return head, rows
 
 

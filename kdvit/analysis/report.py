@@ -245,8 +245,8 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
             "full": bandwidths(layer, folded=False),
             "folded": bandwidths(layer, folded=True),
             "intervals": {
-                f"{level:g}": {"bandwidth": ours._asdict(), "minus_permuted": difference._asdict()}
-                for level, (ours, difference) in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=True)
+                f"{level:g}": {"bandwidth": own._asdict(), "permuted_minus_own": added._asdict()}
+                for level, (own, added) in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=False)
             },
         },
         "participation": {

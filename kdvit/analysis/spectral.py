@@ -7,6 +7,8 @@ beside its controls (`kdvit.analysis.controls`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -34,13 +36,17 @@ def channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    transform = torch.fft.rfft(tokens)
-    power = transform.real.square().addcmul_(transform.imag, transform.imag)
     energy = tokens.square().sum(2)
     counts = (energy > 0).sum(1)
-    shares = torch.einsum("bnk,bn->bk", power, 1 / energy.where(energy > 0, torch.inf))
+    shares = torch.einsum("bnk,bn->bk", power_spectrum(tokens), 1 / energy.where(energy > 0, torch.inf))
     width = tokens.shape[2]
     return shares * multiplicity(width, shares) / (width * counts[:, None]), counts
+
+
+def power_spectrum(tokens: Tensor) -> Tensor:
+    """Returns the power of tokens ``[..., D]`` at each frequency from 0 to D // 2, ``[..., D // 2 + 1]``."""
+    transform = torch.fft.rfft(tokens)
+    return transform.real.square().addcmul_(transform.imag, transform.imag)
 
 
 def unit(tokens: Tensor) -> Tensor:
@@ -121,6 +127,12 @@ def bandwidth(curve: Tensor, level: float) -> Tensor:
         0.5
     """
     return energy_rank(curve, level).double() / curve.shape[-1]
+
+
+def image_bandwidths(spectrum: Tensor, width: int, levels: Sequence[float]) -> Tensor:
+    """Returns the bandwidths ``[..., L]`` of channel spectra, ``[..., D // 2 + 1]``, whose sum does not matter."""
+    curve = sep_curve(spectrum / spectrum.sum(-1, keepdim=True), width)
+    return torch.stack([bandwidth(curve, level) for level in levels], dim=-1)
 
 
 def _measure(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

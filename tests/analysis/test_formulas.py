@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ from kdvit.analysis import (
     svd_energy,
 )
 from kdvit.analysis.controls import (
-    bandwidth_intervals,
+    channel_orders,
     gaussian_spectrum,
-    mean_permuted_spectrum,
     permuted_spectra,
 )
 
@@ -228,19 +226,9 @@ def test_the_spectrum_under_a_permutation_is_that_of_the_permuted_tokens() -> No
     _, _, moment, mean = metric.compute()
     np.testing.assert_allclose(mean, (tokens / tokens.norm(dim=2, keepdim=True)).mean((0, 1)), atol=1e-12)
     assert moment.trace().item() == pytest.approx(1)
-    spectra = permuted_spectra(moment, 3, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    for spectrum in spectra:
-        order = torch.randperm(12, generator=generator)
+    orders = channel_orders(12, 3, seed=5)
+    for order, spectrum in zip(orders, permuted_spectra(moment, orders), strict=True):
         torch.testing.assert_close(spectrum, channel_spectrum(tokens[..., order])[0].mean(0))
-
-
-@pytest.mark.parametrize("width", [1, 4, 5])
-def test_the_mean_over_all_permutations_is_known(width: int) -> None:
-    tokens = _tokens(width=width)
-    orders = [list(order) for order in itertools.permutations(range(width))]
-    mean = torch.stack([channel_spectrum(tokens[..., order])[0] for order in orders]).mean(0)
-    torch.testing.assert_close(mean_permuted_spectrum(channel_spectrum(tokens)[0], width), mean)
 
 
 def test_noise_of_full_and_of_low_rank_both_lie_on_the_diagonal() -> None:
@@ -253,22 +241,31 @@ def test_noise_of_full_and_of_low_rank_both_lie_on_the_diagonal() -> None:
     np.testing.assert_allclose(low.sep(), diagonal, atol=0.03)
 
 
-def test_bootstrap_intervals_equal_a_plain_resampling() -> None:
-    spectrum, counts = channel_spectrum(_tokens(images=9) * torch.linspace(0.1, 2, 12))
-    found = bandwidth_intervals(spectrum, counts, 12, (0.5, 0.9), torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    drawn = [torch.randint(9, (9,), generator=generator) for _ in range(1000)]
+def _plain_image_bandwidths(x: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
+    curves = np.stack([_plain_sep(each[None]) for each in x])
+    return (1 + (curves[:, None] >= np.array(levels)[:, None] - 1e-10).argmax(2)) / x.shape[2]
 
-    def plain(level: float, of: torch.Tensor, permuted: bool) -> float:
-        mean = spectrum[of].mean(0)
-        return bandwidth(sep_curve(mean_permuted_spectrum(mean, 12) if permuted else mean, 12), level).item()
 
-    for level, (ours, difference) in zip((0.5, 0.9), found, strict=True):
-        values = [plain(level, of, False) for of in drawn]
-        differences = [a - plain(level, of, True) for a, of in zip(values, drawn, strict=True)]
-        assert ours == pytest.approx((plain(level, torch.arange(9), False), *np.percentile(values, (2.5, 97.5))))
-        expected = plain(level, torch.arange(9), False) - plain(level, torch.arange(9), True)
-        assert difference == pytest.approx((expected, *np.percentile(differences, (2.5, 97.5))))
+def test_bandwidths_of_images_are_bootstrapped_as_the_authors_do() -> None:
+    tokens = (_tokens(images=9) * torch.linspace(0.1, 2, 12) + torch.linspace(-1, 1, 12)).float()
+    x, levels = tokens.double().numpy(), (0.5, 0.6, 0.7, 0.8, 0.9)
+    orders = channel_orders(12, 4, seed=3)
+    own = _plain_image_bandwidths(x, levels)
+    expected = np.stack([_plain_image_bandwidths(x[..., order.numpy()], levels) for order in orders]).mean(0)
+    chosen = np.random.default_rng(3).integers(9, size=(1000, 9))
+    added = (expected - own)[chosen].mean(1)  # permuted minus own
+    for report in (
+        measure(tokens, Options(permutations=4, seed=3)),
+        measure(tokens.split(2), Options((0.9,), False, 4, 3)),
+    ):
+        assert len(report.bandwidths) == len(levels)
+        for i, (ours, difference) in enumerate(report.bandwidths):
+            assert ours == pytest.approx((own[:, i].mean(), *np.percentile(own[chosen, i].mean(1), (2.5, 97.5))))
+            low_and_high = np.percentile(added[:, i], (2.5, 97.5))
+            assert difference == pytest.approx(((expected - own)[:, i].mean(), *low_and_high), abs=1e-12)
+    assert any(ours.value * 12 % 1 > 0.01 for ours, _ in report.bandwidths)  # in no steps of 1 / D
+    assert report.bandwidths[-1][1].value < -0.01  # low frequencies lie at both ends of the full spectrum
+    assert measure(tokens, Options(permutations=4), robust=False).bandwidths == []
 
 
 def test_the_metrics_do_not_depend_on_how_images_are_batched() -> None:

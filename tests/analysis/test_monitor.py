@@ -38,7 +38,7 @@ def test_scalars_of_student_and_teacher_and_figures_are_logged_every_k_epochs(de
     logged = [row for row in _rows() if row["geometry/svd_rank_95"]]
     assert [row["epoch"] for row in logged] == ["1", "3"]
     ranks = {"svd_rank_95", "pca_dimension_95", "rotation", "participation"}
-    names = ranks | {"sep_90", "sep_90_minus_permuted", "dc_share"}
+    names = ranks | {"sep_90", "sep_90_permuted_minus_own", "dc_share"}
     expected = {f"geometry/{who}{name}" for who in ("", "teacher_") for name in names}
     assert {name for name in logged[0] if name.startswith("geometry/")} == expected
     assert logged[0]["geometry/teacher_rotation"] == logged[1]["geometry/teacher_rotation"]
