@@ -5,7 +5,7 @@ On networks and images: `analyze`. Over batches and ranks: the torchmetrics in `
 `participation`.
 """
 
-from kdvit.analysis.advised import advised_model
+from kdvit.analysis.advised import advised_model, distilled_layer
 from kdvit.analysis.callback import GeometryMonitor
 from kdvit.analysis.features import read_features
 from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, measure
@@ -47,6 +47,7 @@ __all__ = [
     "as_tokens",
     "bandwidth",
     "channel_spectrum",
+    "distilled_layer",
     "energy_rank",
     "measure",
     "moments",

@@ -27,20 +27,39 @@ REMEDY_LAYERS = [name for remedy, (name, _) in DISTILLERS.items() if remedy != "
 """Layers that a student has by a remedy alone; they are called like the objectives."""
 
 
+def distilled_layer(model: Mapping[str, Any]) -> Layer | None:
+    """Returns the teacher's layer that a config names for its map objective; of several the last, or None.
+
+    Args:
+        model: The `model` part of a config.
+    """
+    named: list[Layer] = []
+    for each in _maps(model).values():
+        asked = each.get("init_args", {})
+        named += asked.get("teacher_layers", []) + [asked[key] for key in ("teacher_layer",) if key in asked]
+    return named[-1] if named else None
+
+
+def _maps(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the map objectives of a config."""
+    return {key: each for key, each in (model.get("distillers") or {}).items() if each["class_path"] in MAP_OBJECTIVES}
+
+
 def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `model` part of a config, changed as the advice says.
 
-    Student and map objective change; all the rest stays, and of the objective its weight, loss and `normalize` (without
-    one, layer_norm where the advice rests on tokens at length 1). A student that is as advised stays as it is. A narrow
-    student that no remedy fits keeps its other objectives alone, or gets the fixed target where it has none. Other
-    objectives of a remedy's map that the student loses take the map that it gets, or its last block.
+    Student and map objective change; all the rest stays, and of the objective its weight, loss, layer of the teacher
+    and `normalize` (without one, layer_norm where the advice rests on tokens at length 1). A student that is as advised
+    stays as it is. A narrow student that no remedy fits keeps its other objectives alone, or gets the fixed target
+    where it has none. Other objectives of a remedy's map that the student loses take the map that it gets, or its last
+    block.
 
     Args:
         advice: The advice.
         model: The `model` part: student, teacher, distillers and the rest.
     """
     given = model.get("distillers") or {}
-    maps = {key: each for key, each in given.items() if each["class_path"] in MAP_OBJECTIVES}
+    maps = _maps(model)
     kept = {key: each for key, each in given.items() if key not in maps}
     even = {"normalize": "layer_norm"} if advice.rests_on.unit else {}
     if advice.unchanged and maps and advice.fits:
@@ -54,7 +73,9 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"weight": 0.2, **even}
     for each in maps.values():
         init_args = each.get("init_args", {})
-        options |= {option: init_args[option] for option in ("weight", "loss", "normalize") if option in init_args}
+        options |= {name: init_args[name] for name in ("weight", "loss", "normalize", "teacher") if name in init_args}
+    if (layer := distilled_layer(model)) is not None:
+        options |= {"teacher_layers": [layer]} if advice.remedy == "none" else {"teacher_layer": layer}
     if advice.remedy == "none":
         bridged_by = "linear" if advice.fits else "phi_s"
         options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}

@@ -42,6 +42,7 @@ class NetworkReport(NamedTuple):
         data: Where the images came from.
         passes: How often they went through the network: twice where memory forbade to keep their tokens; 0 for features
             in a file.
+        compared: Place in `layers` of the one that a feature-map objective compares.
     """
 
     name: str
@@ -54,6 +55,7 @@ class NetworkReport(NamedTuple):
     layers: list[LayerReport]
     data: str
     passes: int
+    compared: int = -1
 
     @property
     def published(self) -> Published | None:
@@ -63,8 +65,8 @@ class NetworkReport(NamedTuple):
 
     @property
     def face(self) -> LayerReport:
-        """The last layer, or a remedy's map: what a feature-map objective compares."""
-        return self.layers[-1]
+        """What a feature-map objective compares: the last layer, or a remedy's map, unless another one was named."""
+        return self.layers[self.compared]
 
 
 class Report(NamedTuple):

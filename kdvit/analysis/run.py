@@ -34,7 +34,9 @@ class AnalysisProgress(TQDMProgressBar):
         return "Analysing"
 
 
-def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tuple[Layer, ...]:
+def chosen_layers(
+    network: Network, layers: Sequence[Layer] | str | None, compared: Layer | None = None
+) -> tuple[Layer, ...]:
     """Returns the layers to analyse, in the order of the depth, each once.
 
     The last one and the map of a remedy are always among them: it is they that face another network.
@@ -42,6 +44,7 @@ def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tup
     Args:
         network: The network.
         layers: More layers as a user names them; "all"; None for no more.
+        compared: One more.
 
     Raises:
         ValueError: If a layer does not exist, or has one token an image.
@@ -53,7 +56,7 @@ def chosen_layers(network: Network, layers: Sequence[Layer] | str | None) -> tup
             "say nothing. Name blocks. (For the axes that such tokens of many images share: kdvit.analysis.DatasetPCA.)"
         )
     by_index: dict[int, Layer] = {}
-    for layer in (*network.named_layers(), *more, -1):
+    for layer in (*network.named_layers(), *more, -1, *([] if compared is None else [compared])):
         by_index.setdefault(network.resolve(layer), layer)
     return tuple(by_index[index] for index in sorted(by_index))
 
@@ -65,12 +68,14 @@ class Measured(NamedTuple):
         name: Its name.
         holder: The network, which gets images in its own size and normalisation.
         layers: The layers as they are asked for.
+        face: Place in them of the one that a feature-map objective compares.
         geometries: One for each.
     """
 
     name: str
     holder: FrozenTeacher
     layers: tuple[Layer, ...]
+    face: int
     geometries: list[LayerGeometry]
 
 
@@ -83,6 +88,7 @@ class AnalysisModule(pl.LightningModule):
         layers: See `chosen_layers`. A name that only some of the networks have is one for those.
         options: What to measure.
         memory: Gigabytes that a process may keep of tokens, so that one pass is enough.
+        compared: See `analyze`.
 
     Raises:
         ValueError: If a layer or an option does not exist.
@@ -95,6 +101,7 @@ class AnalysisModule(pl.LightningModule):
         layers: Sequence[Layer] | str | None,
         options: Options,
         memory: float,
+        compared: Mapping[str, Layer],
     ) -> None:
         super().__init__()
         options.check()
@@ -104,11 +111,11 @@ class AnalysisModule(pl.LightningModule):
         for name, network in networks.items():
             others = names - set(network.named_layers())
             own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
-            chosen = chosen_layers(network, own)
+            chosen = chosen_layers(network, own, compared.get(name))
             shapes = network.output_shapes(chosen, logits=False).features
-            face = len(shapes) - 1  # what a feature-map objective compares
+            face = [network.resolve(x) for x in chosen].index(network.resolve(compared.get(name, chosen[-1])))
             geometries = [LayerGeometry(width, options, i == face) for i, (width, _, _) in enumerate(shapes)]
-            self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, geometries))
+            self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, face, geometries))
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
         self.orders = [CatMetric(), CatMetric()]
         self.parts = nn.ModuleList([*self.orders, *(part for each in self.measured for part in each.geometries)])
@@ -148,7 +155,7 @@ class AnalysisModule(pl.LightningModule):
                 geometry.find_axes()
         if self.keep or self.passes == 2:  # here, where the processes can still talk to each other
             first, *second = (self._order(i) for i in range(self.passes))
-            for name, holder, layers, geometries in self.measured:
+            for name, holder, layers, _, geometries in self.measured:
                 self.reports[name] = []
                 for layer, geometry in zip(layers, geometries, strict=True):
                     index = holder.network.resolve(layer)
@@ -159,11 +166,13 @@ class AnalysisModule(pl.LightningModule):
         return torch.as_tensor(self.orders[number].compute()).reshape(-1).cpu().argsort()
 
 
-def describe_network(name: str, network: Network, layers: list[LayerReport], data: str, passes: int) -> NetworkReport:
+def describe_network(
+    network: Network, measured: Measured, layers: list[LayerReport], data: str, passes: int
+) -> NetworkReport:
     """Returns a network's report: which it was, what it costs, and what was measured."""
     arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
     return NetworkReport(
-        name=name,
+        name=measured.name,
         kind=f"{type(network).__name__} {arch}",
         parameters=parameter_count(network),
         flops=forward_flops(network),
@@ -171,6 +180,7 @@ def describe_network(name: str, network: Network, layers: list[LayerReport], dat
         image_format=network.image_format,
         depth=network.depth,
         layers=layers,
+        compared=measured.face,
         data=data,
         passes=passes,
     )
@@ -223,6 +233,7 @@ def analyze(
     data: str = "",
     trainer: pl.Trainer | None = None,
     memory: float = 4.0,
+    compared: Mapping[str, Layer] | None = None,
 ) -> Report:
     """Measures per-image rank, shared axes, channel spectra and participation of networks on the same images.
 
@@ -242,6 +253,8 @@ def analyze(
             images again once the axes are known; with less, they pass through the networks a second time. (The curves
             of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case; of the last, five times, and the
             tokens of 64 images.)
+        compared: By the name of a network, the layer that a feature-map objective compares, which is measured best and
+            advised upon; by default the last one, or the map of a remedy.
 
     Raises:
         ValueError: If a layer or an option does not exist, a layer has one token an image, there is no image, or
@@ -255,7 +268,7 @@ def analyze(
     datamodule = images if isinstance(images, pl.LightningDataModule) else None
     loader = None if isinstance(images, pl.LightningDataModule) else _loader(images)
     with left_as_they_were(wrapped.values()):
-        module = AnalysisModule(wrapped, image_format, layers, options, memory)
+        module = AnalysisModule(wrapped, image_format, layers, options, memory, compared or {})
         trainer = trainer or analysis_trainer()
         trainer.test(module, loader, verbose=False, datamodule=datamodule)
         if not module.keep:
@@ -263,7 +276,8 @@ def analyze(
     if not module.reports:
         raise ValueError("There is no image to analyse.")
     reports = [
-        describe_network(name, wrapped[name], found, data, module.passes) for name, found in module.reports.items()
+        describe_network(wrapped[each.name], each, module.reports[each.name], data, module.passes)
+        for each in module.measured
     ]
     count = reports[0].face.images
     if count < FEW_IMAGES:

@@ -14,7 +14,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import IterableDataset
 
-from kdvit.analysis import Options, Report, advise, advised_model, analyze, measure, read_features
+from kdvit.analysis import Options, Report, advise, advised_model, analyze, distilled_layer, measure, read_features
 from kdvit.analysis.published import PUBLISHED
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
@@ -90,7 +90,8 @@ class Analysis:
     def of_config(self, file: str) -> Advised:
         """Analyses teacher and student of a config on its validation images, and advises.
 
-        The student is that of the run's best checkpoint where there is one, else untrained.
+        The student is that of the run's best checkpoint where there is one, else untrained; the teacher is judged at
+        the layer that the config distils (of a LiftViT, too, the last block where it names none).
         """
         if self.data in subclasses(ImageDataModule):
             raise UserError(
@@ -105,7 +106,9 @@ class Analysis:
                 "Give the pair by --teacher NAME --student NAME, or all networks by --model."
             )
         networks = {**experiment.teachers, STUDENT: experiment.student}
-        report = self._run(networks, images_of_config(experiment, file))._replace(notes=(note,))
+        layer = distilled_layer(experiment.config["model"])
+        blocks = -1 if layer is None or layer in networks.get(TEACHER, experiment.student).token_layers() else layer
+        report = self._run(networks, images_of_config(experiment, file), {TEACHER: blocks})._replace(notes=(note,))
         if TEACHER not in networks:
             return report, None
         report = _advised(report, networks)
@@ -114,7 +117,9 @@ class Analysis:
         trainer = {**config.get("trainer", {}), "default_root_dir": "runs/advised"}
         return report, {**config, "trainer": trainer, "model": advised_model(report.advice, config["model"])}
 
-    def _run(self, networks: Mapping[str, Network], images: Images) -> Report:
+    def _run(
+        self, networks: Mapping[str, Network], images: Images, compared: Mapping[str, Layer] | None = None
+    ) -> Report:
         if isinstance(images.dataset, IterableDataset):
             first: Any = list(islice(images.dataset, self.images))
             images = images._replace(dataset=first)
@@ -131,6 +136,7 @@ class Analysis:
                 images.name,
                 trainer,
                 self.memory,
+                compared,
             )
 
 

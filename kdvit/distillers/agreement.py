@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional import explained_variance
 
 
 def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -21,24 +20,26 @@ def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
     """
     cosine = F.cosine_similarity(student, teacher, dim=1).mean()
     ours, theirs = (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
-    explained = torch.as_tensor(explained_variance(ours, theirs, multioutput="variance_weighted"))
-    whole, median = r2_scores(ours, theirs)
+    explained, whole, median = scores(ours, theirs)
     return {"cosine": cosine, "explained_variance": explained, "r2": whole, "r2_median": median}
 
 
-def r2_scores(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns R^2 with the channels weighted by their variance, and the median of the channels' own R^2.
+def scores(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns explained variance and R^2 with the channels weighted by their variance, and the median of their own R^2.
 
-    Channels in which the target is constant have no R^2 and are left out. If all are, both are 0. (torchmetrics'
-    `r2_score` sums squares about zero, which loses the variance of a channel that is far from it, in float32.)
+    Channels in which the target is constant have no score and are left out. If all are, the three are 0.
+    (torchmetrics' functions sum squares about zero, which loses the variance of a channel that is far from it, in
+    float32.)
 
     Args:
         student: ``[N, C]``.
         teacher: ``[N, C]``, the target.
     """
     varies = (teacher != teacher[:1]).any(dim=0)
-    error = varies * (student - teacher).square().sum(dim=0)
-    variance = varies * (teacher - teacher.mean(dim=0)).square().sum(dim=0)
-    whole = 1 - error.sum() / variance.sum()
-    median = (1 - error / variance).nanquantile(0.5)
-    return torch.where(varies.any(), whole, 0), torch.where(varies.any(), median, 0)
+    error = student - teacher
+    squared, left, variance = (
+        varies * x.square().sum(dim=0) for x in (error, error - error.mean(dim=0), teacher - teacher.mean(dim=0))
+    )
+    explained, whole = (1 - each.sum() / variance.sum() for each in (left, squared))
+    median = (1 - squared / variance).nanquantile(0.5)
+    return tuple(torch.where(varies.any(), each, 0) for each in (explained, whole, median))  # type: ignore[return-value]

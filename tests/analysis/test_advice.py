@@ -90,7 +90,14 @@ def test_heads_are_found_for_a_width_that_the_head_dimension_does_not_divide() -
 
 def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
     spec = {"class_path": "my.FeatureDistiller", "init_args": {"weight": 3.0}}
-    feature = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.7, "loss": "spectral", "projector": "pool"}}
+    options = {
+        "weight": 0.7,
+        "loss": "spectral",
+        "projector": "pool",
+        "student_layers": [0, 2],
+        "teacher_layers": [0, 5],
+    }
+    feature = {"class_path": "FeatureDistiller", "init_args": options}
     model = {
         "student": {
             "class_path": "TimmStudent",
@@ -109,10 +116,17 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
         "teacher": {"class_path": "Mine"},
         "distillers": {
             "other": spec,
-            "lift": {"class_path": "LiftDistiller", "init_args": {"weight": 0.7, "loss": "spectral"}},
+            "lift": {
+                "class_path": "LiftDistiller",
+                "init_args": {"weight": 0.7, "loss": "spectral", "teacher_layer": 5},
+            },
         },
         "task_weight": 0.5,
     }
+    bare = advise(_layer(12, 5, 24), student("lift"))
+    lift = {"class_path": "LiftDistiller", "init_args": {"teacher_layer": 0.5, "teacher": "big"}}
+    back = advised_model(bare, {**advised, "distillers": {"lift": lift}})["distillers"]["feature"]["init_args"]
+    assert back == {"weight": 0.2, "teacher_layers": [0.5], "teacher": "big", "projector": "linear"}
 
 
 def _of(distillers: dict) -> dict:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 
 from kdvit.analysis import measure
+from kdvit.analysis.published import PUBLISHED, published
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.images import Images, choose
@@ -76,7 +78,18 @@ def test_the_papers_figures_stand_beside_the_models_that_it_has(capsys: pytest.C
     assert row in Path("out/tables.md").read_text().splitlines()
     assert "--against" not in capsys.readouterr().out
     main(["analyze", "--model", _exported("student", student()), *options])
-    assert "--against published: the paper's figures are of cait_s24_224, deit_small" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--against published: the paper's figures are of vit_tiny_patch16_224.augreg_in21k_ft_in1k, cait_" in said
+
+
+def test_the_papers_fourteen_models_are_timms_and_their_figures_rise_with_the_energy() -> None:
+    assert len(PUBLISHED) == len({theirs.name for theirs in PUBLISHED.values()}) == 14
+    for arch, theirs in PUBLISHED.items():
+        assert arch in timm.list_pretrained(arch)
+        assert sorted(theirs.svd) == list(theirs.svd)
+        assert sorted(theirs.pca) == list(theirs.pca)
+        assert all(one <= shared <= theirs.width for one, shared in zip(theirs.svd, theirs.pca, strict=True))
+    assert published("swin_small_patch4_window7_224") is None  # timm's default weights are not the paper's
 
 
 def test_outliers_are_said_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +217,24 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
     main(["analyze", "--config", "demo/plain.yaml", *QUICK])
     assert "The student is untrained" in _report()["notes"][0]
     assert len(_report()["networks"]) == 1
+
+
+@pytest.mark.parametrize(("named", "index"), [({}, 3), ({"teacher_layers": [1]}, 1)])
+def test_a_teacher_is_judged_at_the_layer_that_the_config_distils(named: dict[str, Any], index: int) -> None:
+    config = yaml.safe_load((packaged_configs() / "demo/plain.yaml").read_text())
+    teacher = {"class_path": "LiftViT", "init_args": {**config["model"]["student"]["init_args"], "width": 40}}
+    objective = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.2, **named}}
+    config["model"] |= {"teacher": teacher, "distillers": {"map": objective}}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    main(["analyze", "--config", "own.yaml", *QUICK])
+    report = _report()
+    network = report["networks"][0]
+    judged = network["layers"][network["compared"]]
+    assert (judged["index"], judged["width"], len(judged["variants"])) == (index, 16, 5)
+    assert [layer["layer"] for layer in network["layers"]][-1] == "lift"
+    assert (report["advice"]["teacher_width"], report["advice"]["remedy"]) == (16, "none")
+    (advised,) = yaml.safe_load(Path("out/advised.yaml").read_text())["model"]["distillers"].values()
+    assert advised["init_args"]["teacher_layers"] == named.get("teacher_layers", [-1])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def _numbers(layer: LayerReport) -> dict[str, Any]:
         "sep": bandwidths(layer),
         "sep_intervals": {
             level: [float(ours.low), float(ours.high)]
-            for level, (ours, _) in zip(bandwidths(layer), layer.bandwidths, strict=True)
+            for level, (ours, _) in zip(bandwidths(layer), layer.bandwidths, strict=False)
         },
     }
 
