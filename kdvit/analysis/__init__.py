@@ -8,7 +8,8 @@ On networks and images: `analyze`. Over batches and ranks: the torchmetrics in `
 from kdvit.analysis.advised import advised_model, distilled_layer
 from kdvit.analysis.callback import GeometryMonitor
 from kdvit.analysis.features import read_features
-from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options, measure
+from kdvit.analysis.geometry import LayerGeometry, measure
+from kdvit.analysis.layer_report import LayerReport, Options
 from kdvit.analysis.mismatch import Advice, advise
 from kdvit.analysis.outliers import Outliers, SinkShare
 from kdvit.analysis.participation import ParticipationRatio, participation_ratio

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from kdvit.analysis.geometry import BANDWIDTH_LEVELS, LayerGeometry, LayerReport, Options, bandwidths
+from kdvit.analysis.geometry import LayerGeometry
+from kdvit.analysis.layer_report import BANDWIDTH_LEVELS, LayerReport, Options, bandwidths
 from kdvit.analysis.plots import figures
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.run import chosen_layers

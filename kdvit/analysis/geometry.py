@@ -3,158 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdvit.analysis.controls import (
-    Interval,
     PermutedBandwidths,
     bandwidth_intervals,
     channel_orders,
     gaussian_spectrum,
     permuted_spectra,
 )
-from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
+from kdvit.analysis.layer_report import BANDWIDTH_LEVELS, LayerReport, Options
+from kdvit.analysis.outliers import SinkShare, moment_outliers
 from kdvit.analysis.participation import ParticipationRatio
 from kdvit.analysis.pca import TokenMoments
 from kdvit.analysis.shuffled import ShuffledTokens
-from kdvit.analysis.spectral import SpectralEnergyPattern, bandwidth, image_bandwidths, sep_curve
-from kdvit.analysis.variants import LEVEL, VARIANTS, Ranks, VariantRanks
-
-Array = NDArray[np.float64]
-BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-class Options(NamedTuple):
-    """What to measure.
-
-    Attributes:
-        energies: Shares of the energy at which ranks and dimensions are given.
-        centred: Subtract the mean token of all images before SVD and PCA; the paper does not.
-        permutations: Random permutations of the channels beside SEP.
-        seed: Of the controls and of the choice of images.
-    """
-
-    energies: tuple[float, ...] = (0.8, 0.9, 0.95, 0.99)
-    centred: bool = False
-    permutations: int = 100
-    seed: int = 0
-
-    @property
-    def variant(self) -> str:
-        """The variant of the tokens that is measured at every layer."""
-        return "centred" if self.centred else "raw"
-
-    def check(self) -> None:
-        """Raises ValueError if a value is out of range."""
-        if not self.energies or not all(0 < level < 1 for level in self.energies):
-            raise ValueError(f"energies must be shares above 0 and below 1, got {list(self.energies)}.")
-        if self.permutations < 1:
-            raise ValueError(f"permutations must be 1 or more, for SEP means nothing without; got {self.permutations}.")
-
-
-class LayerReport(NamedTuple):
-    """What was measured at one layer.
-
-    Attributes:
-        layer: The layer as it was asked for.
-        index: Its index.
-        tokens: Patch tokens N of an image.
-        width: Channels D.
-        outliers: What outliers the tokens have.
-        variants: Ranks and shared axes by the name of the variant: first of the tokens as the options want them, then,
-            where it was asked for, of those that outliers cannot fool.
-        participation: Participation ratio of each image's tokens, ``[images]``.
-        participation_shared: The same in the basis of the dataset PCA, ``[images]``.
-        spectrum: Mean channel spectrum, ``[D // 2 + 1]``.
-        permuted: The same under random permutations of the channels, ``[P, D // 2 + 1]``.
-        gaussian: The same of Gaussian noise of the same shape, ``[D // 2 + 1]``.
-        bandwidths: At 50, 60, 70, 80 and 90 %, where it was asked for, means over the images with their intervals: the
-            bandwidth of an image, and what a permutation of the channels adds to it.
-    """
-
-    layer: str
-    index: int  # type: ignore[assignment]  # tuple.index is of no use here
-    tokens: int
-    width: int
-    outliers: Outliers
-    variants: dict[str, Ranks]
-    participation: Array
-    participation_shared: Array
-    spectrum: Array
-    permuted: Array
-    gaussian: Array
-    bandwidths: list[tuple[Interval, Interval]]
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return len(self.participation)
-
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks of the tokens as the options want them: by default as they are."""
-        return next(iter(self.variants.values()))
-
-    @property
-    def svd_energy(self) -> Array:
-        """Share of each image's energy in its leading singular directions, ``[images, min(N, D)]``."""
-        return self.ranks.svd_energy
-
-    @property
-    def pca_energy(self) -> Array:
-        """Share of each image's energy in the leading axes of all images, ``[images, D]``."""
-        return self.ranks.pca_energy
-
-    @property
-    def pca_spectrum(self) -> Array:
-        """Eigenvalues of all tokens' second moment, descending, ``[D]``."""
-        return self.ranks.pca_spectrum
-
-    def svd_rank(self, level: float) -> Array:
-        """Returns the per-image SVD rank at a level, ``[images]``."""
-        return self.ranks.svd_rank(level)
-
-    def pca_dimension(self, level: float) -> Array:
-        """Returns the least number of shared axes that hold a level of each image's energy, ``[images]``."""
-        return self.ranks.pca_dimension(level)
-
-    def sep(self, spectrum: Array | None = None, folded: bool = False) -> Array:
-        """Returns the SEP curve of `spectrum`, or of a control's spectra, ``[..., D]``."""
-        chosen = torch.from_numpy(self.spectrum if spectrum is None else spectrum)
-        curve: Array = sep_curve(chosen, self.width, folded).numpy()
-        return curve
-
-    @property
-    def dc_share(self) -> float:
-        """The share of the tokens' energy in their channel mean (frequency 0)."""
-        return float(self.spectrum[0])
-
-    def rotation(self, level: float = LEVEL) -> float:
-        """Returns PCA dimension over SVD rank, 99th percentiles."""
-        return self.ranks.rotation(level)
-
-
-def bandwidths(layer: LayerReport, folded: bool = False) -> dict[str, dict[str, float]]:
-    """Returns the bandwidths of a layer's tokens and of their controls, by level."""
-    ours, permuted, gaussian = (
-        torch.from_numpy(layer.sep(of, folded)) for of in (layer.spectrum, layer.permuted, layer.gaussian)
-    )
-    found = {}
-    for level in BANDWIDTH_LEVELS:
-        controls = bandwidth(permuted, level)
-        found[f"{level:g}"] = {
-            "tokens": float(bandwidth(ours, level)),
-            "permuted_mean": float(controls.mean()),
-            "permuted_min": float(controls.min()),
-            "permuted_max": float(controls.max()),
-            "gaussian": float(bandwidth(gaussian, level)),
-        }
-    return found
+from kdvit.analysis.spectral import SpectralEnergyPattern, image_bandwidths
+from kdvit.analysis.subspaces import Part, Routed, routed_dimensions
+from kdvit.analysis.variants import VARIANTS, Ranks, VariantRanks, decisive
 
 
 class LayerGeometry(nn.Module):
@@ -184,7 +52,7 @@ class LayerGeometry(nn.Module):
         self.seen = 0
         self.variants: Any = nn.ModuleList()
         self.shape = (0, width)
-        self._kept: list[Tensor] = []
+        self._kept: list[Part] = []
 
     @torch.no_grad()
     def update(self, tokens: Tensor, keep: bool = False, numbers: Tensor | None = None) -> None:
@@ -206,11 +74,12 @@ class LayerGeometry(nn.Module):
         if self.shape not in ((0, shape[1]), shape):
             raise ValueError(f"All images must have one number of tokens; got {self.shape[0]} and {shape[0]}.")
         self.shape = shape
+        numbers = self.seen + torch.arange(len(tokens)) if numbers is None else numbers
         if self.shuffled is not None:
-            self.shuffled.update(tokens, self.seen + torch.arange(len(tokens)) if numbers is None else numbers)
+            self.shuffled.update(tokens, numbers)
         self.seen += len(tokens)
         if keep:
-            self._kept.append(tokens.detach().cpu())
+            self._kept.append((tokens.detach().cpu(), numbers))
 
     @torch.no_grad()
     def find_axes(self) -> None:
@@ -226,10 +95,11 @@ class LayerGeometry(nn.Module):
         if not made[0].has_energy:
             raise ValueError("All tokens are the mean token: centred, they have no energy.")
         self.variants.extend(each.to(device) for each in made if each.has_energy)
-        for tokens in self._kept:
+        for tokens, _ in self._kept:
             for variant in self.variants:
                 variant.update(tokens.to(device))
-        self._kept.clear()
+        if not self.options.subspaces:
+            self._kept.clear()
 
     def report(self, layer: str, index: int, order: Tensor, second: Tensor | None = None) -> LayerReport:
         """Returns what was measured, together with all ranks.
@@ -247,6 +117,7 @@ class LayerGeometry(nn.Module):
 
         shuffled = None if self.shuffled is None else self.shuffled.compute().reshape(-1, tokens, width)
         measured = [variant.report(order if second is None else second, shuffled) for variant in self.variants]
+        variants = {ranks.variant: ranks for ranks, _ in measured}
         spectra, counts, moment, mean = self.sep.compute()
         spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
         mean = mean.cpu().reshape(width)
@@ -264,14 +135,24 @@ class LayerGeometry(nn.Module):
             tokens=tokens,
             width=width,
             outliers=moment_outliers(variance, mean, rows(self.sinks.compute())),
-            variants={ranks.variant: ranks for ranks, _ in measured},
+            variants=variants,
             participation=rows(self.participation.compute())[:, 0].numpy(),
             participation_shared=measured[0][1].numpy(),
             spectrum=spectrum.numpy(),
             permuted=permuted.numpy(),
             gaussian=gaussian.numpy(),
             bandwidths=intervals,
+            subspaces=self._routed(variants) if self.options.subspaces and self.shuffled is not None else None,
         )
+
+    def _routed(self, variants: dict[str, Ranks]) -> tuple[str, list[Routed]]:
+        """Returns what the kept images need that are routed to several bases."""
+        name = (decisive(variants) or list(variants.values()))[0].variant
+        variant = next(each for each in self.variants if each.name == name)
+        device = variant.basis.axes.device
+        parts = [(variant.prepare(tokens.to(device)), numbers.to(device)) for tokens, numbers in self._kept]
+        self._kept.clear()
+        return name, routed_dimensions(parts, self.options.subspaces, self.options.seed)
 
 
 def measure(

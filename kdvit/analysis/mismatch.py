@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kdvit.analysis.costs import Cost, Remedy, remedy_costs, without_remedy
-from kdvit.analysis.geometry import LayerReport
+from kdvit.analysis.layer_report import LayerReport
 from kdvit.analysis.variants import VARIANTS, Ranks, Spread, decisive, shown, spread_json
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kdvit.analysis.geometry import bandwidths
+from kdvit.analysis.layer_report import bandwidths
 from kdvit.analysis.report import FIRST, Cells, NetworkReport, Report
 from kdvit.analysis.variants import shown
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdvit.analysis.geometry import LayerReport
+from kdvit.analysis.layer_report import LayerReport
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.variants import LEVEL, p99
 

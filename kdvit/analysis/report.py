@@ -13,10 +13,11 @@ import timm
 import torch
 
 from kdvit.analysis.costs import REMEDIES
-from kdvit.analysis.geometry import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
+from kdvit.analysis.layer_report import BANDWIDTH_LEVELS, Array, LayerReport, Options, bandwidths
 from kdvit.analysis.mismatch import Advice
 from kdvit.analysis.published import LEVELS, Published, published
-from kdvit.analysis.variants import Ranks, p99, shown, spread_json
+from kdvit.analysis.subspaces import Routed
+from kdvit.analysis.variants import LEVEL, VARIANTS, Ranks, p99, shown, spread_json
 from kdvit.structures import ImageFormat
 from kdvit.tables import text_table
 
@@ -119,6 +120,17 @@ class Report(NamedTuple):
                 rows.append((network.name, ranks.label, *figures, shuffled, turn, left))
         return head, rows
 
+    def subspace_cells(self) -> Cells:
+        """Returns the table of what images need that are routed to several bases; no rows where nobody asked."""
+        head = ("network", "tokens", "bases", "by mean token: p99", "median", "at random: p99", "median")
+        rows = []
+        for network in self.networks:
+            variant, routed = network.face.subspaces or ("", [])
+            for each in routed:
+                found = [cell for of in each[1:] for cell in (shown(of.p99), f"{of.median:.0f}")]
+                rows.append((network.name, VARIANTS[variant].label, str(each.bases), *found))
+        return head, rows
+
     def level_columns(self) -> dict[str, str]:
         """Returns the columns of SVD ranks and PCA dimensions, all levels of the energy in one each."""
         energies = self.options.energies
@@ -159,6 +171,9 @@ class Report(NamedTuple):
             "spread": "{0[participation]:.2f}",
         }
         tables = [text_table(*self.cells(columns), left=3), "", text_table(*self.variant_cells(), left=2)]
+        if (routed := self.subspace_cells())[1]:
+            said = "Shared axes for 95 % of an image's energy, where images are routed to several bases:"
+            tables += ["", said, text_table(*routed, left=2)]
         return "\n".join([*self.outliers(), "", *tables])
 
     def to_json(self) -> dict[str, Any]:
@@ -251,11 +266,26 @@ def layer_json(layer: LayerReport, options: Options) -> dict[str, Any]:
                 for level, (own, added) in zip(BANDWIDTH_LEVELS, layer.bandwidths, strict=False)
             },
         },
+        "subspaces": None if layer.subspaces is None else _subspaces_json(*layer.subspaces),
         "participation": {
             "channels": _statistics(layer.participation),
             "shared_axes": _statistics(layer.participation_shared),
         },
     }
+
+
+def _subspaces_json(variant: str, routed: list[Routed]) -> dict[str, Any]:
+    found = [
+        {
+            "bases": each.bases,
+            **{
+                f"{name}": {"p99": of.p99._asdict(), "median": of.median}
+                for name, of in list(each._asdict().items())[1:]
+            },
+        }
+        for each in routed
+    ]
+    return {"variant": variant, "energy": LEVEL, "routed": found}
 
 
 def _ranks_json(ranks: Ranks, options: Options) -> dict[str, Any]:

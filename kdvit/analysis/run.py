@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.aggregation import CatMetric
 
-from kdvit.analysis.geometry import LayerGeometry, LayerReport, Options
+from kdvit.analysis.geometry import LayerGeometry
+from kdvit.analysis.layer_report import LayerReport, Options
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.tokens import as_tokens
 from kdvit.models import FrozenTeacher, Network, as_network
@@ -119,7 +120,7 @@ class AnalysisModule(pl.LightningModule):
             self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
         self.orders = [CatMetric(), CatMetric()]
         self.parts = nn.ModuleList([*self.orders, *(part for each in self.measured for part in each.geometries)])
-        self.memory = memory
+        self.memory, self.options = memory, options
         self.keep = False
         self.passes = self.seen = 0
         self.reports: dict[str, list[LayerReport]] = {}
@@ -131,6 +132,11 @@ class AnalysisModule(pl.LightningModule):
         if self.passes == 1:
             fits = self.bytes_an_image * _images(self.trainer.test_dataloaders) <= self.memory * 1e9
             self.keep = self.trainer.strategy.reduce_boolean_decision(fits, all=True)
+            if self.options.subspaces and not self.keep:
+                raise ValueError(
+                    f"subspaces needs the tokens of all images, and they do not fit into memory: {self.memory:g} GB a "
+                    "process. Allow more, take fewer images, or leave out subspaces."
+                )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measures one batch: a `Batch`, a tensor of images, a tuple that starts with one, or a mapping with one."""
@@ -258,7 +264,7 @@ def analyze(
 
     Raises:
         ValueError: If a layer or an option does not exist, a layer has one token an image, there is no image, or
-            tokens are not finite or zero.
+            tokens are not finite or zero, or do not fit into the memory that `Options.subspaces` needs.
         TypeError: If a network is none, or the images can be read only once.
     """
     options = options or Options()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
-from kdvit.analysis.geometry import LayerReport
+from kdvit.analysis.layer_report import LayerReport
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.timm_model import create_timm_model

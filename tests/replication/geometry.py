@@ -9,7 +9,7 @@ import numpy as np
 
 from kdvit import load_student
 from kdvit.analysis import Report, analyze
-from kdvit.analysis.geometry import LayerReport, bandwidths
+from kdvit.analysis.layer_report import LayerReport, bandwidths
 from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.variants import LEVEL, p99

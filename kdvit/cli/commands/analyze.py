@@ -44,6 +44,7 @@ def analyze(
     energies: list[float] = [0.8, 0.9, 0.95, 0.99],  # noqa: B006
     centred: bool = False,
     permutations: int = 100,
+    subspaces: NonNegativeInt = 0,
     seed: int = 0,
     against: Literal["published"] | None = None,
     out: str = "runs/analysis",
@@ -70,6 +71,7 @@ def analyze(
         energies: Shares of the energy.
         centred: SVD and dataset PCA without the mean token.
         permutations: Of the channels, beside SEP.
+        subspaces: Dimensions needed where images are routed to 1, 2, 4 and so on up to so many PCA bases.
         seed: Of the choice of images, the controls and random weights.
         against: The paper's figures beside one's own in tables.md and tables.tex, for the models that it has.
         out: Folder of the report.
@@ -90,7 +92,7 @@ def analyze(
     from kdvit.cli.analyses import Analysis, write
 
     with shown():
-        options = Options(tuple(sorted(energies)), centred, permutations, seed)
+        options = Options(tuple(sorted(energies)), centred, permutations, seed, subspaces)
         options.check()
     chosen = "all" if layers == ["all"] else layers
     analysis = Analysis(data, pretrained, images, chosen, options, batch_size, num_workers, memory, trainer)
