@@ -42,6 +42,7 @@ class Analysis:
 
     data: str | None
     pretrained: bool
+    img_size: int | None
     images: int
     layers: list[Layer] | str | None
     options: Options
@@ -61,7 +62,7 @@ class Analysis:
             if name.endswith(FEATURES):
                 networks.append(features_of(name, label, self.options))
             else:
-                network = find_network(name, self.pretrained, TimmTeacher)
+                network = find_network(name, self.pretrained, TimmTeacher, self.img_size)
                 images = find_images(required(self.data), network.image_format)
                 networks += self._run({label: network}, images).networks
         return Report(networks, self.options)
@@ -76,15 +77,16 @@ class Analysis:
         exported = Path(teacher).is_dir()
         arch, pretrained = (f"local-dir:{teacher}", True) if exported else (teacher, self.pretrained)
         networks = {  # the teacher as the config makes it: of a LiftViT it distils the last block
-            TEACHER: find_network(arch, pretrained, TimmTeacher),
-            STUDENT: find_network(student, self.pretrained),
+            TEACHER: find_network(arch, pretrained, TimmTeacher, self.img_size),
+            STUDENT: find_network(student, self.pretrained, img_size=self.img_size),
         }
         images = find_images(required(self.data), networks[TEACHER].image_format)
         report = _advised(self._run(networks, images), networks)
         if images.spec is None:
             note = f"No config is written: {images.name} has no folders train and val of classes to train on."
             return report._replace(notes=(note,)), None
-        named: dict[str, Any] = {"arch": arch} if pretrained else {"arch": arch, "pretrained": False}
+        named: dict[str, Any] = {"arch": arch, **({} if pretrained else {"pretrained": False})}
+        named |= {} if self.img_size is None else {"img_size": self.img_size}
         return report, _config_of_pair(report, networks, named, images)
 
     def of_config(self, file: str) -> Advised:
@@ -97,6 +99,8 @@ class Analysis:
             raise UserError(
                 f"With --config, --data is the root of the config's own data, got {self.data!r}. Name a folder."
             )
+        if self.img_size is not None:
+            raise UserError("With --config, sizes are the config's own: leave out --img_size, or set img_size in it.")
         root = ["--data.init_args.root", self.data] if self.data else []
         experiment = read_experiment(file, root, random=() if self.pretrained else (TEACHER,), data=True)
         note = take_best(experiment)

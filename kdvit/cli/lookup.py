@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.fit import ReadFit
-from kdvit.errors import shown
+from kdvit.errors import UserError, shown
 from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
 
 
@@ -79,19 +79,28 @@ def build(part: str, kind: type, spec: Mapping[str, Any]) -> Any:
         return parser.instantiate(config)[part]
 
 
-def find_network(name: str, pretrained: bool, kind: type[TimmStudent] | type[TimmTeacher] = TimmStudent) -> Network:
+def find_network(
+    name: str,
+    pretrained: bool,
+    kind: type[TimmStudent] | type[TimmTeacher] = TimmStudent,
+    img_size: int | None = None,
+) -> Network:
     """Returns the network of a name.
 
     Args:
         name: A timm name, an exported folder, or a checkpoint.
         pretrained: Load timm's published weights where it is a timm name; else they are random.
         kind: What a timm name makes. A TimmTeacher keeps the classes of its weights.
+        img_size: Input size in pixels of a timm name's network, where it differs from its own.
 
     Raises:
-        UserError: If there is nothing of that name.
+        UserError: If there is nothing of that name, or what there is has a size of its own.
     """
+    exists = Path(name).exists()
+    if exists and img_size is not None:
+        raise UserError(f"--img_size {img_size} is for names of timm; the network in {name!r} has a size of its own.")
     with shown((ValueError, OSError, TypeError, RuntimeError)):
-        return load_student(name) if Path(name).exists() else kind(name, pretrained=pretrained)
+        return load_student(name) if exists else kind(name, pretrained=pretrained, img_size=img_size)
 
 
 def take_best(experiment: Experiment) -> str:

@@ -18,7 +18,7 @@ from kdvit.analysis.published import PUBLISHED, published
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.images import Images, choose
-from kdvit.models import export_student
+from kdvit.models import TimmTeacher, export_student
 from kdvit.models.checkpoint import student_spec
 from tests.runs import SHORT, fit
 from tests.tiny import FORMAT, WIDE, student, teacher
@@ -90,6 +90,19 @@ def test_the_papers_fourteen_models_are_timms_and_their_figures_rise_with_the_en
         assert sorted(theirs.pca) == list(theirs.pca)
         assert all(one <= shared <= theirs.width for one, shared in zip(theirs.svd, theirs.pca, strict=True))
     assert published("swin_small_patch4_window7_224") is None  # timm's default weights are not the paper's
+
+
+def test_networks_are_measured_at_another_input_size(folder: str) -> None:
+    pair = ["--teacher", "deit_small_patch16_224", "--student", "deit_tiny_patch16_224", "--pretrained", "false"]
+    main(["analyze", *pair, "--data", folder, "--img_size", "64", *QUICK, "--images", "2"])
+    networks = _report()["networks"]
+    assert [network["layers"][0]["tokens"] for network in networks] == [16, 16]
+    assert [network["image_format"]["size"] for network in networks] == [[64, 64], [64, 64]]
+    config = yaml.safe_load(Path("out/advised.yaml").read_text())
+    assert [config["model"][role]["init_args"]["img_size"] for role in ("teacher", "student")] == [64, 64]
+    assert config["data"]["init_args"]["img_size"] == 64
+    features = TimmTeacher("deit_small_patch16_224", pretrained=False, img_size=64).output_shapes((-1,)).features
+    assert features == ((384, 4, 4),)
 
 
 def test_outliers_are_said_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +274,8 @@ def test_a_teacher_is_judged_at_the_layer_that_the_config_distils(named: dict[st
             ["--model", "resnet18", "--data", "Digits", "--images", "0", "--pretrained", "false"],
             "images: must be above 0, got 0.",
         ),
+        (["--model", "bare", "--data", "Digits", "--img_size", "32"], "network in 'bare' has a size of its own"),
+        (["--config", "demo/plain.yaml", "--img_size", "32"], "With --config, sizes are the config's own"),
         (["--model", "resnet18", "--energies", "95"], "energies must be shares above 0 and below 1"),
         (["--teacher", "a.ckpt", "--student", "resnet18", "--data", "Digits"], "kdvit export --ckpt a.ckpt"),
     ],

@@ -39,6 +39,7 @@ def analyze(
     config: str | None = None,
     data: str | None = None,
     pretrained: bool = True,
+    img_size: PositiveInt | None = None,
     images: PositiveInt = 1000,
     layers: list[int | float | str] | None = None,
     energies: list[float] = [0.8, 0.9, 0.95, 0.99],  # noqa: B006
@@ -66,6 +67,7 @@ def analyze(
         config: A config of `kdvit fit`: its teacher, and its student (trained, if its run is there).
         data: Folder of images (ROOT/val/CLASS or ROOT/CLASS), or FashionMNIST or Digits.
         pretrained: Published weights for names of timm; else random ones.
+        img_size: Input size in pixels of timm's networks, where it is not their own (DINOv2 in the paper: 224).
         images: How many, one of each class first.
         layers: Indices, fractions of the depth or names; or all. By default the last.
         energies: Shares of the energy.
@@ -95,7 +97,9 @@ def analyze(
         options = Options(tuple(sorted(energies)), centred, permutations, seed, subspaces)
         options.check()
     chosen = "all" if layers == ["all"] else layers
-    analysis = Analysis(data, pretrained, images, chosen, options, batch_size, num_workers, memory, trainer)
+    analysis = Analysis(
+        data, pretrained, img_size and int(img_size), images, chosen, options, batch_size, num_workers, memory, trainer
+    )
     if model:
         write(analysis.of_models(model), None, out, against)
     elif config:
