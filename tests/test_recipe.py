@@ -54,7 +54,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> SimpleNamespace:
     built = SimpleNamespace()
 
     def keep(trainer: Any, model: Any, datamodule: Any, images_per_second: float | None = None) -> None:
@@ -66,8 +66,24 @@ def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
     built.yaml = yaml.safe_load((packaged_configs() / f"{name}.yaml").read_text())
     if "teacher" in built.yaml["model"]:
         given += ["--model.teacher.init_args.pretrained", "false"]
-    main(["check", "--config", f"{name}.yaml", *given])
+    main(["check", "--config", f"{name}.yaml", *given, *more])
     return built
+
+
+def test_what_else_the_authors_scripts_can_be_asked_for_is_an_option(imagenet: Path, monkeypatch) -> None:
+    control = ["--model.student.init_args.model_args", "{embed_dim: 219}", "--model.optimizer.decay_embeddings", "true"]
+    erasing = ["--data.init_args.erasing_mode", "rand", "--data.init_args.erasing_count", "3"]
+    run = _build("feature", imagenet, monkeypatch, *control, *erasing)
+    attention, (theirs,) = run.module.student.model.blocks[0].attn, run.module.distillers["feature"].widths
+    assert (attention.num_heads, attention.head_dim, theirs) == (3, 73, (219, 384))
+    _assert_groups(run.module, plain=False)
+    transform = run.data.train_transform.transforms[-1]
+    assert (transform.rand_color, transform.max_count) == (True, 3)
+    lift = "--model.distillers.lift.init_args"
+    layers = [f"{lift}.lifted_blocks", "3", f"{lift}.growth", "exponential", f"{lift}.teacher_layer", "[19, 21, 23]"]
+    distiller = _build("lift", imagenet, monkeypatch, *layers).module.distillers["lift"]
+    assert (distiller.student_layers, distiller.teacher_layers) == ((-3, -2, "lift"), (19, 21, 23))
+    assert [len(each[0].weight) for each in distiller.projectors] == [241, 304]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -35,8 +35,8 @@ def distilled_layer(model: Mapping[str, Any]) -> Layer | None:
     """
     named: list[Layer] = []
     for each in _maps(model).values():
-        asked = each.get("init_args", {})
-        named += asked.get("teacher_layers", []) + [asked[key] for key in ("teacher_layer",) if key in asked]
+        asked = [v for k, v in each.get("init_args", {}).items() if k in ("teacher_layer", "teacher_layers")]
+        named += [layer for one in asked for layer in (one if isinstance(one, list) else [one])]
     return named[-1] if named else None
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
-from kdvit.data.transforms import Transform, train_transform
+from kdvit.data.transforms import ErasingMode, Transform, train_transform
 from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
@@ -36,6 +36,8 @@ class ListedImages(ImageDataModule):
         auto_augment: timm's policy; null for none.
         color_jitter: Strength of the colour jitter, which timm leaves out beside a policy.
         random_erasing: Probability of random erasing.
+        erasing_mode: What erases: noise for each pixel (the recipe), one random colour (rand), or zeros (const).
+        erasing_count: The largest number of erased rectangles, which share the area.
         interpolation: Of the resizing.
         crop_pct: Centre crop of the evaluation, as a share of the resized shorter side.
         val_share: Share of each class that is set apart where there is no val: always the same images, whatever the
@@ -61,6 +63,8 @@ class ListedImages(ImageDataModule):
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         color_jitter: float = 0.4,
         random_erasing: float = 0.25,
+        erasing_mode: ErasingMode = "pixel",
+        erasing_count: PositiveInt = 1,
         interpolation: str = "bicubic",
         crop_pct: float = 0.875,
         on_error: OnError = "raise",
@@ -78,6 +82,8 @@ class ListedImages(ImageDataModule):
             "color_jitter": color_jitter,
             "random_erasing": random_erasing,
         }
+        if (erasing_mode, erasing_count) != ("pixel", 1):  # the others' fingerprints stay as they were
+            self.augmentation |= {"erasing_mode": erasing_mode, "erasing_count": int(erasing_count)}
         self.is_grey = len(self.image_format.mean) == 1
         self.train_transform = train_transform(self.image_format, **self.augmentation)
         self.eval_transform = eval_transform(self.image_format)

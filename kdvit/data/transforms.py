@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 from timm.data import create_transform
@@ -12,6 +12,7 @@ from torch import Tensor
 from kdvit.structures import ImageFormat
 
 Transform = Callable[[Image.Image], Tensor]
+ErasingMode = Literal["pixel", "rand", "const"]
 
 
 def train_transform(
@@ -19,6 +20,8 @@ def train_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float = 0.4,
     random_erasing: float = 0.25,
+    erasing_mode: ErasingMode = "pixel",
+    erasing_count: int = 1,
 ) -> Transform:
     """Returns random resized crop, flip, auto-augment or colour jitter, normalisation and random erasing.
 
@@ -26,7 +29,9 @@ def train_transform(
         images: What it makes.
         auto_augment: timm's policy string, or None.
         color_jitter: Strength of the colour jitter; timm leaves it out beside a policy.
-        random_erasing: Probability of erasing a rectangle with noise.
+        random_erasing: Probability of erasing rectangles.
+        erasing_mode: With noise of its own for each pixel, one random colour ("rand"), or zeros ("const").
+        erasing_count: The largest number of rectangles, which share the area.
     """
     transform = create_transform(
         images.size,
@@ -35,8 +40,8 @@ def train_transform(
         auto_augment=auto_augment,
         interpolation=images.interpolation,
         re_prob=random_erasing,
-        re_mode="pixel",
-        re_count=1,
+        re_mode=erasing_mode,
+        re_count=erasing_count,
         mean=images.mean,
         std=images.std,
     )

@@ -201,11 +201,17 @@ class FeatureDistiller(Distiller):
                         f"{theirs} axes. For a student that is wider than its teacher take projector: linear."
                     )
                 self.projectors.append(FixedProjection(theirs, ours))
-            elif self.projector is None and ours != theirs:
-                raise ValueError(
-                    f"{type(self).__name__}: the student's layer {self.student_layers[i]!r} is {ours} channels wide "
-                    f"and the teacher's layer {self.teacher_layers[i]!r} {theirs}. {self.way_out.format(width=theirs)}"
-                )
+            elif self.projector is None:
+                self.require_same_width(i)
+
+    def require_same_width(self, i: int) -> None:
+        """Raises ValueError if a pair of layers has two widths."""
+        ours, theirs = self.widths[i]
+        if ours != theirs:
+            raise ValueError(
+                f"{type(self).__name__}: the student's layer {self.student_layers[i]!r} is {ours} channels wide "
+                f"and the teacher's layer {self.teacher_layers[i]!r} {theirs}. {self.way_out.format(width=theirs)}"
+            )
 
     def fixed_targets(self) -> tuple[FixedTarget | None, ...]:
         """Names those of "pca", "phi_s" and "pool" that are narrower than the teacher's map."""

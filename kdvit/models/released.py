@@ -78,7 +78,7 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     student.image_format = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
-    return Released(student.eval(), sorted(name for name in weights if name.startswith(DEAD)))
+    return Released(student.eval(), sorted(name for name in weights if _is_dead(name, student.depth - 1)))
 
 
 def _lift(weights: dict[str, Tensor], args: dict[str, Any]) -> tuple[TimmNetwork, dict[str, Tensor]]:
@@ -91,10 +91,16 @@ def _lift(weights: dict[str, Tensor], args: dict[str, Any]) -> tuple[TimmNetwork
     places = {f"projections.{last}.": "norm.0.", f"layer_norms.{last}.": "norm.1.", base: ""}
     mapped = {}
     for key, value in weights.items():
-        if not key.startswith(DEAD):
+        if not _is_dead(key, last):
             prefix = next((each for each in places if key.startswith(each)), "")
             mapped[f"{places.get(prefix, '')}{key.removeprefix(prefix)}"] = value
     return student, mapped
+
+
+def _is_dead(name: str, last: int) -> bool:
+    """Whether no logit depends on a parameter: unused norm and head, and lifts of blocks before the last."""
+    lift = re.match(r"(?:projections|layer_norms)\.(\d+)\.", name)
+    return name.startswith(DEAD) or (lift is not None and int(lift[1]) < last)
 
 
 def _wide_last(

@@ -124,7 +124,7 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
         "task_weight": 0.5,
     }
     bare = advise(_layer(12, 5, 24), student("lift"))
-    lift = {"class_path": "LiftDistiller", "init_args": {"teacher_layer": 0.5, "teacher": "big"}}
+    lift = {"class_path": "LiftDistiller", "init_args": {"teacher_layer": [0.2, 0.5], "teacher": "big"}}
     back = advised_model(bare, {**advised, "distillers": {"lift": lift}})["distillers"]["feature"]["init_args"]
     assert back == {"weight": 0.2, "teacher_layers": [0.5], "teacher": "big", "projector": "linear"}
 

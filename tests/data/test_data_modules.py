@@ -19,6 +19,7 @@ from kdvit.data import Digits, FashionMNIST, ImageFolder
 from kdvit.data.transforms import posterize, train_transform
 from kdvit.errors import UserError
 from kdvit.models.network import eval_transform
+from kdvit.seeding import seeded
 from kdvit.structures import Batch, ImageFormat
 
 CLASSES = ("cat", "dog")
@@ -82,6 +83,26 @@ def test_the_training_transform_is_deits() -> None:
     assert all((op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5) for op in policy.ops)
     assert normalise.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert (erasing.probability, erasing.rand_color, erasing.per_pixel) == (0.25, False, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "most"), [("pixel", 1, 999), ("rand", 1, 2), ("rand", 3, 4), ("const", 3, 2)]
+)
+def test_erased_rectangles_have_the_mode_and_number_that_is_asked_for(
+    mode: str, count: int, most: int, tmp_path: Path
+) -> None:
+    image_folder(tmp_path)
+    plain = {"auto_augment": None, "color_jitter": 0.0, "random_erasing": 1.0, "img_size": 32}
+    data = ImageFolder(str(tmp_path), **plain, erasing_mode=mode, erasing_count=count)
+    grey = Image.new("RGB", (40, 40), (200, 100, 50))
+    with seeded(0):
+        views = [data.train_transform(grey).flatten(1).T.unique(dim=0) for _ in range(40)]
+    colours = {len(each) for each in views}
+    assert max(colours) <= most
+    assert max(colours) == most or mode == "pixel"
+    assert (mode == "pixel") == (min(colours) > 4)
+    if mode == "const":
+        assert all((each == 0).all(1).any() for each in views)
 
 
 def test_the_evaluation_resizes_to_256_and_crops_the_centre() -> None:

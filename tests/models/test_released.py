@@ -51,6 +51,17 @@ def test_a_released_checkpoint_becomes_the_same_student(name: str, cls: type, de
     assert torch.equal(averaged.model.pos_embed, student.model.pos_embed + 1)
 
 
+def test_lifts_of_earlier_blocks_are_left_out_as_no_logit_depends_on_them(tmp_path, capsys) -> None:
+    weights = reference_weights("lift")
+    early = {"projections.9.weight": torch.ones(256, 192), "layer_norms.9.weight": torch.ones(256)}
+    file = _save(tmp_path / "reference.pth", {**weights, **early})
+    student, dropped = load_released(file)
+    assert {*early} < {*dropped}
+    assert torch.equal(student.model.head.weight, weights["head.weight"])
+    main(["import", file, "--out", "student"])
+    assert "projections.9.weight" in capsys.readouterr().out
+
+
 def test_an_imported_student_is_validated_by_the_command_line(tmp_path, capsys) -> None:
     source = LiftViT("deit_tiny_patch16_224", 384, num_classes=2)
     weights = {}
