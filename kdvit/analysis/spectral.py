@@ -46,7 +46,8 @@ def _channel_spectrum(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def power_spectrum(tokens: Tensor) -> Tensor:
     """Returns the power of tokens ``[..., D]`` at each frequency from 0 to D // 2, ``[..., D // 2 + 1]``."""
     transform = torch.fft.rfft(tokens)
-    return transform.real.square().addcmul_(transform.imag, transform.imag)
+    power: Tensor = transform.real.square().addcmul_(transform.imag, transform.imag)
+    return power
 
 
 def unit(tokens: Tensor) -> Tensor:

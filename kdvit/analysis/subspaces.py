@@ -165,7 +165,7 @@ def _cluster(points: Tensor, count: int, generator: torch.Generator) -> tuple[fl
 
 
 def _by_cluster(labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-    return ((int(label), labels == label) for label in labels.unique())
+    return ((label, labels == label) for label in sorted({*labels.tolist()}))
 
 
 def _dimensions(parts: Sequence[Part], labels: Tensor, numbers: Tensor, order: Tensor) -> NDArray[np.int64]:

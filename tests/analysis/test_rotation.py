@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from kdvit.analysis import Advice, Options, Outliers, Ranks, advise, measure, p99
+from kdvit.analysis.page import page
+from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.shuffled import IMAGES, ShuffledTokens
 from kdvit.models import Network, TimmNetwork
 from kdvit.models.timm_model import create_timm_model
@@ -40,6 +42,15 @@ def test_images_in_subspaces_of_their_own_turn() -> None:
     assert spread.rotation.value == teacher.rotation()
     assert spread.turn.low > 2
     assert "turn from each other, by a factor of 2." in str(advise(teacher, student()))
+
+
+@pytest.mark.parametrize(("kind", "turns"), [(isotropic, False), (rotated, True)])
+def test_a_page_speaks_of_subspaces_that_turn_only_where_they_do(kind, turns: bool) -> None:
+    layer = measure(kind((60, 40, 64), 12), FEW)
+    network = NetworkReport("teacher", "", 0, 0, "", None, 1, [layer], "noise", 1)
+    report = Report([network], FEW, advise(layer, student()))
+    assert ("turn from each other" in page(report, {})) == turns
+    assert "turn from each other" not in page(report._replace(advice=None), {})
 
 
 def test_shuffled_images_hold_at_each_place_the_tokens_of_images_drawn_by_seed() -> None:
