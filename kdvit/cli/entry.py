@@ -15,6 +15,7 @@ from kdvit.cli.commands.compare import compare
 from kdvit.cli.commands.distillers import distillers
 from kdvit.cli.commands.export import export
 from kdvit.cli.commands.import_released import import_released
+from kdvit.cli.commands.init import init
 from kdvit.cli.commands.probe import probe
 from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
@@ -40,6 +41,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "export": export,
     "import": import_released,
     "probe": probe,
+    "init": init,
     "slurm": slurm,
 }
 NOISE = (
