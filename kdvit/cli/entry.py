@@ -40,8 +40,8 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "distillers": distillers,
     "export": export,
     "import": import_released,
-    "probe": probe,
     "init": init,
+    "probe": probe,
     "slurm": slurm,
 }
 NOISE = (
