@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from kdvit.distillers.classes import first_difference
+from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch, as_batch
@@ -24,8 +24,8 @@ class TeacherScores(pl.Callback):
     """Scores each teacher once on validation images, at the start of a run, and logs `teacher/acc1` and so on.
 
     A teacher far below its published accuracy has the wrong weights, input size or normalisation. A resumed run does
-    not repeat it; a teacher with other classes than the data or without a head is not scored, and none is without
-    labels.
+    not repeat it. A teacher that knows more classes than the data has is scored among all that it knows, if names tell
+    which they are; one with other classes or without a head is not scored, and none is without labels.
 
     Args:
         images: Number of validation images, evenly spaced over the data set; null for all. The accuracy on 2,000 has a
@@ -43,27 +43,29 @@ class TeacherScores(pl.Callback):
                 self._score(trainer, pl_module, teacher)
 
     def _score(self, trainer: pl.Trainer, pl_module: Any, teacher: FrozenTeacher) -> None:
-        other = first_difference(pl_module.class_names, teacher.network.class_names)
-        classes = teacher.output_shapes().classes
+        ours, theirs = pl_module.class_names, teacher.network.class_names
+        classes, numbers = teacher.output_shapes().classes, numbers_by_name(ours, theirs)
         if classes is None:
             return
-        if classes != pl_module.num_classes or other:
+        if numbers is None and (classes != pl_module.num_classes or first_difference(ours, theirs)):
             rank_zero_info(f"The {teacher.label} has other classes than the data, so its accuracy is not measured.")
             return
-        scores = classification_scores(pl_module.num_classes).to(pl_module.device)
+        among = "" if classes == pl_module.num_classes else f" among its {classes:,} classes, matched by name"
+        known = torch.tensor(numbers or range(classes), device=pl_module.device)
+        scores = classification_scores(classes).to(pl_module.device)
         scored = 0
         for batch in map(as_batch, self._batches(trainer)):
             image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
                 logits = teacher(image).logits
-            scores.update(logits, target)
+            scores.update(logits, known[target])
             scored += len(target)
         measured = {f"{teacher.label}/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
         acc1 = measured[f"{teacher.label}/acc1"]
         images = sum(gather(trainer, scored))
-        rank_zero_info(f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1.")
+        rank_zero_info(f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1{among}.")
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
         """Returns this rank's share of the images, within the Trainer's limit; reads a stream to its end."""

@@ -21,7 +21,7 @@ from kdvit.analysis import GeometryMonitor
 from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
-from kdvit.cli.resuming import Start, find_start, require_plain, require_same_student
+from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
@@ -129,7 +129,13 @@ class KdvitCLI(LightningCLI):
             parser.set_defaults({f"{key}.{name}": value for name, value in of_kdvit.items()})
             parser.link_arguments("trainer.default_root_dir", f"{key}.dirpath", compute_fn=_checkpoint_folder)
         parser.link_arguments("data", "model.image_format", compute_fn=format_of, apply_on="instantiate")
-        parser.link_arguments("data", "model.class_names", compute_fn=_class_names, apply_on="instantiate")
+        parser.link_arguments("data", "model.class_names", compute_fn=self._class_names, apply_on="instantiate")
+
+    def _class_names(self, data: Any) -> list[str] | None:
+        """Returns the names of the model's classes: a trained student's own, and none where there are no labels."""
+        names = getattr(data, "class_names", None)
+        known = self.start.class_names if names is None or len(names) else None
+        return known or (None if names is None else list(names))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that is given before Lightning looks into it for changes of the config."""
@@ -167,6 +173,7 @@ class KdvitCLI(LightningCLI):
             super().instantiate_classes()
             if self.start.checkpoint is not None:
                 require_same_student(self.start.checkpoint, self.model)
+            match_classes(self.start.class_names, self.datamodule)
         if self.command not in ("check", "cache"):
             self.config_init[self.command]["ckpt_path"] = self.start.checkpoint
             self.config_init[self.command]["weights_only"] = True
@@ -291,8 +298,3 @@ def format_of(data: Any) -> ImageFormat:
             "std), with the numbers of its transform."
         )
     return found
-
-
-def _class_names(data: Any) -> Any:
-    names = getattr(data, "class_names", None)
-    return None if names is None else list(names)

@@ -10,7 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.cli.run_config import changes, differing
+from kdvit.data import ImageDataModule
+from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.errors import UserError, shown
+from kdvit.models.checkpoint import known_class_names, trained_class_names
 from kdvit.models.layouts import read_weights_only
 from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
 from kdvit.training.module import DistillationModule
@@ -23,11 +26,13 @@ class Start(NamedTuple):
         checkpoint: What it starts from; None for the student as the config builds it.
         changes: What of a run's settings is new, a text each.
         is_done: Whether nothing is left to train.
+        class_names: Names of the classes that a student to be scored was trained on, where known.
     """
 
     checkpoint: str | None = None
     changes: tuple[str, ...] = ()
     is_done: bool = False
+    class_names: list[str] | None = None
 
 
 def find_start(command: str, config: Any, parser: LightningArgumentParser) -> Start:
@@ -55,9 +60,11 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
                 f"{str(folder.parent)!r} holds a run, which one that goes on from {str(named)!r} would overwrite: "
                 "choose another --trainer.default_root_dir."
             )
+        if command != "fit":
+            return Start(str(named), class_names=trained_class_names(named))
         return _go_on(named, config, parser) if own else Start(str(named))
     if command != "fit":
-        return Start(_to_read(folder, config))
+        return _to_read(folder, config)
     file = newest_checkpoint(folder)
     if file is not None:
         return _go_on(file, config, parser)
@@ -70,14 +77,14 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
     return Start()
 
 
-def _to_read(folder: Path, config: Any) -> str | None:
-    """Returns the checkpoint of a run that is scored; None for a student that starts from weights of its own."""
+def _to_read(folder: Path, config: Any) -> Start:
+    """Returns the checkpoint of a run that is scored; none for a student that starts from weights of its own."""
     best = folder / "best.ckpt"
     file = best if best.is_file() else newest_checkpoint(folder)
     if file is not None:
         require_plain(file)
         rank_zero_info(f"The student is that of {file}.")
-        return str(file)
+        return Start(str(file), class_names=trained_class_names(file))
     given = config.model.student.get("init_args") or {}
     if not (given.get("checkpoint") or given.get("pretrained")):
         raise UserError(
@@ -85,7 +92,41 @@ def _to_read(folder: Path, config: Any) -> str | None:
             "the run is by --trainer.default_root_dir, or give --ckpt_path."
         )
     rank_zero_info(f"There is no checkpoint in {folder}: the student has the weights that the config names.")
-    return None
+    with shown((RuntimeError,)):
+        names = known_class_names(given.get("arch", ""), bool(given.get("pretrained")), given.get("checkpoint"))
+    return Start(class_names=names)
+
+
+def match_classes(known: list[str] | None, datamodule: Any) -> None:
+    """Lets a student be scored on data that have a part of its classes, or have them in another order.
+
+    Args:
+        known: Names of the classes that it was trained on, where known.
+        datamodule: The data.
+
+    Raises:
+        UserError: If the student does not know a class of the data.
+    """
+    names = getattr(datamodule, "class_names", None)
+    if not known or not names or (len(names) == len(known) and first_difference(names, known) is None):
+        return
+    numbers = numbers_by_name(names, known)
+    if numbers is None:
+        unknown, some = [[*map(repr, each)] for each in ([n for n in names if n not in known], known)]
+        raise UserError(
+            f"The student was trained on other classes than those of the data: {', '.join(unknown[:5])}. It knows "
+            f"{', '.join(some[:5])}{', ...' * (len(known) > 5)}. Give images of these, in folders of these names."
+        )
+    if not isinstance(datamodule, ImageDataModule):
+        raise UserError(
+            f"{type(datamodule).__name__} has other classes than the student, or has them in another order, and only "
+            "data modules of kdvit can be matched by name."
+        )
+    datamodule.number_classes(numbers)
+    rank_zero_info(
+        f"The data has {len(names)} of the {len(known)} classes of the student, matched by name. Any of the "
+        f"{len(known)} may be its answer."
+    )
 
 
 def require_plain(file: Path) -> None:

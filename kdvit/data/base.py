@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.data import Mixup
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdvit.cache import CacheReader, load_bases, open_cache
@@ -80,6 +81,7 @@ class ImageDataModule(pl.LightningDataModule):
             )
         self.cache = cache
         self._reader: CacheReader | None = None
+        self._numbers: Tensor | None = None
         self.batch_size, self.num_workers, self.repeats = batch_size, num_workers, repeats
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.image_format = ImageFormat(size, tuple(mean), tuple(std), interpolation="bilinear")
@@ -159,6 +161,10 @@ class ImageDataModule(pl.LightningDataModule):
             teacher, wanted = module.teacher, module.distillers.only_request()
             self._reader = open_cache(Path(self.cache), teacher, wanted.maps, wanted.logits, self.fingerprint())
 
+    def number_classes(self, numbers: list[int]) -> None:
+        """Gives each class, in all batches from now on, the number that a student knows it by."""
+        self._numbers = torch.tensor(numbers)
+
     @property
     def bases(self) -> dict[str, SharedBasis]:
         """The teacher's axes by which the targets in the cache were made, by name; none without a cache."""
@@ -199,7 +205,12 @@ class ImageDataModule(pl.LightningDataModule):
         return self._eval_loader(self.plain_dataset(split))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels."""
+        """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels.
+
+        `number_classes` is applied to others.
+        """
+        if self._numbers is not None:
+            return batch._replace(target=self._numbers.to(batch.target.device)[batch.target])
         trainer = self.trainer
         if not (self.mixup or self.cutmix) or trainer is None or not trainer.training:
             return batch

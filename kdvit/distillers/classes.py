@@ -89,6 +89,17 @@ def first_difference(ours: Names, theirs: Names) -> tuple[int, str, str] | None:
     return next(((index, one, other) for index, (one, other) in pairs if one != other), None)
 
 
+def numbers_by_name(ours: Names, theirs: Names) -> list[int] | None:
+    """Returns the number of each of our classes among theirs; None where one is not among them, or names are not known.
+
+    Example:
+        >>> numbers_by_name(["ox", "cat"], ["cat", "dog", "ox"]), numbers_by_name(["ox"], ["cat"])
+        ([2, 0], None)
+    """
+    numbers = {name: number for number, name in enumerate(theirs or ())}
+    return [numbers[name] for name in ours] if ours and numbers.keys() >= {*ours} else None
+
+
 def _are_synsets(names: Sequence[str]) -> bool:
     return all(map(SYNSET.fullmatch, names))
 

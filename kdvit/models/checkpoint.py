@@ -16,7 +16,7 @@ from kdvit.files import write_whole
 from kdvit.models.layouts import read_weights_only
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.released import load_released
-from kdvit.models.timm_model import WEIGHTS
+from kdvit.models.timm_model import WEIGHTS, published_class_names
 from kdvit.structures import ImageFormat, subclasses
 
 CONFIG = "config.json"
@@ -101,6 +101,34 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
     student.image_format = ImageFormat.from_json(spec["image_format"])
     student.spec = spec
     return student.eval()
+
+
+def trained_class_names(path: str | Path) -> list[str] | None:
+    """Returns the names of a network's classes that an exported folder or a checkpoint of `kdvit fit` holds.
+
+    None where it holds none, as a file of another program.
+    """
+    path = Path(path)
+    try:
+        content: Any = json.loads((path / CONFIG).read_text()) if path.is_dir() else read_weights_only(path)
+    except (OSError, ValueError):
+        return None
+    names: list[str] | None = (content.get("kdvit") or {}).get("class_names")
+    return names
+
+
+def known_class_names(arch: str, pretrained: bool, checkpoint: str | None) -> list[str] | None:
+    """Returns the names of the classes of the weights that a timm model starts from, where known.
+
+    Args:
+        arch: timm's name, or ``local-dir:FOLDER``. Published weights have ImageNet's classes.
+        pretrained: Whether its own weights are loaded.
+        checkpoint: A file or folder of weights instead.
+    """
+    source, _, folder = arch.rpartition(":")
+    if checkpoint or source == "local-dir":
+        return trained_class_names(checkpoint or folder)
+    return published_class_names(arch) if pretrained and not source else None
 
 
 def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.errors import UserError
+from kdvit.models.checkpoint import known_class_names
 from kdvit.models.network import Network, TimmNetwork, as_network, image_format_of, stated_format
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
@@ -76,15 +76,14 @@ class TimmTeacher(TimmNetwork):
             )
         super().__init__(model, stated_format(model, img_size, mean, std))
         self.init_args = args
-        if checkpoint is None and (names := _class_names(arch, model, pretrained)):
+        if names := _class_names(arch, model, pretrained, checkpoint):
             self.spec["class_names"] = names
 
 
-def _class_names(arch: str, model: Any, pretrained: bool) -> list[str] | None:
-    """Returns the names of a timm model's classes, where known; those of published weights are ImageNet's."""
-    names = model.pretrained_cfg.get("label_names")
-    if not names and ":" not in arch and pretrained and (subset := infer_imagenet_subset(model)):
-        names = ImageNetInfo(subset).label_names()  # type: ignore[no-untyped-call]
+def _class_names(arch: str, model: Any, pretrained: bool, checkpoint: str | None) -> list[str] | None:
+    """Returns the names of a timm model's classes, where known."""
+    names = None if checkpoint else model.pretrained_cfg.get("label_names")
+    names = names or known_class_names(arch, pretrained, checkpoint)
     return list(names) if names and len(names) == model.num_classes else None
 
 

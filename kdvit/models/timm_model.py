@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from kdvit.errors import nearest
@@ -94,6 +95,13 @@ def _create(arch: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
         native = _create(arch, True, {name: value for name, value in args.items() if name != "img_size"})
         load_weights(model, arch, native.state_dict(), new_head=False)
     return model
+
+
+def published_class_names(arch: str) -> list[str] | None:
+    """Returns the names of the classes of timm's published weights, which are ImageNet's; None where not known."""
+    config = timm.get_pretrained_cfg(arch)
+    subset = config and infer_imagenet_subset({"num_classes": config.num_classes})
+    return ImageNetInfo(subset).label_names() if subset else None  # type: ignore[no-untyped-call]
 
 
 def _check_arch(arch: str) -> None:

@@ -48,6 +48,23 @@ def test_the_accuracy_is_that_on_evenly_spaced_images_and_the_log_says_how_many(
     assert f"Teacher on {len(batch.target)} validation images: {accuracy:.2%} top-1." in caplog.text
 
 
+def test_a_teacher_that_knows_more_classes_is_scored_among_them_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    knows = teacher(num_classes=7)
+    knows.spec["class_names"] = names = ["e", "x", "d", "y", "c", "b", "a"]
+    logit = {"logit": LogitDistiller(classes="by_name")}
+    module = DistillationModule(student(), knows, logit, image_format=FORMAT, class_names=list("abcde"))
+    with caplog.at_level("INFO"):
+        trainer(".", max_steps=1, callbacks=[TeacherScores(None)], num_sanity_val_steps=0).fit(
+            module, datamodule=TinyData()
+        )
+    data = TinyData().val_dataloader()
+    batch = data.collate_fn([data.dataset[i] for i in range(40)])
+    answers = [names[answer] for answer in module.teacher(batch.image).logits.argmax(1)]
+    accuracy = sum(answer == "abcde"[target] for answer, target in zip(answers, batch.target, strict=True)) / 40
+    told = f"Teacher on 40 validation images: {accuracy:.2%} top-1 among its 7 classes, matched by name."
+    assert told in caplog.text
+
+
 def test_each_rank_takes_its_share_of_the_same_images() -> None:
     loader = TinyData().val_dataloader()
 
