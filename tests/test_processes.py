@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,12 +195,7 @@ def test_images_that_do_not_divide_among_the_processes_are_each_seen_once_and_no
         assert sorted(paths) == sorted(f"blob/{i}" for i in range(val))
 
 
-@slow
-def test_fewer_images_than_processes_are_one_message() -> None:
-    said = together(2, ["fit", *_sized(2, "run", 8, 1, "--trainer.max_epochs", "1")], status=2)
-    message = "kdvit: error: 1 evaluation image(s) cannot be shared by 2 processes"
-    assert all(message in text.strip().splitlines()[-1] for text in said)
-    assert not Path("run/checkpoints").exists()
+def test_fewer_images_than_processes_are_refused() -> None:
     data = SizedData(train=1)
     data.trainer = SimpleNamespace(world_size=2, global_rank=0, accumulate_grad_batches=1)
     with pytest.raises(ShareError, match=r"^1 training image\(s\) cannot be shared by 2 processes"):
@@ -213,9 +209,9 @@ LAUNCHERS = {
 DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
-def _launched(launcher: str, *args: str) -> subprocess.Popen[bytes]:
+def _launched(launcher: str, *args: str, **more: str) -> subprocess.Popen[bytes]:
     given = ["fit", "--config", "demo/plain.yaml", *QUIET, "--trainer.default_root_dir", "run", *args]
-    environment = {**os.environ, **PATHS}
+    environment = {**os.environ, **PATHS, **more}
     with Path("said.txt").open("w") as out:
         return subprocess.Popen([*LAUNCHERS[launcher], *given], stdout=out, stderr=subprocess.STDOUT, env=environment)
 
@@ -249,15 +245,56 @@ def test_no_process_outlives_another_by_a_minute(launcher: str, faults: dict[int
     fault = {"class_path": "tests.several.Fault", "init_args": {"faults": faults}}
     run = _launched(launcher, *DDP, "--trainer.max_epochs", "2", f"--trainer.callbacks+={json.dumps(fault)}")
     assert run.wait(90) != 0
+    _nothing_lives(60)
+    said = Path("said.txt").read_text()
+    assert message in said, said[-3000:]
+
+
+def _nothing_lives(seconds: float) -> None:
     ended = time.monotonic()
     while living := _living():
-        if time.monotonic() > ended + 60:
+        if time.monotonic() > ended + seconds:
             for process in living:
                 os.kill(process, signal.SIGKILL)
             pytest.fail(f"{len(living)} process(es) live on: {Path('said.txt').read_text()[-3000:]}")
         time.sleep(0.2)
+
+
+@slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_error_of_all_processes_is_told_once(launcher: str) -> None:
+    few = ["--data", "tests.tiny.SizedData", "--data.init_args", "{val: 1}", "--model.student.init_args.img_size=16"]
+    run = _launched(launcher, *DDP, *few, "--model.student.init_args.num_classes=5", "--trainer.max_epochs=1")
+    assert run.wait(90) != 0
+    _nothing_lives(45)
     said = Path("said.txt").read_text()
-    assert message in said, said[-3000:]
+    assert said.count("kdvit: error: ") == 1, said[-3000:]
+    assert "kdvit: error: 1 evaluation image(s) cannot be shared by 2 processes" in said
+    assert not Path("run/checkpoints").exists()
+
+
+@slow
+def test_a_port_that_is_taken_is_one_message_and_no_process_waits_for_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert _launched("lightning", *DDP, "--trainer.max_epochs=1", MASTER_PORT=port).wait(90) == 2
+        _nothing_lives(5)
+    said = Path("said.txt").read_text()
+    assert f"kdvit: error: MASTER_PORT {port} is taken on this machine" in said
+    assert said.count("kdvit: error:") == 1
+
+
+@pytest.mark.parametrize(("starter", "status"), [("gone", 1), ("lives", 0)])
+def test_a_process_whose_starter_is_gone_before_it_begins_ends(starter: str, status: int) -> None:
+    with subprocess.Popen(["sleep", "60" if starter == "lives" else "0"]) as other:
+        if starter == "gone":
+            other.wait()
+        environment = {**os.environ, **PATHS, "LOCAL_RANK": "1", "KDVIT_PARENT": str(other.pid)}
+        version = [sys.executable, "-m", "kdvit", "--version"]
+        assert subprocess.run(version, env=environment, capture_output=True, check=False).returncode == status
+        other.kill()
 
 
 @slow

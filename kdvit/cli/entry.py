@@ -22,7 +22,7 @@ from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import explain
 from kdvit.cli.parsing import call
 from kdvit.errors import UserError, nearest
-from kdvit.runtime.orphans import end_with_parent
+from kdvit.runtime.orphans import end_with_parent, is_to_tell
 from kdvit.tables import text_table
 
 OF_A_TRAINER = {
@@ -67,20 +67,23 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    end_with_parent()
+    parent = end_with_parent()
+    explanation = ""
     try:
         run(given)
     except Exception as error:
-        explanation = explain(error)
-        if explanation is None or os.environ.get("KDVIT_TRACEBACK"):
+        explanation = explain(error) or ""
+        if not explanation or os.environ.get("KDVIT_TRACEBACK"):
             raise
-        print(f"kdvit: error: {explanation}", file=sys.stderr)
-        raise SystemExit(2) from None
     finally:
         if "torch.distributed" in sys.modules:
             from kdvit.data.workers import let_collectives_end
 
             let_collectives_end()
+    if explanation:  # the error and its frames are gone, and with them the loaders and their workers
+        if is_to_tell(parent):
+            print(f"kdvit: error: {explanation}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def run(args: list[str]) -> None:

@@ -16,6 +16,7 @@ from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.listed import FolderImages
 from kdvit.data.listing import LAYOUT, class_folders, list_images
+from kdvit.data.workers import start_worker
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform
 from kdvit.structures import ImageFormat, subclasses
@@ -62,7 +63,13 @@ class ChosenImages(pl.LightningDataModule):
         """Returns this rank's share."""
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         share = Subset(self.images.dataset, self.numbers[rank::ranks])
-        return DataLoader(share, self.batch_size, num_workers=self.num_workers, collate_fn=self.images.collate)
+        return DataLoader(
+            share,
+            self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.images.collate,
+            worker_init_fn=start_worker,
+        )
 
 
 def choose(images: Images, count: int, seed: int) -> list[int]:

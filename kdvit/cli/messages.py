@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from traceback import extract_tb
 
 from jsonargparse import ArgumentError
 
@@ -17,6 +19,7 @@ from kdvit.errors import UserError, nearest
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
+TAKEN = "EADDRINUSE"
 
 
 def explain(error: Exception) -> str | None:
@@ -26,15 +29,37 @@ def explain(error: Exception) -> str | None:
             f"cannot write {str(error.filename or 'a file')!r}: {error.strerror}. What was there before is left as it "
             "was. Make room and give the same command again: a run goes on from its last checkpoint."
         )
-    torch = sys.modules.get("torch")
-    lost = torch is not None and isinstance(error, torch.distributed.DistError)
-    if lost or (isinstance(error, RuntimeError) and GLOO in str(error)):
-        said = " ".join(str(error).split())[:300]
-        return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
+    if text := _of_processes(error):
+        return text
     if not isinstance(error, (ArgumentError, UserError)):
         return None
     text = f"{rephrase(str(error))} {getattr(error, 'then', '')}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
+
+
+def _of_processes(error: Exception) -> str | None:
+    """Returns the message for what has become of another process of the run, or of a loader's worker."""
+    said, torch = " ".join(str(error).split())[:300], sys.modules.get("torch")
+    lost = torch is not None and isinstance(error, torch.distributed.DistError)
+    if lost and TAKEN in said:
+        return (
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is taken on this machine, perhaps by another run: unset it, "
+            "and a free one is found, or set another one."
+        )
+    if lost or (isinstance(error, RuntimeError) and GLOO in said):
+        return f"the connection to another process of this run is lost: see what has ended that one. ({said})"
+    receiving = any(frame.name == "_try_get_data" for frame in extract_tb(error.__traceback__))
+    if (
+        "DataLoader worker (pid" in said
+        or "</torch_" in str(error)
+        or (receiving and isinstance(error, (OSError, EOFError)))
+    ):
+        return (
+            "a loader's worker has ended, as it does where memory or shared memory (/dev/shm) is short: lower "
+            "--data.init_args.num_workers (0 needs no shared memory), or give more (docker run --shm-size=8g). "
+            f"({str(error).strip().splitlines()[-1]})"
+        )
+    return None
 
 
 @contextmanager
@@ -46,9 +71,9 @@ def unforeseen(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ArgumentError, UserError):
-        raise
     except Exception as error:
+        if explain(error) is not None:
+            raise
         raise UserError(f"{what} {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)") from error
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +26,18 @@ def start_worker(worker: int) -> None:
         worker: Number of the worker.
     """
     gc.freeze()  # a collection writes to every object there is, and so copies all memory shared with the parent
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_exit_on_a_lost_batch)
     ignore_signals_of_the_run()
+
+
+def _exit_on_a_lost_batch(error: Exception, batch: Any) -> None:
+    """Ends a worker that cannot pass on a batch: Python would drop it, and the run wait for it for ever."""
+    try:
+        if "</torch_" not in str(error):  # a file in shared memory: `kdvit.cli.messages` says it
+            traceback.print_exception(error)
+    finally:
+        os._exit(1)
 
 
 def ignore_signals_of_the_run() -> None:

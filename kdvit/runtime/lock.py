@@ -81,7 +81,7 @@ def _identity() -> dict[str, Any]:
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None:  # a requeued job has the number of the one before, a second step of one job does not take over
         job = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return {"host": _machine(), "process": os.getpid(), "start": _start_of(os.getpid()), "job": job}
+    return {"host": _machine(), "process": os.getpid(), "start": start_of(os.getpid()), "job": job}
 
 
 def _machine() -> str:
@@ -92,7 +92,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _start_of(process: int) -> str:
+def start_of(process: int) -> str:
     """Returns when a process was started, in ticks of the machine; nothing if it is gone, or where that is not told."""
     try:
         state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -109,7 +109,7 @@ def _is_held(held: dict[str, Any], file: Path) -> bool:
             return False
         except PermissionError:
             return True
-        return _start_of(held["process"]) == str(held["start"])
+        return start_of(held["process"]) == str(held["start"])
     ours, theirs = (str(job or "").rpartition(".") for job in (_identity()["job"], held["job"]))
     if ours[0] and ours[0] == theirs[0] and int(ours[2]) > int(theirs[2]):
         return False
