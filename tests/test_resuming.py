@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from kdvit.cli import main
 from kdvit.runtime.checkpoints import newest_checkpoint
 from kdvit.runtime.loggers import read_table
 from tests.runs import SHORT, column, fit
@@ -169,6 +173,36 @@ def test_a_config_is_in_the_run_wherever_the_logs_are() -> None:
     fit("plain", "", *LONGER, "--trainer.logger", logger)
     steps = [float(row["step"]) for row in read_table(Path("run/metrics.csv")) if "val/acc1" in row]
     assert steps == [2, 5, 8]
+
+
+class WandbLogger(Logger):
+    """W&B's, as far as it tells its runs apart: by an id of its own, unless the environment has one."""
+
+    name = "wandb"
+
+    @functools.cached_property
+    def version(self) -> str:
+        return os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Logs nothing."""
+
+    log_hyperparams = log_metrics
+
+
+def test_a_run_of_wandb_goes_on_and_another_run_has_its_own() -> None:
+    logger = ["--trainer.logger", "tests.test_resuming.WandbLogger"]
+
+    def ids(root: str) -> list[str]:
+        return [line for line in Path(root, "config.yaml").read_text().splitlines() if line.startswith("# W&B run ")]
+
+    fit("plain", "", *SHORT, *logger)
+    (first,) = ids("run")
+    fit("plain", "", *LONGER, *logger)
+    assert ids("run") == [first]
+    assert "WANDB_RUN_ID" not in os.environ
+    main(["fit", "--config", "run/config.yaml", "--trainer.default_root_dir", "other"])
+    assert ids("other") != [first]
 
 
 def test_settings_and_best_score_reach_the_logs() -> None:

@@ -22,7 +22,7 @@ from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import explain
 from kdvit.cli.parsing import call
 from kdvit.errors import UserError, nearest
-from kdvit.runtime.orphans import end_with_parent, is_to_tell
+from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
 from kdvit.tables import text_table
 
 OF_A_TRAINER = {
@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    parent = end_with_parent()
+    end_with_parent()
     explanation = ""
     try:
         run(given)
@@ -81,8 +81,8 @@ def main(args: list[str] | None = None) -> None:
 
             let_collectives_end()
     if explanation:  # the error and its frames are gone, and with them the loaders and their workers
-        if is_to_tell(parent):
-            print(f"kdvit: error: {explanation}", file=sys.stderr)
+        let_the_first_tell()
+        print(f"kdvit: error: {explanation}", file=sys.stderr)
         raise SystemExit(2)
 
 

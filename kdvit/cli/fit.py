@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.messages import unforeseen
 from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
-from kdvit.cli.run_config import SaveConfig, settled_seed
+from kdvit.cli.run_config import SaveConfig, settled_seed, wandb_run
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
@@ -65,6 +66,8 @@ ON_ONE_CPU = {
 """How a check runs, whatever the config says."""
 ACCURACY, OBJECTIVES = "val/acc1", "val/loss"
 """What best.ckpt follows: where there are labels, and where there are none."""
+WANDB_ID = "WANDB_RUN_ID"
+"""What tells W&B which of its runs goes on, unless a logger has an id of its own."""
 OF_A_RUN = "--config runs/demo/plain/config.yaml"
 EXAMPLES = {
     "check": "--config demo/plain.yaml",
@@ -89,20 +92,26 @@ class KdvitCLI(LightningCLI):
         self.command = command
         set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value goes, a class_path is plain text
         load_plugins()
-        with ExitStack() as self.held:
-            super().__init__(
-                DistillationModule,
-                pl.LightningDataModule,
-                save_config_callback=SaveConfig,
-                trainer_class=Trainer,
-                trainer_defaults={"default_root_dir": "runs/default"},
-                seed_everything_default=0,
-                parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: _help(command)},
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                args=[command, *args],
-            )
+        try:
+            with ExitStack() as self.held:
+                super().__init__(
+                    DistillationModule,
+                    pl.LightningDataModule,
+                    save_config_callback=SaveConfig,
+                    trainer_class=Trainer,
+                    trainer_defaults={"default_root_dir": "runs/default"},
+                    seed_everything_default=0,
+                    parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: _help(command)},
+                    subclass_mode_data=True,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    args=[command, *args],
+                )
+        except (UserError, OSError):  # what all processes have met is told once
+            strategy = getattr(getattr(self, "trainer", None), "strategy", None)
+            for process in getattr(getattr(strategy, "launcher", None), "procs", ()):
+                process.kill()
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Names this command alone: to build the parser of one takes a second."""
@@ -227,6 +236,10 @@ class KdvitCLI(LightningCLI):
         if logger is not False:
             ours = run_loggers(given.trainer.default_root_dir, self.start.checkpoint)
             logger = [*ours, *(logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else [])]
+            run = wandb_run(Path(given.trainer.default_root_dir)) if self.start.checkpoint else None
+            if run and WANDB_ID not in os.environ:
+                os.environ[WANDB_ID] = run
+                self.held.callback(os.environ.pop, WANDB_ID)
         return {
             "plugins": [*filter(None, plugins), WholeCheckpointIO()],
             "logger": logger,

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kdvit.cli.messages import explain
 from kdvit.errors import UserError
@@ -31,8 +31,14 @@ UNSAID = (
 CACHE = "data.init_args.cache"
 """May move, too: what it holds is compared when it is opened."""
 HISTORY = "# from step "
+WANDB = "# W&B run "
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))
 """Callbacks of Lightning, such as Timer, have defaults that PyYAML cannot write."""
+
+
+def is_wandb(logger: Logger) -> bool:
+    """Tells whether a logger is of W&B, which need not be installed."""
+    return any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -55,6 +61,7 @@ class SaveConfig(SaveConfigCallback):
             lines = file.read_text().splitlines() if file.is_file() and trainer.global_step else []
             lines = [line for line in lines if line.startswith(HISTORY)]
             lines += [f"{HISTORY}{trainer.global_step}: {change}" for change in self.changes]
+            lines += [f"{WANDB}{each.version}" for each in trainer.loggers if is_wandb(each)]
             text = self.parser.dump(self.config, skip_none=False)
             write_whole(file, "".join(f"{line}\n" for line in [*lines, text.rstrip()]).encode())
             for logger in trainer.loggers:
@@ -129,6 +136,16 @@ def settled_seed(given: bool | int, root: Path) -> int:
             raise UserError("seed_everything: give a number, for each of these processes would draw another one.")
         os.environ["PL_GLOBAL_SEED"] = str(random.SystemRandom().randrange(2**31))
     return int(os.environ["PL_GLOBAL_SEED"])
+
+
+def wandb_run(root: Path) -> str | None:
+    """Returns the id of the W&B run that the run in a folder has written to, if it has.
+
+    (It is a comment in config.yaml and no option: a run that begins with that config is another one.)
+    """
+    file = root / "config.yaml"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.removeprefix(WANDB) for line in lines if line.startswith(WANDB)), None)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -14,14 +14,11 @@ GRACE = 30.0  # seconds for a process to end by itself
 HEARING = 20.0  # seconds for the first process to end by the same error
 
 
-def end_with_parent() -> int:
+def end_with_parent() -> None:
     """Exits half a minute after the parent at the latest, in a process that Lightning or torchrun has started.
 
     Lightning ends the first process of a machine when one that it started fails, but nothing ends the others when the
     first is killed: they would wait for it in a collective, for half an hour, or, before the first one, for ever.
-
-    Returns:
-        The parent.
     """
     parent, starter = os.getppid(), os.environ.get(PARENT)
     os.environ[PARENT] = str(os.getpid())
@@ -30,21 +27,15 @@ def end_with_parent() -> int:
             os._exit(1)  # it has ended while this one was on its way here
         if starter == str(parent) or "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
-    return parent
 
 
-def is_to_tell(parent: int) -> bool:
-    """Tells whether this process is to say why it ends: the first of a run, or one whose error the first does not have.
+def let_the_first_tell() -> None:
+    """Waits, in a process that is not the first of a run, before it says why it ends.
 
-    If the first has met the same error, it ends, or the launcher ends this process meanwhile.
-
-    Args:
-        parent: Of this process, when it began.
+    If the first has met the same error, it ends, and ends this process meanwhile, or their launcher does.
     """
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        return True
-    time.sleep(HEARING)
-    return os.getppid() == parent
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        time.sleep(HEARING)
 
 
 def _exit_after(parent: int) -> None:
