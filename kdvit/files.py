@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,6 +28,18 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+@contextmanager
+def one_after_the_other(folder: Path) -> Iterator[None]:
+    """Lets one process at a time work in a folder, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def put_in_place(descriptor: int, file: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.in_memory import InMemoryImages
+from kdvit.files import one_after_the_other
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -115,8 +116,14 @@ def find_fashion_mnist(root: str | None, download: bool) -> Path:
 
 
 def download_whole(folder: Path) -> None:
-    """Downloads beside the folder and moves each file there: no other process reads half a file."""
-    with TemporaryDirectory(dir=next(each for each in folder.parents if each.exists())) as beside:
+    """Downloads beside the folder and moves each file there: no other process reads half a file.
+
+    Of processes that start together, one downloads, and the others wait for it.
+    """
+    place = next(each for each in folder.parents if each.exists())
+    with one_after_the_other(place), TemporaryDirectory(dir=place) as beside:
+        if all(_file(folder, name).is_file() for name in FILES):
+            return
         fetched = Path(torchvision.datasets.FashionMNIST(beside, download=True).raw_folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
+import os
 import struct
 import time
 from pathlib import Path
@@ -208,6 +209,7 @@ def test_fashion_mnist_is_read_from_either_layout(place: str, packed: bool, tmp_
 
 def _slow_download(self) -> None:
     raw = Path(self.raw_folder)
+    Path(f"downloaded-{os.getpid()}").touch()
     fashion_root(raw)
     files = {file: file.read_bytes() for file in raw.iterdir()}
     for file in files:
@@ -222,13 +224,14 @@ def _number_of_images(root: str, later: float) -> int:
     return len(FashionMNIST(root).dataset("train"))
 
 
-def test_processes_that_start_together_do_not_read_half_a_download(tmp_path, monkeypatch) -> None:
+def test_of_processes_that_start_together_one_downloads_and_the_others_wait(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torchvision.datasets.mnist.MNIST.download", _slow_download)
     monkeypatch.setattr("torchvision.datasets.mnist.MNIST._load_data", lambda self: (None, None))
     monkeypatch.setattr("torchvision.datasets.mnist.MNIST._check_exists", lambda self: True)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(_number_of_images, [(str(tmp_path), 0), (str(tmp_path), 0.2)]) == [50, 50]
     assert len(list((tmp_path / "FashionMNIST/raw").iterdir())) == 4
+    assert len(list(Path().glob("downloaded-*"))) == 1
 
 
 def test_the_held_out_images_are_none_of_the_training_images(tmp_path) -> None:
