@@ -125,12 +125,27 @@ def test_a_student_of_other_classes_has_no_score(capsys) -> None:
     assert "The student was trained on other classes than those of the data: '0'. It knows 'zero', '1', " in message
 
 
-def test_a_run_is_not_overwritten_by_one_that_goes_on_from_elsewhere(capsys) -> None:
+def test_a_run_is_not_overwritten_by_one_that_goes_on_from_elsewhere(capsys, caplog) -> None:
     fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
     fit("plain", "", *EPOCHS, "--trainer.max_epochs=1", "--trainer.default_root_dir=other")
     more = ["--trainer.max_epochs=2", "--ckpt_path=other/checkpoints/last.ckpt"]
     message = refused(capsys, demo_fit("plain", "", *EPOCHS, *more))
     assert "'run' holds a run, which one that goes on from 'other/checkpoints/last.ckpt' would overwrite" in message
+    third = ["--trainer.default_root_dir=third", "--ckpt_path=other/checkpoints/last.ckpt", "--trainer.max_epochs=1"]
+    fit("plain", "", *EPOCHS, *third)
+    assert "other/checkpoints/last.ckpt has 1 epochs and 3 steps: nothing is left to train." in caplog.text
+    assert not Path("third").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_folder_that_cannot_be_written_is_named(capsys) -> None:
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+    Path("file").touch()
+    predict = ["--ckpt_path=run/checkpoints/last.ckpt", "--trainer.default_root_dir=file/x"]
+    for args in (["predict", *demo_fit("plain", "", *QUIET, *predict)[1:]], ["compare", "run", "--out", "file/x"]):
+        message = refused(capsys, args)
+        assert message.startswith("kdvit: error: ")
+        assert "Not a directory: " in message
 
 
 def test_weights_of_other_programs_are_no_checkpoint(capsys) -> None:

@@ -77,6 +77,7 @@ def test_a_short_run_is_told_what_becomes_of_its_warm_up(options: list[str], run
     ("option", "message"),
     [
         ("--trainer.val_check_interval=50", "val_check_interval is 50, and an epoch has 20 batches: no validation"),
+        ("--trainer.check_val_every_n_epoch=50", "is 50, and the run has 40 epochs: no validation would be held"),
         ("--trainer.limit_train_batches=0.01", "limit_train_batches 0.01 leaves none of the 20 batches of an epoch."),
         ("--trainer.default_root_dir=file/run", "trainer.default_root_dir: 'file/run' cannot be made or written to."),
     ],

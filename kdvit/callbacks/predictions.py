@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.errors import UserError
+from kdvit.errors import UserError, shown
 from kdvit.runtime.processes import gather
 
 
@@ -28,7 +28,9 @@ class PredictionWriter(pl.Callback):
             )
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Opens this rank's part of the table."""
+        """Opens this rank's part of the table; raises UserError if its folder cannot be made."""
+        with shown((OSError,), prefix="trainer.default_root_dir: "):
+            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[int, str, str, float]] = []
 
     def on_predict_batch_end(
@@ -47,7 +49,6 @@ class PredictionWriter(pl.Callback):
         rows = sorted(row for part in gather(trainer, self._rows) for row in part)
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "predictions.csv"
-            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:  # any path
                 table = csv.writer(stream)
                 table.writerow(["path", "class", "probability"])

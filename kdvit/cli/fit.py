@@ -159,9 +159,14 @@ class KdvitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint: `best` and `last` are the run's own, and a fit goes on where its run stopped."""
         config = self.config[self.command]
-        endless = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps < 1
-        if self.command in ("fit", "check") and endless:
-            raise UserError("The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps.")
+        if self.command in ("fit", "check"):
+            epochs, steps = config.trainer.max_epochs, config.trainer.max_steps
+            if (epochs or -1) < 1 and steps < 1:
+                raise UserError("The schedule needs the length of a run: set trainer.max_epochs or trainer.max_steps.")
+            if epochs == 0 or steps == 0:
+                raise UserError(
+                    "trainer.max_epochs and trainer.max_steps must be 1 or more, or -1 for no limit; got 0."
+                )
         self.start = Start()
         if self.command not in ("check", "cache"):
             self.start = find_start(self.command, config, self._parser(self.command))

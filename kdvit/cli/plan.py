@@ -62,6 +62,11 @@ def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
             f"trainer.val_check_interval is {every}, and an epoch has {batches} batches: no validation would be held. "
             "Lower it, or set trainer.check_val_every_n_epoch: null to count over epochs."
         )
+    if (trainer.check_val_every_n_epoch or 1) > (trainer.max_epochs or -1) > 0:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, and the run has "
+            f"{trainer.max_epochs} epochs: no validation would be held, and there would be no best.ckpt. Lower it."
+        )
     return batches
 
 

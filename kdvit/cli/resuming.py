@@ -62,7 +62,7 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
             )
         if command != "fit":
             return Start(str(named), class_names=trained_class_names(named))
-        return _go_on(named, config, parser) if own else Start(str(named))
+        return _go_on(named, config, parser if own else None)
     if command != "fit":
         return _to_read(folder, config)
     file = newest_checkpoint(folder)
@@ -86,7 +86,7 @@ def _to_read(folder: Path, config: Any) -> Start:
         rank_zero_info(f"The student is that of {file}.")
         return Start(str(file), class_names=trained_class_names(file))
     given = config.model.student.get("init_args") or {}
-    if not (given.get("checkpoint") or given.get("pretrained")):
+    if given.get("width") or not (given.get("checkpoint") or given.get("pretrained")):  # a remedy has a new head
         raise UserError(
             f"There is no checkpoint in {str(folder)!r}, and an untrained student has no score. Train first, say where "
             "the run is by --trainer.default_root_dir, or give --ckpt_path."
@@ -186,22 +186,27 @@ def _named(name: str, folder: Path, command: str) -> Path:
     return file
 
 
-def _go_on(file: Path, config: Any, parser: LightningArgumentParser) -> Start:
+def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> Start:
     """Compares the run in a folder with the config, and says what is new.
+
+    Args:
+        file: The checkpoint to go on from.
+        config: The config.
+        parser: Reads the config of the run in the folder; None where the checkpoint is of another folder.
 
     Raises:
         UserError: If it is another run, or has come further than the config goes.
     """
     root, trainer = config.trainer.default_root_dir, config.trainer
-    changed = changes(Path(root), config, parser)
+    changed = changes(Path(root), config, parser) if parser else ()
     step, epochs, amid, validates = progress(file)
     elsewhere = "choose another --trainer.default_root_dir"
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run and parser:
         raise UserError(f"{root!r} holds a run, which fast_dev_run would overwrite: {elsewhere}, or take kdvit check.")
     if 0 < (trainer.max_epochs or -1) < epochs or 0 < trainer.max_steps < step:
         raise UserError(
-            f"{root!r} holds a run of {epochs} epochs and {step} steps, and max_epochs is {trainer.max_epochs}, "
-            f"max_steps {trainer.max_steps}. Raise them, or {elsewhere}."
+            f"{str(root if parser else file)!r} holds a run of {epochs} epochs and {step} steps, and max_epochs is "
+            f"{trainer.max_epochs}, max_steps {trainer.max_steps}. Raise them, or {elsewhere}."
         )
     if amid and any(change.startswith("trainer.accumulate_grad_batches") for change in changed):
         raise UserError(

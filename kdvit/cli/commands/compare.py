@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdvit.errors import UserError
+from kdvit.errors import UserError, shown
 from kdvit.tables import text_table
 
 PROBES = ("val/knn_acc1", "val/linear_acc1")
@@ -54,7 +54,8 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
         require_run(Path(each))
     results = [read_run(Path(run)) for run in runs]
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with shown((OSError,), prefix=f"--out {out!r}: "):
+        folder.mkdir(parents=True, exist_ok=True)
     print(table(results))
     print("".join(f"\n{run.name}: {note}" for run in results for note in run.notes))
     (folder / "comparison.json").write_text(json.dumps([run._asdict() for run in results], indent=1) + "\n")
