@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Batch", "DistillationModule", "Distiller", "ImageFormat", "ViTOutput", "load_student"]
+__all__ = [
+    "Batch",
+    "DistillationModule",
+    "Distiller",
+    "ImageFormat",
+    "OptimizerOptions",
+    "ScheduleOptions",
+    "ViTOutput",
+    "load_student",
+]
 
 if TYPE_CHECKING:
     __version__: str
@@ -12,12 +21,16 @@ if TYPE_CHECKING:
     from kdvit.models import load_student
     from kdvit.structures import Batch, ImageFormat, ViTOutput
     from kdvit.training.module import DistillationModule
+    from kdvit.training.optim import OptimizerOptions
+    from kdvit.training.schedule import ScheduleOptions
 
 _HOMES = {
     "Batch": "kdvit.structures",
     "DistillationModule": "kdvit.training",
     "Distiller": "kdvit.distillers",
     "ImageFormat": "kdvit.structures",
+    "OptimizerOptions": "kdvit.training.optim",
+    "ScheduleOptions": "kdvit.training.schedule",
     "ViTOutput": "kdvit.structures",
     "load_student": "kdvit.models",
 }

@@ -61,9 +61,12 @@ def test_a_finished_run_stays_what_it_was(caplog) -> None:
     [
         (
             "--trainer.max_epochs=1",
-            "'run' holds a run of 2 epochs and 6 steps, and max_epochs is 1, max_steps -1. Raise",
+            "'run' holds a run of 2 epochs and 6 steps, and max_epochs 1 asks for fewer. Raise it",
         ),
-        ("--trainer.max_steps=4", "'run' holds a run of 2 epochs and 6 steps, and max_epochs is 2, max_steps 4. Raise"),
+        (
+            "--trainer.max_steps=4",
+            "'run' holds a run of 2 epochs and 6 steps, and max_steps 4 asks for fewer. Raise it",
+        ),
         ("--trainer.fast_dev_run=true", "'run' holds a run, which fast_dev_run would overwrite: choose another"),
     ],
 )

@@ -12,9 +12,12 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, IterableDataset
 
+from kdvit import DistillationModule
 from kdvit.cli import main
+from kdvit.cli.machine import process_bytes
+from kdvit.distillers import LogitDistiller
 from tests.runs import QUIET, demo_fit, fit
-from tests.tiny import FORMAT, STUDENT, Blobs, _collate
+from tests.tiny import FORMAT, STUDENT, Blobs, _collate, student, teacher
 
 CHECK = ["check", *demo_fit("plain", "", *QUIET)[1:]]
 
@@ -46,7 +49,9 @@ def test_the_plan_is_told_in_numbers(capsys) -> None:
     told = capsys.readouterr().out
     assert row("steps an epoch", told) == "20"
     assert row("run", told) == "40 epochs, 800 steps"
-    assert row("learning rate", told) == "cosine by epoch: 1e-05 at first, 0.00385 at epoch 5, 1.61e-05 at last"
+    assert row("learning rate", told) == (
+        "cosine by epoch: 1e-05 at first, 0.00385 at epoch 5, 1.61e-05 at last; warm-up of 5 epochs, 100 steps"
+    )
     assert row("checkpoints", told) == "best.ckpt and last.ckpt in run/checkpoints, about 0.2 MB each"
 
 
@@ -56,12 +61,12 @@ def test_the_plan_is_told_in_numbers(capsys) -> None:
         (
             ["--trainer.max_epochs=3"],
             "3 epochs, 60 steps",
-            "The warm-up of 5 epochs fills the run of 3, which never comes to 0.004: lower schedule.warmup_epochs",
+            "the warm-up of 5 epochs fills the run of 3, which never comes to its learning rate: lower schedule.warmup",
         ),
         (
             ["--trainer.max_epochs=-1", "--trainer.max_steps=45", "--model.schedule.interval=step"],
             "3 epochs, 45 steps",
-            "The warm-up of 100 steps fills the run of 45",
+            "the warm-up of 100 steps fills the run of 45",
         ),
         (["--trainer.max_steps=50", "--trainer.accumulate_grad_batches=2"], "40 epochs, 50 steps", "at epoch 5"),
     ],
@@ -70,7 +75,33 @@ def test_a_short_run_is_told_what_becomes_of_its_warm_up(options: list[str], run
     main([*CHECK, *options])
     told = capsys.readouterr().out
     assert row("run", told) == run
-    assert rate in row("learning rate", told)
+    assert rate in told
+
+
+def test_a_plan_is_compared_with_the_machine(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("kdvit.cli.machine.cores", lambda: 2)
+    monkeypatch.setattr("kdvit.cli.machine.memory", lambda: 4 * 10**9)
+    more = ["--data.init_args.batch_size=2000", "--data.init_args.num_workers=12", "--trainer.devices=4"]
+    main([*CHECK, *more])
+    told = capsys.readouterr().out
+    assert told.count("the smallest 8 with 126") == 1
+    assert "4 x (1 + 12 workers) processes on 2 cores; about " in row("this machine", told)
+    for warning in (
+        "a global batch of 8000 is more than the 1,297 images of an epoch",
+        "52 processes would share 2 cores: lower --trainer.devices, --data.init_args.num_workers.",
+        "GB, and this machine has 4.0 GB: lower --trainer.devices, --data.init_args.batch_size",
+    ):
+        assert warning in told
+    main([*CHECK, "--trainer.accelerator=gpu", "--trainer.devices=99"])
+    assert "99 GPUs are planned, and this machine has" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_process_follows_its_formula() -> None:
+    module = DistillationModule(student(), teacher(), {"logit": LogitDistiller()})
+    trained, frozen = (sum(p.numel() for p in each.parameters()) for each in (module.student, teacher()))
+    (one, rest), (two, more) = (process_bytes(module, batch, workers) for batch, workers in ((1, 0), (2, 3)))
+    assert 2 * one - two == 16 * trained + 4 * frozen
+    assert more - rest == pytest.approx(3 * (0.1e9 + 2 * 2 * 4 * 3 * 16 * 16))
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,15 @@ def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: 
     with (run / "predictions.csv").open() as stream:
         predictions = list(csv.DictReader(stream))
     assert len(predictions) == 500
-    assert set(predictions[0]) == {"path", "class", "probability"}
+    assert list(predictions[0]) == ["path", "label", "class", "probability"]
     from sklearn.datasets import load_digits
 
     targets = load_digits(return_X_y=True)[1]
     right = [int(row["class"]) == targets[int(row["path"].removeprefix("digits/"))] for row in predictions]
     assert sum(right) / 500 == pytest.approx(best, abs=1e-6)
+    assert [row["label"] for row in predictions[:50]] == [
+        str(targets[int(row["path"].removeprefix("digits/"))]) for row in predictions[:50]
+    ]
 
 
 @pytest.mark.parametrize("decay", ["null", "0.9"], ids=["without EMA", "with EMA"])

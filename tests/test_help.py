@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from kdvit.cli import main
-from kdvit.cli.entry import OF_A_TRAINER, OTHERS
+from kdvit.cli.config_files import packaged_configs
+from kdvit.cli.entry import OTHERS
+from kdvit.cli.help import SUMMARIES
 from tests.reference import reference_weights
 from tests.runs import SHORT
 
@@ -28,7 +31,7 @@ def example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return shlex.split(shown[-1].removeprefix("example: kdvit "))
 
 
-@pytest.mark.parametrize("command", [*OF_A_TRAINER, *OTHERS])
+@pytest.mark.parametrize("command", [*SUMMARIES, *OTHERS])
 def test_help_starts_with_the_usage_and_ends_with_an_example(command: str, monkeypatch, capsys) -> None:
     assert example(command, monkeypatch, capsys)[0] == command
 
@@ -36,8 +39,21 @@ def test_help_starts_with_the_usage_and_ends_with_an_example(command: str, monke
 def test_the_list_of_commands_cuts_no_sentence(capsys) -> None:
     main(["--help"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert len(lines) == len(OF_A_TRAINER) + len(OTHERS)
+    assert len(lines) == len(SUMMARIES) + len(OTHERS)
     assert [line for line in lines if not line.endswith(".") or len(line) > 120] == []
+
+
+@pytest.mark.slow
+def test_every_recipe_runs() -> None:
+    page = (packaged_configs().parent / "kdvit/cli/README.md").read_text()
+    recipes = [shlex.split(each) for each in re.findall(r"\| `kdvit ([^`]*)` \|", page)]
+    assert len(recipes) == 10
+    short = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.max_epochs"]
+    for args in recipes:
+        epochs = "2" if "--trainer.max_epochs" in args else "1"
+        main([*args, *([*short, epochs] if args[0] == "fit" else [])])
+    for left in ("teacher/metrics.csv", "lift/predictions.csv", "lift_half/student", "comparison.json"):
+        assert Path("runs/demo", left).exists(), left
 
 
 @pytest.mark.slow
@@ -49,7 +65,7 @@ def test_every_example_runs(monkeypatch, capsys) -> None:
     main(["fit", "--config", "demo/lift.yaml", *SHORT])
     torch.save({"model": reference_weights("lift")}, "lift.pth")
     short = {"fit": SHORT, "cache": ["--views", "1"], "benchmark": ["--batch_size", "1"]}
-    for command in [*OF_A_TRAINER, *OTHERS]:
+    for command in [*SUMMARIES, *OTHERS]:
         main([*example(command, monkeypatch, capsys), *short.get(command, [])])
     for left in ("runs/demo/cache", "runs/demo/plain/predictions.csv", "runs/analysis", "students/lift"):
         assert Path(left).exists(), left

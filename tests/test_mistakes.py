@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
     "broken YAML": (
         "model: [",
-        "Problems parsing config: while parsing a flow node did not find expected node content",
+        "'broken.yaml', line 1, column 9: no YAML (expected the node content, but found '<stream end>').",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from kdvit.callbacks.bad_images import BadImages
 from kdvit.callbacks.ema import StudentEMA
+from kdvit.callbacks.epoch_lines import EpochLines, NetworkLine
 from kdvit.callbacks.labelled_probe import LabelledProbe
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
@@ -12,7 +13,9 @@ from kdvit.callbacks.throughput import Throughput
 
 __all__ = [
     "BadImages",
+    "EpochLines",
     "LabelledProbe",
+    "NetworkLine",
     "NonFiniteError",
     "NonFiniteGuard",
     "PredictionWriter",

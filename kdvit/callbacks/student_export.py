@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.callbacks.nonfinite import NonFiniteError
@@ -14,13 +16,47 @@ from kdvit.models import export_student
 from kdvit.runtime.signals import Stopped
 
 
-class StudentExport(pl.Callback):
-    """Writes the student (raw weights of the last step) into ``RUN/student`` when training ends, however it ends.
+class Best(NamedTuple):
+    """The best checkpoint of a run.
 
-    The config.json beside the weights has the run's last scores and its seconds of training, over all restarts.
+    Attributes:
+        monitor: By which score.
+        score: That score.
+        file: Where it is.
+        content: What it holds.
     """
 
-    def __init__(self) -> None:
+    monitor: str
+    score: float
+    file: Path
+    content: dict[str, Any]
+
+    def __str__(self) -> str:
+        score = f"{self.score:.2%}" if "acc" in self.monitor else f"{self.score:.4g}"
+        return f"Best {self.monitor} {score}, of epoch {self.content['epoch']}, in {self.file}."
+
+
+def _best(trainer: pl.Trainer) -> Best | None:
+    """Reads the best checkpoint; None where no validation has been held, or nothing is monitored."""
+    for each in trainer.checkpoint_callbacks:
+        path, score = Path(getattr(each, "best_model_path", "")), getattr(each, "best_model_score", None)
+        if getattr(each, "monitor", None) and score is not None and path.is_file():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return Best(each.monitor, float(score), Path(os.path.relpath(path)), content)  # type: ignore[attr-defined]
+    return None
+
+
+class StudentExport(pl.Callback):
+    """Writes the student (raw weights) into ``RUN/student`` when training ends, however it ends.
+
+    The config.json beside the weights has its scores and the seconds of training, over all restarts.
+
+    Args:
+        weights: Those of the last step, or the best by the monitored score, where a validation has been held.
+    """
+
+    def __init__(self, weights: Literal["last", "best"] = "last") -> None:
+        self.weights = weights
         self._before = 0.0
         self._since: float | None = None
 
@@ -57,12 +93,15 @@ class StudentExport(pl.Callback):
         state = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return
+        folder, spec, which = Path(trainer.default_root_dir) / "student", pl_module.spec(), "last"
+        found = _best(trainer)
+        if found is not None and self.weights == "best":
+            state, spec, which = found.content["state_dict"], found.content["kdvit"], "best"
         weights = {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")}
-        folder = Path(trainer.default_root_dir) / "student"
-        spec = pl_module.spec()
-        spec["run"]["seconds"] = self._seconds()
+        spec = {**spec, "run": {**spec["run"], "seconds": self._seconds()}}
         export_student(pl_module.student, spec, folder, weights)
-        rank_zero_info(f"The student is in {folder}: kdvit.load_student({str(folder)!r}) loads it.")
+        score = f"{found} " if found is not None else ""
+        rank_zero_info(f"{score}{folder} holds the {which}: kdvit.load_student({str(folder)!r}) loads it.")
 
     def _seconds(self) -> float:
         return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)

@@ -44,9 +44,29 @@ def find_config(name: str) -> str:
     """
     home = packaged_configs()
     packaged = home / name.removeprefix("configs/")
-    if Path(name).is_file() or ("\n" in name or name.lstrip().startswith("{")):  # or YAML itself
+    if Path(name).is_file():
+        require_yaml(Path(name))
+        return name
+    if Path(name).is_dir() and (Path(name) / "config.yaml").is_file():
+        raise UserError(f"{name!r} is a folder. Did you mean {Path(name) / 'config.yaml'!s}?")
+    if "\n" in name or name.lstrip().startswith("{"):  # YAML itself
         return name
     if packaged.is_file():
         return str(packaged)
     brought = [str(file.relative_to(home)) for file in home.rglob("*.yaml")]
     raise UserError(f"There is no config {name!r}.{nearest(name, brought)}")
+
+
+def require_yaml(file: Path) -> None:
+    """Raises UserError if a file is no YAML; the message names its line."""
+    import yaml
+
+    try:
+        for _ in yaml.parse(file.read_text()):
+            pass
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{str(file)!r}{where}: no YAML ({error.problem}).") from error
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{str(file)!r}: no YAML ({' '.join(str(error).split())}).") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -19,20 +20,13 @@ from kdvit.cli.commands.init import init
 from kdvit.cli.commands.probe import probe
 from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
+from kdvit.cli.help import SUMMARIES, asked_for, short_help
 from kdvit.cli.messages import explain
 from kdvit.cli.parsing import call
 from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
 from kdvit.tables import text_table
 
-OF_A_TRAINER = {
-    "check": "Show what a fit will do, and take a training and a validation batch of it.",
-    "fit": "Train a student; the same command again goes on where it stopped.",
-    "validate": "Score a student on the validation images.",
-    "test": "Score a student on the test images.",
-    "predict": "Write a table of a student's predictions.",
-    "cache": "Store a teacher's outputs, so that it need not run in training.",
-}
 OTHERS: dict[str, Callable[..., Any]] = {
     "analyze": analyze,
     "benchmark": benchmark,
@@ -54,6 +48,9 @@ NOISE = (
 )
 
 
+UNSAID = ("💡 Tip:", "TPU available:")  # of Lightning's own lines: advertisements, and what concerns nobody
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -67,6 +64,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_said)
     end_with_parent()
     explanation = ""
     try:
@@ -86,6 +84,10 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2)
 
 
+def _is_said(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNSAID)
+
+
 def run(args: list[str]) -> None:
     """Runs the command that the first argument names.
 
@@ -99,19 +101,25 @@ def run(args: list[str]) -> None:
         print(f"kdvit {version('kdvit')}")
     elif command in OTHERS:
         call(OTHERS[command], command, rest)
-    elif command in OF_A_TRAINER:
-        configured = find_configs(rest)  # before the imports, which take seconds
-        from kdvit.cli.fit import KdvitCLI
+    elif command in SUMMARIES:
+        topic = asked_for(rest)
+        if topic == "":
+            print(short_help(command))
+            raise SystemExit(0)
+        configured = [] if topic else find_configs(rest)  # before the imports, which take seconds
+        from kdvit.cli.fit import HelpCLI, KdvitCLI
 
+        if topic:
+            HelpCLI(command, topic)
         KdvitCLI(command, configured)
     else:
-        known = [*OF_A_TRAINER, *OTHERS]
+        known = [*SUMMARIES, *OTHERS]
         raise UserError(f"there is no command {command!r}.{nearest(command, known)} Commands: {', '.join(known)}.")
 
 
 def overview() -> str:
     """Returns the help of the program: every command with a line on what it does."""
-    summaries = {**OF_A_TRAINER, **{name: (each.__doc__ or "").split("\n")[0] for name, each in OTHERS.items()}}
+    summaries = {**SUMMARIES, **{name: (each.__doc__ or "").split("\n")[0] for name, each in OTHERS.items()}}
     table = text_table((), [(f"  {name}", summary) for name, summary in summaries.items()], left=2)
     return (
         "usage: kdvit COMMAND [options]\n\nDistill vision transformers.\n\ncommands:\n"

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,15 +19,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdvit import callbacks
 from kdvit.analysis import GeometryMonitor
+from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
-from kdvit.cli.messages import unforeseen
+from kdvit.cli.help import EXAMPLES, GROUPS, SUMMARIES
+from kdvit.cli.messages import options_known, unforeseen
 from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed, wandb_run
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
-from kdvit.errors import UserError, shown
+from kdvit.errors import UserError, nearest, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO
 from kdvit.runtime.length import RunEnd
 from kdvit.runtime.lock import run_lock
@@ -68,16 +70,6 @@ ACCURACY, OBJECTIVES = "val/acc1", "val/loss"
 """What best.ckpt follows: where there are labels, and where there are none."""
 WANDB_ID = "WANDB_RUN_ID"
 """What tells W&B which of its runs goes on, unless a logger has an id of its own."""
-OF_A_RUN = "--config runs/demo/plain/config.yaml"
-EXAMPLES = {
-    "check": "--config demo/plain.yaml",
-    "fit": "--config demo/plain.yaml",
-    "validate": OF_A_RUN,
-    "test": OF_A_RUN,
-    "predict": OF_A_RUN,
-    "cache": "--config demo/lift.yaml --out runs/demo/cache --views 4",
-}
-"""What stands behind the name of a command in the example at the end of its help."""
 
 
 class KdvitCLI(LightningCLI):
@@ -148,7 +140,8 @@ class KdvitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that is given before Lightning looks into it for changes of the config."""
-        with unforeseen("The config cannot be read."):
+        known = self._parser(self.command)._option_string_actions
+        with unforeseen("The config cannot be read."), options_known(self.command, known):
             super().parse_arguments(parser, args)
         config = self.config.get(self.command)
         if config is not None:
@@ -232,8 +225,9 @@ class KdvitCLI(LightningCLI):
         if self.command == "check":
             return {**ON_ONE_CPU, "callbacks": used}
         used.insert(0, SameCheckpoint(self.start.checkpoint))
+        shown = _shown(given.trainer, used)
         if self.command != "fit":
-            return {"logger": False, "callbacks": used}
+            return {"logger": False, "callbacks": used, **shown}
         epochs, steps = given.trainer.max_epochs or -1, given.trainer.max_steps
         used.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))
         plugins = given.trainer.plugins if isinstance(given.trainer.plugins, list) else [given.trainer.plugins]
@@ -246,6 +240,7 @@ class KdvitCLI(LightningCLI):
                 os.environ[WANDB_ID] = run
                 self.held.callback(os.environ.pop, WANDB_ID)
         return {
+            **shown,
             "plugins": [*filter(None, plugins), WholeCheckpointIO()],
             "logger": logger,
             "callbacks": used,
@@ -287,15 +282,57 @@ class ReadFit(PlannedFit):
         return plain
 
 
+class HelpCLI(KdvitCLI):
+    """Shows the help of a command, all of it or one group.
+
+    Args:
+        command: Its name.
+        topic: "all", or what the names of the options start with.
+    """
+
+    def __init__(self, command: str, topic: str) -> None:
+        self.topic = topic
+        super().__init__(command, [])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Prints the help, and ends.
+
+        Raises:
+            UserError: If no option has such a name.
+        """
+        shown = self._parser(self.command)
+        if self.topic != "all":
+            groups = {id(group): group for group in (*shown._action_groups, shown._optionals)}.values()
+            for group in groups:
+                kept = [each for each in group._group_actions if f"{each.dest}.".startswith(f"{self.topic}.")]
+                group._group_actions[:] = kept
+            if not any(group._group_actions for group in groups):
+                known = [each.lstrip("-") for each in shown._option_string_actions]
+                raise UserError(
+                    f"No option starts with --{self.topic}.{nearest(self.topic, known)} Groups: {', '.join(GROUPS)}."
+                )
+        print(shown.format_help())
+        raise SystemExit(0)
+
+
 def parse_fit(args: list[str]) -> Any:
     """Returns the config of a `kdvit fit`, checked as far as that goes without building anything."""
     return PlannedFit("fit", find_configs(args)).config["fit"]
 
 
+def _shown(trainer: Any, used: list[Callback]) -> dict[str, Any]:
+    """Adds what a run says to its callbacks, and returns the Trainer's options that leave out Lightning's own."""
+    summary = trainer.enable_model_summary is not False and not any(isinstance(each, ModelSummary) for each in used)
+    bar = in_terminal() or trainer.enable_progress_bar is False or any(isinstance(each, ProgressBar) for each in used)
+    used += [callbacks.NetworkLine()] * summary + [callbacks.EpochLines()] * (not bar)
+    return {"enable_model_summary": False}
+
+
 def _help(command: str) -> dict[str, Any]:
     """Returns the options of a command's parser: a usage of one line, and an example at the end."""
     example = f"example: kdvit {command} {EXAMPLES[command]}"
-    return {"exit_on_error": False, "usage": f"kdvit {command} --config CONFIG [options]", "epilog": example}
+    usage = f"kdvit {command} --config CONFIG [options]"
+    return {"exit_on_error": False, "usage": usage, "description": SUMMARIES[command], "epilog": example}
 
 
 def _checkpoint_folder(root: Any) -> str:

@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from traceback import extract_tb
@@ -33,7 +33,11 @@ def explain(error: Exception) -> str | None:
         return text
     if not isinstance(error, (ArgumentError, UserError)):
         return None
-    text = f"{rephrase(str(error))} {getattr(error, 'then', '')}".strip()
+    is_rephrased = isinstance(error, UserError) and isinstance(
+        error.__cause__, ArgumentError
+    )  # by the UserError that was made of it
+    said = str(error) if is_rephrased else rephrase(str(error))
+    text = f"{said} {getattr(error, 'then', '')}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
@@ -75,6 +79,26 @@ def unforeseen(what: str) -> Iterator[None]:
         if explain(error) is not None:
             raise
         raise UserError(f"{what} {type(error).__name__}: {error} (KDVIT_TRACEBACK=1 shows where.)") from error
+
+
+@contextmanager
+def options_known(command: str, known: Iterable[str]) -> Iterator[None]:
+    """Names the nearest option of a command where one is unknown.
+
+    Args:
+        command: Its name.
+        known: Its options, as they are typed.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        match = re.search(r"unrecognized arguments: (\S+)", str(error))
+        if match is None:
+            raise
+        word = match[1].partition("=")[0]
+        raise UserError(
+            f"there is no option {word!r}.{nearest(word, known)} `kdvit {command} --help` lists them."
+        ) from error
 
 
 # jsonargparse lists every type that it has tried: what is left out of that, and what is shortened
@@ -158,7 +182,7 @@ def _unknown_option(text: str, match: re.Match[str]) -> str:
     owners = {"model": "kdvit.training.DistillationModule", "trainer": "lightning.pytorch.Trainer"}
     group, _, option = match[1].partition(".")
     known = _arguments(owners[group]) if group in owners else []
-    return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help` lists all."
+    return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help all` lists all."
 
 
 ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {

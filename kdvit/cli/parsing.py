@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from kdvit.cli.messages import options_known
 from kdvit.errors import UserError
 
 PASSED = ("rest", "typed")
@@ -45,7 +46,8 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
     first = next(iter(parameters.values()), None)
     alone = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD and _item(known[first.name]) else None
     own, rest = joined(args, known, alone, "rest" in parameters)
-    given = parser.instantiate(parser.parse_args(own))
+    with options_known(name, parser._option_string_actions):
+        given = parser.instantiate(parser.parse_args(own))
     passed = {"rest": rest, "typed": args}
     return function(**given, **{key: passed[key] for key in PASSED if key in parameters})
 

@@ -46,6 +46,23 @@ def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any) -> 
     ]
 
 
+def plan_warnings(module: DistillationModule, datamodule: Any, trainer: Any) -> list[str]:
+    """Returns what of a plan can be, and will hardly be meant: a warm-up that fills the run, too large a batch."""
+    loader = datamodule.train_dataloader()
+    size = loader.batch_size * (planned_processes(trainer.devices, trainer.num_nodes) or 1)
+    size *= trainer.accumulate_grad_batches
+    epoch, warnings = _epoch(loader, size // trainer.accumulate_grad_batches, trainer), []
+    if epoch is None:
+        return []
+    if (images := len(loader.sampler)) < size:
+        warnings.append(
+            f"a global batch of {size} is more than the {images:,} images of an epoch: lower the batch_size."
+        )
+    length = planned_length(trainer.max_epochs or -1, trainer.max_steps, -(-epoch // trainer.accumulate_grad_batches))
+    fault = module.schedule_options.fault(length)
+    return [*warnings, *([fault] if fault else [])]
+
+
 def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
     """Returns the batches of an epoch; None for a stream, whose length nobody knows."""
     try:
@@ -85,11 +102,8 @@ def _length(module: DistillationModule, epoch: int | None, trainer: Any, rate: f
     )
     text += f"{highest}, {rates[-1]:.3g} at last"
     warmup = schedule.warmup(length)
-    if warmup >= len(rates):
-        text += (
-            f". The warm-up of {warmup} {schedule.interval}s fills the run of {len(rates)}, which never comes to "
-            f"{rate:.3g}: lower schedule.warmup_epochs"
-        )
+    warm_steps = min(steps, warmup * (an_epoch if schedule.interval == "epoch" else 1))
+    text += f"; warm-up of {warmup} {schedule.interval}s, {warm_steps:,} steps"
     return [
         ("steps an epoch", f"{an_epoch}"),
         ("run", f"{length.epochs} epochs, {steps:,} steps"),

@@ -174,6 +174,8 @@ def require_same_student(file: str, module: DistillationModule) -> None:
 def _named(name: str, folder: Path, command: str) -> Path:
     own = name in ("best", "last")
     file = folder / f"{name}.ckpt" if own else Path(name)
+    if file.is_dir():
+        raise UserError(f"{str(file)!r} is a folder: give --ckpt_path a file, such as {str(_checkpoint_in(file))!r}.")
     if not file.is_file():
         raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
     if own:  # a file was read when the config was parsed
@@ -184,6 +186,10 @@ def _named(name: str, folder: Path, command: str) -> Path:
         except ValueError as error:
             raise UserError(f"{error} Training goes on from a checkpoint of `kdvit fit`.") from error
     return file
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    return next(iter(sorted(folder.rglob("best.ckpt"))), folder / "checkpoints" / "best.ckpt")
 
 
 def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> Start:
@@ -203,10 +209,12 @@ def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> S
     elsewhere = "choose another --trainer.default_root_dir"
     if trainer.fast_dev_run and parser:
         raise UserError(f"{root!r} holds a run, which fast_dev_run would overwrite: {elsewhere}, or take kdvit check.")
-    if 0 < (trainer.max_epochs or -1) < epochs or 0 < trainer.max_steps < step:
+    if (fewer := 0 < (trainer.max_epochs or -1) < epochs) or 0 < trainer.max_steps < step:
+        limit = f"max_epochs {trainer.max_epochs}" if fewer else f"max_steps {trainer.max_steps}"
         raise UserError(
-            f"{str(root if parser else file)!r} holds a run of {epochs} epochs and {step} steps, and max_epochs is "
-            f"{trainer.max_epochs}, max_steps {trainer.max_steps}. Raise them, or {elsewhere}."
+            f"{str(root if parser else file)!r} holds a run of {epochs} epochs and {step} steps, and {limit} asks for "
+            f"fewer. Raise it, or {elsewhere}. (A shorter training starts anew; this one's checkpoints are in "
+            f"{str(file.parent)!r}.)"
         )
     if amid and any(change.startswith("trainer.accumulate_grad_batches") for change in changed):
         raise UserError(

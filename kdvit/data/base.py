@@ -152,7 +152,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Says what the images are; opens the cache of a fit, and raises if it was made for another run."""
-        if stage == "fit" and self.labels("train") is not None:
+        checking = self.trainer is not None and self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage == "fit" and not checking and self.labels("train") is not None:  # a check shows them in its table
             rank_zero_info(f"Images: {self.summary()}.")
         if stage in ("test", "predict") and self.source("test") == self.source("val"):
             rank_zero_info("There are no images for a test alone: these are those of val.")

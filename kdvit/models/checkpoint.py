@@ -20,6 +20,7 @@ from kdvit.models.timm_model import WEIGHTS, published_class_names
 from kdvit.structures import ImageFormat, subclasses
 
 CONFIG = "config.json"
+PROGRAMS = {".onnx": "ONNX Runtime", ".pt2": "torch.export"}
 REGISTERED = {"LiftViT": "lift_vit", "WideLastViT": "wide_last_vit"}
 
 
@@ -91,6 +92,11 @@ def load_student(path: str | Path, ema: bool = False) -> Network:
         raise ValueError(f"{str(path)!r} is an exported folder and holds one set of weights: leave ema out.")
     if path.is_dir():
         spec, weights = _read_folder(path)
+    elif path.suffix in PROGRAMS:
+        raise ValueError(
+            f"{str(path)!r} is a program for {PROGRAMS[path.suffix]}, which holds no student to load. Give the folder "
+            "beside it, which has config.json and model.safetensors, or a checkpoint."
+        )
     elif path.is_file():
         spec, weights = _read_checkpoint(path, ema)
     else:
@@ -157,8 +163,12 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = folder / CONFIG
     if not config.is_file() or not (folder / WEIGHTS).is_file():
+        found = [
+            each for each in ("student", "checkpoints/best.ckpt", "best.ckpt", "last.ckpt") if (folder / each).exists()
+        ]
+        meant = f" Did you mean {str(folder / found[0])!r}?" if found else ""
         raise FileNotFoundError(
-            f"{str(folder.absolute())!r} is no exported student: expected {CONFIG} and {WEIGHTS} in it."
+            f"{str(folder.absolute())!r} is no exported student: expected {CONFIG} and {WEIGHTS} in it.{meant}"
         )
     spec = json.loads(config.read_text()).get("kdvit")
     if spec is None:

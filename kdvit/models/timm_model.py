@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
+from huggingface_hub import constants
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
@@ -15,6 +20,8 @@ from kdvit.models.loading import load_checkpoint, load_weights
 
 WEIGHTS = "model.safetensors"
 """The weights in an exported folder."""
+PATIENCE = 5.0
+"""Seconds to wait for the hub."""
 
 
 def create_timm_model(
@@ -62,7 +69,8 @@ def create_timm_model(
     given["in_chans"] = in_chans
     args = {**{name: value for name, value in given.items() if value is not None}, **(model_args or {})}
     try:
-        model = _create(arch, pretrained, args)
+        with offline_where_unreachable(pretrained):
+            model = _create(arch, pretrained, args)
     except TypeError as error:
         raise ValueError(f"{arch} does not take these arguments: {args}. timm says: {error}") from error
     except (AssertionError, RuntimeError, ZeroDivisionError, OverflowError, MemoryError) as error:
@@ -102,6 +110,26 @@ def published_class_names(arch: str) -> list[str] | None:
     config = timm.get_pretrained_cfg(arch)
     subset = config and infer_imagenet_subset({"num_classes": config.num_classes})
     return ImageNetInfo(subset).label_names() if subset else None  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def offline_where_unreachable(pretrained: bool) -> Iterator[None]:
+    """Takes weights from the local cache alone where the hub does not answer: its client would try for a minute.
+
+    Args:
+        pretrained: Whether weights are wanted at all.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if pretrained and not before and not getproxies():
+        address = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((str(address.hostname), address.port or 443), timeout=PATIENCE).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _check_arch(arch: str) -> None:

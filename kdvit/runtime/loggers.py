@@ -15,8 +15,8 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
 
     Args:
         root: The run directory.
-        resumed_from: The checkpoint that the run goes on from. The rows of metrics.csv up to its step are kept; without
-            it the table starts anew.
+        resumed_from: The checkpoint that the run goes on from. The rows of metrics.csv up to its step are kept, and
+            TensorBoard drops what event files say of later steps; without it both start anew.
     """
     file, before = Path(root) / "metrics.csv", Path(root) / "metrics.csv.before"
     first = is_first_process()
@@ -24,12 +24,20 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
         before.unlink(missing_ok=True)
     elif first and file.is_file() and not before.is_file():  # else the start before this one was killed right here
         file.replace(before)  # the logger deletes a table that it finds
-    table = CSVLogger(root, name="", version="")
-    if first and resumed_from is not None and before.is_file():
-        table.experiment.metrics.extend(_rows_before(before, resumed_from))
+    table, step = CSVLogger(root, name="", version=""), 0
+    rows: list[dict[str, float]] = []
+    if first and resumed_from is not None:
+        rows, step = _rows_before(before if before.is_file() else None, resumed_from)
+    board = TensorBoardLogger(root, name="", version="", default_hp_metric=False, purge_step=step)
+    if rows:
+        table.experiment.metrics.extend(rows)
         table.save()
-        before.unlink()
-    return [TensorBoardLogger(root, name="", version="", default_hp_metric=False), table]
+    if first:
+        before.unlink(missing_ok=True)
+    for row in rows:
+        if row["step"] >= step:  # a training step whose validation is held again
+            board.log_metrics({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+    return [board, table]
 
 
 def read_table(file: Path) -> list[dict[str, float]]:
@@ -40,19 +48,18 @@ def read_table(file: Path) -> list[dict[str, float]]:
     return [row for row in rows if row]
 
 
-def _rows_before(file: Path, checkpoint: str | Path) -> list[dict[str, float]]:
-    """Returns the rows up to the step of a checkpoint."""
+def _rows_before(file: Path | None, checkpoint: str | Path) -> tuple[list[dict[str, float]], int]:
+    """Returns the rows of a table up to the step of a checkpoint, and the first step that will be logged anew."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     step = content["global_step"]
     validated = content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
     again = validated["ready"] > validated["processed"]  # a validation that is due, and had been held before a kill
-    rows = [row for row in read_table(file) if row.get("step", step) < step]
-    return [row for row in rows if not (again and row["step"] == step - 1 and "val/loss" in row)]
+    rows = [row for row in read_table(file) if row.get("step", step) < step] if file is not None else []
+    return [row for row in rows if not (again and row["step"] == step - 1 and "val/loss" in row)], step - again
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:
     try:
-        values = {name: float(value) for name, value in row.items() if value}
-        return {name: int(value) if name in ("epoch", "step") else value for name, value in values.items()}
+        return {name: int(value) if value.isdecimal() else float(value) for name, value in row.items() if value}
     except ValueError:
         return {}

@@ -15,7 +15,7 @@ from kdvit.training.calibration import calibrate
 
 @torch.no_grad()
 def log_step(module: Any, target: Tensor, student: ViTOutput, teachers: Mapping[str, ViTOutput], loss: Tensor) -> None:
-    """Logs the loss of a step, its terms as they are and weighted, what distillers measure, and the accuracy.
+    """Notes for the log the loss of a batch, its terms raw and weighted, what distillers measure, and the accuracy.
 
     Args:
         module: The `DistillationModule`.
@@ -24,14 +24,19 @@ def log_step(module: Any, target: Tensor, student: ViTOutput, teachers: Mapping[
         teachers: Those of the teachers, by name.
         loss: The weighted sum.
     """
-    shown = {"train/loss": loss}
+    values = {"loss": loss}
     if module.supervised:
         classes = target if target.ndim == 1 else target.argmax(dim=1)
-        shown["train/acc1"] = (student.logits.argmax(dim=1) == classes).float().mean()  # type: ignore[union-attr]
-    module.log_dict(shown, prog_bar=True)
+        values["acc1"] = (student.logits.argmax(dim=1) == classes).float().mean()  # type: ignore[union-attr]
     weighted = {f"{name}_weighted": weight * module.last_terms[name] for name, weight in module.weights().items()}
-    values = {**module.last_terms, **weighted, **module.distillers.metrics(student, teachers)}
-    module.log_dict({f"train/{name}": value for name, value in values.items()})
+    measured = module.distillers.metrics(student, teachers)
+    module.step_means.add({**values, **module.last_terms, **weighted, **measured})
+
+
+def log_means(module: Any, more: Mapping[str, Any]) -> None:
+    """Logs what `log_step` has noted of a step, as means over its batches and all ranks, and more beside it."""
+    for name, value in {**module.step_means.take(module.trainer.world_size), **more}.items():
+        module.log(f"train/{name}", value, prog_bar=name in ("loss", "acc1"))
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The scores of a classifier on a data set, the same for student, averaged student and teacher."""
+"""Scores of a classifier on a data set, the same for student, averaged student and teacher; means of a step."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
@@ -29,6 +30,31 @@ class CrossEntropy(Metric):
     def compute(self) -> Tensor:
         """Returns the mean."""
         return self.total / self.count
+
+
+class StepMeans:
+    """Means of what is measured in one step of the optimizer, over its accumulated batches and all ranks.
+
+    Every batch counts alike, as in the gradient.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds a batch; each has the same names."""
+        self._parts.append(values)
+
+    def take(self, ranks: int) -> dict[str, Tensor]:
+        """Returns the means, and starts anew; all ranks call it together."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            return {}
+        means = torch.stack([torch.stack([value.float() for value in part.values()]) for part in parts]).mean(dim=0)
+        if ranks > 1:
+            dist.all_reduce(means)
+            means /= ranks
+        return dict(zip(parts[0], means.unbind(), strict=True))
 
 
 def classification_scores(num_classes: int) -> MetricCollection:

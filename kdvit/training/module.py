@@ -19,8 +19,8 @@ from kdvit.seeding import mixed_seed, seed_torch
 from kdvit.structures import Batch, ImageFormat, ViTOutput, as_batch
 from kdvit.training.batches import read_batch
 from kdvit.training.calibration import calibrate
-from kdvit.training.logs import log_objectives, log_scores, log_step
-from kdvit.training.metrics import classification_scores
+from kdvit.training.logs import log_means, log_objectives, log_scores, log_step
+from kdvit.training.metrics import StepMeans, classification_scores
 from kdvit.training.objectives import Objectives
 from kdvit.training.optim import OptimizerOptions, gradient_norm, highest_rate, optimizer_and_schedule
 from kdvit.training.schedule import ScheduleOptions
@@ -82,7 +82,7 @@ class DistillationModule(pl.LightningModule):
         self.distillers = Objectives(distillers or {}, self.student, self.teachers, names, self.supervised)
         self.task_weight, self.label_smoothing, self.compiled = task_weight, label_smoothing, compile
         self.optimizer_options, self.schedule_options, self.class_names = optimizer, schedule, names
-        self.scores = classification_scores(self.num_classes if self.supervised else 0)
+        self.scores, self.step_means = classification_scores(self.num_classes * self.supervised), StepMeans()
         self._spec = student_spec(self.student, self.image_format, names)  # a split student is of another class
 
     def setup(self, stage: str) -> None:
@@ -177,9 +177,9 @@ class DistillationModule(pl.LightningModule):
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the learning rate and the gradient norm before clipping."""
+        """Logs what was measured of the whole step, the learning rate, and the gradient norm before clipping."""
         if self._is_logged_step():
-            self.log_dict({"train/grad_norm": gradient_norm(self), "train/lr": highest_rate(optimizer)})
+            log_means(self, {"grad_norm": gradient_norm(self), "lr": highest_rate(optimizer)})
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""

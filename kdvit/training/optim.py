@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_info,
@@ -126,7 +127,10 @@ def optimizer_and_schedule(
     images = 1 if optimizer.lr_base_batch is None else global_batch(trainer)
     groups = parameter_groups(modules, optimizer.weight_decay, optimizer.decay_embeddings, **optimizer.grouping)
     built = optimizer.build(groups, images, may_fuse(trainer))
-    rate = schedule.build(built, run_length(trainer, schedule.interval == "step"))
+    length = run_length(trainer, schedule.interval == "step")
+    if (fault := schedule.fault(length)) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_info(f"Warning: {fault}")
+    rate = schedule.build(built, length)
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": schedule.interval}}
 
 

@@ -161,6 +161,16 @@ class ScheduleOptions:
             return self.warmup_steps
         return round(self.warmup_epochs * unit if self.warmup_share is None else self.warmup_share * total)
 
+    def fault(self, length: RunLength) -> str:
+        """Says that the warm-up fills a run, if it does."""
+        total, _ = self._measure(length)
+        if (warmup := self.warmup(length)) < total:
+            return ""
+        return (
+            f"the warm-up of {warmup} {self.interval}s fills the run of {total}, which never comes to its learning "
+            "rate: lower schedule.warmup_epochs."
+        )
+
     def rates(self, lr: float, length: RunLength) -> list[float]:
         """Returns the learning rate of every epoch of a run, or of every step.
 

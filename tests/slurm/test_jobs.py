@@ -22,7 +22,7 @@ def test_a_job_of_two_nodes_runs_to_its_end(whole: Job) -> None:
         file.name for file in whole.run.iterdir()
     }
     assert "Starting with 2 processes" in whole.log
-    assert f"The student is in {whole.run}/student: kdvit.load_student" in whole.log
+    assert f"{whole.run}/student holds the last: kdvit.load_student" in whole.log
     assert load_student(whole.run / "student")(torch.randn(1, 3, 8, 8)).logits.shape == (1, 10)
     assert (whole.told("NumNodes"), whole.told("Restarts")) == ("2", "0")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
-from kdvit.cli.plan import Rows, describe_plan
+from kdvit.cli.machine import beside_machine
+from kdvit.cli.plan import Rows, describe_plan, plan_warnings
 from kdvit.data import ImageDataModule
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
@@ -63,6 +64,10 @@ def describe(
         *_loading(rate, workers, images_per_second),
         *_counts(module),
     ]
+    batch_size = getattr(datamodule.train_dataloader(), "batch_size", None) or 1
+    told, warnings = beside_machine(module, batch_size, workers, trainer)
+    warnings += plan_warnings(module, datamodule, trainer)
+    rows += [("this machine", told), *(("warning", each) for each in warnings)]
     return text_table((), rows, left=2)
 
 

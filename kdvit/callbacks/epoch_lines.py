@@ -1,0 +1,93 @@
+"""What a run says of itself: its networks in one line and, without a terminal, a line an epoch in place of a bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+
+from kdvit.models.cost import parameter_count
+from kdvit.structures import as_batch
+
+SHARES = 10  # lines of a prediction
+
+
+class NetworkLine(ModelSummary):
+    """Says what is trained and what is frozen, in one line."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Says it."""
+        objectives = parameter_count(pl_module.distillers)
+        parts = [f"{type(pl_module.student).__name__} of {parameter_count(pl_module.student):,} parameters"]
+        parts += [f"distillers of {objectives:,}"] * bool(objectives)
+        parts += [f"{each.label} of {parameter_count(each.network):,}, frozen" for each in pl_module.teachers.values()]
+        rank_zero_info(f"Networks: {'; '.join(parts)}.")
+
+
+def in_terminal() -> bool:
+    """Tells whether somebody watches: a bar in a file or pipe is thousands of fragments of one line."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+class EpochLines(ProgressBar):
+    """Says after each epoch its losses, accuracy, images/s and the time that is left; of a prediction, every tenth.
+
+    Epochs are counted from 0, as in metrics.csv. The training loss is that of the last logged step. The time is
+    extrapolated from the batches since this start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._validated = 0.0
+
+    def disable(self) -> None:
+        """Leaves all as it is: the other ranks say nothing anyway."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._start, self._done = time.perf_counter(), 0
+        self.on_train_epoch_start(trainer, pl_module)  # which is not called amid an epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock of the epoch."""
+        self._since, self._images, self._validated = time.perf_counter(), 0, 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops it."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes on with it."""
+        self._validated += time.perf_counter() - self._paused
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts the images."""
+        self._images += len(as_batch(batch).image) * trainer.world_size
+        self._done += 1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says the line."""
+        epoch, epochs = trainer.current_epoch, trainer.max_epochs or -1
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        shown = {"train/loss": "train loss {:.3f}", "val/loss": "val loss {:.3f}", "val/acc1": "val accuracy {:.2%}"}
+        told = [text.format(scores[name]) for name, text in shown.items() if name in scores]
+        told.append(f"{self._images / max(time.perf_counter() - self._since - self._validated, 1e-9):,.0f} images/s")
+        if epochs > 0 and trainer.num_training_batches != float("inf"):
+            left = (epochs - epoch - 1) * trainer.num_training_batches
+            seconds = (time.perf_counter() - self._start) / max(self._done, 1) * left
+            told.append(f"{timedelta(seconds=round(seconds))} left")
+        rank_zero_info(f"Epoch {epoch}{f' (last: {epochs - 1})' if epochs > 0 else ''}: {', '.join(told)}.")
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Says how far a prediction, such as the writing of a cache, has come."""
+        total = trainer.num_predict_batches[dataloader_idx]
+        done = batch_idx + 1
+        if total != float("inf") and done * SHARES // total > batch_idx * SHARES // total and total >= SHARES:
+            rank_zero_info(f"{done:,} of {total:,} batches.")

@@ -1,0 +1,118 @@
+"""A plan beside the machine that it is checked on: cores, memory, GPUs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdvit.models import Network
+from kdvit.models.cost import parameter_count
+from kdvit.runtime.processes import planned_processes
+from kdvit.training.module import DistillationModule
+
+PROGRAM = 0.9e9
+"""Bytes of a process before it has a network: Python, torch, Lightning."""
+WORKER = 0.1e9
+"""Bytes of a loader worker of its own; the rest it shares with its process."""
+PREFETCHED = 2
+"""Batches that a worker has ready."""
+
+
+def cores() -> int:
+    """Returns the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int | None:
+    """Returns the bytes of memory of this machine or its container; None where that is not told."""
+    try:
+        kilobytes = Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]
+    except (OSError, IndexError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limited = limit.read_text().strip() if limit.is_file() else ""
+    return min([1024 * int(kilobytes), *([int(limited)] if limited.isdecimal() else [])])
+
+
+def saved_bytes(network: Network) -> int:
+    """Returns what autograd keeps of one image's forward pass, in float32, weights left out."""
+    kept: dict[int, int] = {}
+    own = {each.untyped_storage().data_ptr() for each in network.parameters()}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.enable_grad(), network.evaluating(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        output = network(network.blank_image().requires_grad_())
+    return sum(kept.values()) if output is not None else 0
+
+
+def process_bytes(module: DistillationModule, batch_size: int, workers: int) -> tuple[float, float]:
+    """Estimates the memory of one training process in float32, to about a third.
+
+    Networks: 16 bytes a trained parameter (weight, gradient, two moments of Adam's), 4 a frozen one. Activations: what
+    autograd keeps of an image's forward pass, times the batch; of a teacher, which keeps nothing, twice those of one
+    of its layers. Batches: the one in use, and two that each worker has ready.
+
+    Returns:
+        Bytes of networks and activations, which are the GPU's where there is one, and bytes of the rest.
+    """
+    trained = parameter_count(module.student) + parameter_count(module.distillers)
+    frozen = [each.network for each in module.teachers.values()]
+    image = 4 * 3 * module.image_format.size[0] * module.image_format.size[1]
+    of_teachers = max((2 * saved_bytes(each) / each.depth for each in frozen), default=0)
+    networks = 16 * trained + 4 * sum(map(parameter_count, frozen))
+    activations = batch_size * (saved_bytes(module.student) + of_teachers + image)
+    return networks + activations, PROGRAM + workers * (WORKER + PREFETCHED * batch_size * image)
+
+
+def beside_machine(module: DistillationModule, batch_size: int, workers: int, trainer: Any) -> tuple[str, list[str]]:
+    """Compares a plan with this machine.
+
+    Args:
+        module: What will train.
+        batch_size: Images a process and step.
+        workers: Of each process.
+        trainer: Options of the Trainer that will train.
+
+    Returns:
+        What the plan takes of what there is, and warnings.
+    """
+    gpus = torch.cuda.device_count()
+    on_gpus = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
+    processes = planned_processes(trainer.devices, 1) or (max(gpus, 1) if on_gpus else 1)
+    ours, rest = process_bytes(module, batch_size, workers)
+    if "16" in str(trainer.precision):
+        ours *= 0.6  # activations of half the size, weights as before
+    needed = processes * (rest if on_gpus else ours + rest)
+    there, running = memory(), processes * (1 + workers)
+    told = f"{processes} x (1 + {workers} workers) processes on {cores()} cores; about {_gb(needed)}"
+    told += f" of {_gb(there)}" if there else ""
+    told += f", and {_gb(ours)} on each GPU" if on_gpus else f", {_gb(needed / processes)} a process"
+    warnings = []
+    if on_gpus and gpus < processes:
+        warnings.append(f"{processes} GPUs are planned, and this machine has {gpus}: set --trainer.devices.")
+    elif not on_gpus and processes > max(gpus, 1) and gpus == 0:
+        warnings.append(f"there is no GPU here: {processes} processes would share {cores()} cores.")
+    if running > 2 * cores():
+        warnings.append(
+            f"{running} processes would share {cores()} cores: lower --trainer.devices, --data.init_args.num_workers."
+        )
+    if there and needed > 0.9 * there:
+        warnings.append(
+            f"it would take about {_gb(needed)}, and this machine has {_gb(there)}: lower --trainer.devices, "
+            "--data.init_args.batch_size or --data.init_args.num_workers."
+        )
+    if on_gpus and gpus > 0 and ours > (card := torch.cuda.get_device_properties(0).total_memory):
+        warnings.append(f"a process would take about {_gb(ours)} of a GPU's {_gb(card)}: lower the batch_size.")
+    return told, warnings
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

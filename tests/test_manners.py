@@ -1,0 +1,165 @@
+"""What a run says where nobody watches, and what a misplaced file or option is answered with."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kdvit import load_student
+from kdvit.callbacks.teacher_scores import chance
+from kdvit.cli import main
+from kdvit.cli.help import FIT, OPTIONS
+from kdvit.models import TimmStudent
+from kdvit.runtime.loggers import read_table
+from kdvit.training.metrics import StepMeans
+from tests.runs import QUIET, demo_fit
+
+STEPS = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
+
+
+def fit(*more: str) -> None:
+    main(demo_fit("plain", "", *STEPS, *more))
+
+
+def test_a_run_without_a_terminal_says_a_line_an_epoch_and_at_last_its_best(caplog, capsys) -> None:
+    caplog.set_level(logging.INFO)
+    fit("--trainer.max_epochs=2", "--callbacks.student_export.weights=best")
+    printed = capsys.readouterr()
+    assert "it/s" not in printed.out + printed.err
+    said = [record.getMessage() for record in caplog.records]
+    assert not [line for line in said if "Tip" in line or "Flops" in line or "TPU" in line]
+    epochs = [line for line in said if line.startswith("Epoch ")]
+    assert [line.partition("): ")[0] for line in epochs] == ["Epoch 0 (last: 1", "Epoch 1 (last: 1"]
+    assert all(word in epochs[1] for word in ("train loss ", "val accuracy ", " images/s, 0:00:00 left."))
+    assert "Warning: the warm-up of 5 epochs fills the run of 2, which never comes to its learning rate: " in str(said)
+    scores = [(row["val/acc1"], row["epoch"]) for row in read_table(Path("run/metrics.csv")) if "val/acc1" in row]
+    best = max(scores, key=lambda each: each[0])
+    assert said[-1].startswith(f"Best val/acc1 {best[0]:.2%}, of epoch {best[1]}, in run/checkpoints/best.ckpt.")
+    assert "run/student holds the best: kdvit.load_student('run/student')" in said[-1]
+    ours, theirs = load_student("run/student"), load_student("run/checkpoints/best.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+def test_steps_that_are_taken_again_are_in_no_log_twice() -> None:
+    fit(*QUIET, "--trainer.max_epochs=1")
+    before = Path("run/checkpoints/last.ckpt").read_bytes()
+    fit(*QUIET, "--trainer.max_epochs=2")
+    Path("run/checkpoints/last.ckpt").write_bytes(before)
+    Path("run/checkpoints/best.ckpt").unlink()
+    fit(*QUIET, "--trainer.max_epochs=2")
+    events = EventAccumulator("run").Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == list(range(6))
+    assert [each.step for each in events.Scalars("val/acc1")] == [2, 5]
+    with Path("run/metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["step"] for row in rows if row["train/loss"]] == [str(i) for i in range(6)]
+    assert {row["epoch"] for row in rows} == {"0", "1"}
+
+
+def test_means_of_a_step_are_over_its_accumulated_batches() -> None:
+    means, parts = StepMeans(), np.random.default_rng(0).normal(size=(3, 2))
+    for loss, acc1 in torch.tensor(parts):
+        means.add({"loss": loss, "acc1": acc1})
+    told = means.take(ranks=1)
+    assert [float(told[name]) for name in ("loss", "acc1")] == pytest.approx(parts.mean(0), abs=1e-6)
+    assert means.take(ranks=1) == {}
+
+
+@pytest.fixture
+def misplaced(tmp_path: Path) -> None:
+    for file in ("runs/lift/student/config.json", "runs/lift/checkpoints/best.ckpt", "b.onnx", "runs/lift/config.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("{}")
+    Path("bad.yaml").write_text("trainer:\n  max_epochs: 3\n model: x\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["export", "--ckpt", "runs/lift", "--out", "x"], "Did you mean 'runs/lift/student'?"),
+        (
+            ["export", "--ckpt", "runs/lift/checkpoints", "--out", "x"],
+            "Did you mean 'runs/lift/checkpoints/best.ckpt'?",
+        ),
+        (
+            ["export", "--ckpt", "b.onnx", "--out", "x"],
+            "'b.onnx' is a program for ONNX Runtime, which holds no student",
+        ),
+        (
+            ["validate", "--config", "demo/plain.yaml", "--ckpt_path", "runs/lift"],
+            "'runs/lift' is a folder: give --ckpt_path a file, such as 'runs/lift/checkpoints/best.ckpt'.",
+        ),
+        (["fit", "--config", "runs/lift"], "'runs/lift' is a folder. Did you mean runs/lift/config.yaml?"),
+        (["fit", "--config", "bad.yaml"], "'bad.yaml', line 3, column 2: no YAML ("),
+        (
+            ["fit", "--config", "demo/plain.yaml", "--model.optimizer.lrr", "3"],
+            "there is no option '--model.optimizer.lrr'. Did you mean --model.optimizer.lr?",
+        ),
+        (["benchmark", "x", "--batchsize", "3"], "there is no option '--batchsize'. Did you mean --batch_size?"),
+        (["fit", "--help", "modl"], "No option starts with --modl. Did you mean model? Groups: trainer, data"),
+        (
+            ["predict", "--config", "demo/plain.yaml", "--ckpt_path", "none.ckpt"],
+            "There is no 'none.ckpt': train first",
+        ),
+    ],
+)
+def test_what_is_in_the_wrong_place_is_one_message(args: list[str], message: str, misplaced, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_at_chance_has_a_likely_cause() -> None:
+    assert chance(0.95, np.full(10, 50)) == ""
+    assert chance(0.11, np.full(10, 50)).startswith("Its classes may be in another order than the data's")
+    assert chance(0.10, np.array([490, *[1] * 9, 1])).startswith("It gives nearly all the same class")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch) -> None:
+    asked = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        asked.append((address, timeout))
+        raise OSError
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("kdvit.models.timm_model.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", os.getcwd())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(RuntimeError, match=r"weights of deit_tiny_patch16_224 cannot be fetched .*pass the file as"):
+        TimmStudent("deit_tiny_patch16_224", pretrained=True)
+    assert len(asked) == 1
+    assert asked[0][1] <= 10
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_the_short_help_names_twenty_options_that_are_there(capsys) -> None:
+    assert len(FIT) == 20
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--help", "all"])
+    assert end.value.code == 0
+    everything = capsys.readouterr().out
+    inside = ("--data.init_args", "--model.student.init_args", "--model.teacher.init_args", "--model.distillers.NAME")
+    for option, _ in FIT:
+        assert option.startswith(inside) or f"{option.split()[0]} " in everything, option
+    for command in OPTIONS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) < 40
+        assert max(map(len, lines)) <= 120
+    for group in ("--data.help", "--model.help"):
+        with pytest.raises(SystemExit):
+            main(["fit", group])
+        told = capsys.readouterr().out
+        assert ("kdvit.data.FashionMNIST" if "data" in group else "--model.optimizer.lr ") in told
+        assert "--trainer." not in told
