@@ -12,7 +12,7 @@ import pytest
 import kdvit
 
 FLOORS = """
-structures errors files seeding tables
+structures errors files seeding tables pages
 models distillers runtime
 cache analysis
 training data

@@ -193,8 +193,10 @@ def test_a_lift_is_compared_with_what_it_is_once_folded(checkpoint: str, capsys)
     parameters = sum(each.numel() for each in load_student("folded").parameters())
     capsys.readouterr()
     main(["compare", "out", "folded"])
-    (note,) = (line for line in capsys.readouterr().out.splitlines() if "once folded" in line)
-    assert note.startswith(f"out: once folded (kdvit export --fold) it has {parameters:,} parameters and takes ")
+    head, ours, theirs = capsys.readouterr().out.splitlines()[:3]
+    assert "latency (ms)  folded: parameters  folded: latency" in head
+    assert ours.split()[-2] == f"{parameters:,}"
+    assert f" {parameters:,} " in theirs
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ def test_an_installed_wheel_works_outside_the_checkout(tmp_path) -> None:
         "kdvit/configs/demo/lift.yaml",
         "kdvit/py.typed",
         "kdvit/analysis/page.html.jinja",
+        "kdvit/base.html.jinja",
+        "kdvit/cli/comparison.html.jinja",
     } <= set(names)
     assert not [name for name in names if name.startswith("tests")]
 

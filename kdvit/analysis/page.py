@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kdvit.analysis.layer_report import bandwidths
 from kdvit.analysis.report import FIRST, Cells, NetworkReport, Report
 from kdvit.analysis.variants import shown
+from kdvit.pages import render
 
 SOURCES = (
     "features in a file",
@@ -36,18 +33,14 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         "in shared axes": "{0[participation_shared]:.3f}",
     }
     sources = [f"{each.face.images:,} images of {each.data}: {SOURCES[each.passes]}." for each in report.networks]
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
+        pictures,
         report=report,
         sources=list(dict.fromkeys(sources)),
         ranks=ranks,
-        pictures={name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
         sep=_sep_table(report),
         networks=_networks(report.networks),
-        version=version("kdvit"),
     )
 
 

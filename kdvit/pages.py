@@ -1,0 +1,30 @@
+"""Pages that need no other file and no network: their template, styles and pictures in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: Path, pictures: Mapping[str, Path], **values: Any) -> str:
+    """Returns the page of a template that extends ``base.html.jinja``, which stands beside this file.
+
+    Args:
+        template: Its file.
+        pictures: PNG files by the name of the figure; they are written into the page.
+        values: What it shows besides.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    content = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
+    return environment.get_template(template.name).render(pictures=content, version=version("kdvit"), **values)
