@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset
 
 from kdvit import DistillationModule
@@ -17,7 +18,7 @@ from kdvit.cli import main
 from kdvit.cli.machine import process_bytes
 from kdvit.distillers import LogitDistiller
 from tests.runs import QUIET, demo_fit, fit
-from tests.tiny import FORMAT, STUDENT, Blobs, _collate, student, teacher
+from tests.tiny import FORMAT, STUDENT, Blobs, TinyData, _collate, student, teacher
 
 CHECK = ["check", *demo_fit("plain", "", *QUIET)[1:]]
 
@@ -26,6 +27,13 @@ class Stream(IterableDataset):
     def __iter__(self) -> Any:
         data = Blobs(40, 0)
         return (data[i] for i in range(40))
+
+
+class BatchedData(TinyData):
+    """Training batches by a sampler of the user's, which has no batch size."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Blobs(16, 0), batch_sampler=[[0, 1, 2], [3, 4]], collate_fn=_collate)
 
 
 class StreamData(pl.LightningDataModule):
@@ -130,6 +138,9 @@ def test_a_stream_of_images_is_checked_and_trained_on(capsys) -> None:
     assert row("steps an epoch", capsys.readouterr().out) == "unknown: the training images are a stream"
     main(["fit", *run])
     assert Path("run/checkpoints/last.ckpt").is_file()
+    main(["fit", *run, "--data=tests.test_check.BatchedData", "--trainer.default_root_dir=batched"])
+    (event,) = EventAccumulator("batched").Reload().Tensors("plan/text_summary")
+    assert "The run cannot be described: unsupported operand" in event.tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.parametrize(

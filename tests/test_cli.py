@@ -21,7 +21,7 @@ from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.runtime.loggers import run_loggers
 from tests.data.test_data_modules import fashion_root, image_folder
-from tests.runs import QUIET, SHORT, column, fit
+from tests.runs import QUIET, SHORT, column, demo_fit, fit
 
 CONFIGS = packaged_configs()
 IMAGENET = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -69,6 +69,11 @@ def test_every_imagenet_config_goes_through_a_step_on_tiny_stand_ins(name: str, 
     assert "A training and a validation batch of at most 8 images went through" in shown
 
 
+def _text(events: EventAccumulator, name: str) -> str:
+    (event,) = events.Tensors(f"{name}/text_summary")
+    return event.tensor_proto.string_val[0].decode()
+
+
 def _plain(value) -> str:
     return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
 
@@ -101,7 +106,26 @@ def test_a_run_leaves_what_it_promises_and_reads_back_its_numbers(demo_teacher: 
     terms = {f"train/{term}{suffix}" for term in ("task", "logit", "lift") for suffix in ("", "_weighted")}
     others = {"train/lr", "train/grad_norm", "train/images_per_second", "train/loss", "train/acc1", "teacher/acc1"}
     scores = {f"val/{name}{suffix}" for name in ("acc1", "acc5", "loss") for suffix in ("", "_ema")}
-    assert pair | terms | others | scores <= set(events.Tags()["scalars"])
+    with (run / "metrics.csv").open() as stream:
+        assert pair | terms | others | scores <= set(next(csv.reader(stream)))
+    scalars = sorted(events.Tags()["scalars"])  # as TensorBoard shows them
+    groups = dict.fromkeys(name.split("/")[0] for name in scalars)
+    assert list(groups) == ["1_val", "2_train", "3_weighted", "4_data", "best"]
+    assert {name for name in scalars if name.startswith("3_")} == {
+        f"3_weighted/{name}_weighted" for name in ("task", "logit", "lift")
+    }
+    assert {f"2_{name}" for name in pair | {"train/task", "train/logit", "train/lift"}} <= set(scalars)
+    assert not [name for name in scalars if "teacher" in name]
+    told = _text(events, "teacher")
+    assert told.startswith("Teacher on 500 validation images: ")
+    assert 0 < float(_text(events, "teacher/acc5")) <= 1
+    capsys.readouterr()
+    main(["check", *demo_fit("lift", demo_teacher, *QUIET, "--trainer.max_epochs=2")[1:]])
+    plan = _text(events, "plan").splitlines()
+    assert len(plan) > 10
+    assert {line.strip() for line in plan} < {line.strip() for line in capsys.readouterr().out.splitlines()}
+    (picture,) = events.Images("4_data/first_batch")
+    assert picture.width > 600
 
     with (run / "metrics.csv").open() as stream:
         table = [row for row in csv.DictReader(stream) if row["val/acc1"]]
@@ -327,16 +351,18 @@ def test_all_commands_are_listed_and_a_mistyped_one_is_named(capsys) -> None:
 
 
 def test_callbacks_that_kdvit_adds_are_shown_and_can_be_switched_off(capsys) -> None:
-    off = ["--callbacks.student_export", "null", "--callbacks.throughput", "null"]
+    off = ["--callbacks.student_export", "null", "--callbacks.throughput", "null", "--callbacks.first_batch", "null"]
     with pytest.raises(SystemExit):
         main(["fit", "--config", "demo/plain.yaml", *off, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["callbacks"]
-    assert {name for name, each in shown.items() if each is None} == {"student_export", "throughput"}
+    assert {name for name, each in shown.items() if each is None} == {"student_export", "throughput", "first_batch"}
     assert shown["teacher_scores"]["class_path"].endswith("TeacherScores")
-    assert set(shown) == {"bad_images", "throughput", "teacher_scores", "student_export", "predictions", "preemption"}
+    names = {"bad_images", "throughput", "teacher_scores", "student_export", "predictions", "preemption", "first_batch"}
+    assert set(shown) == names
     main(["fit", "--config", "demo/plain.yaml", "--trainer.default_root_dir", "run", *SHORT, *off])
     assert not Path("run/student").exists()
     assert "images_per_second" not in Path("run/metrics.csv").read_text()
+    assert EventAccumulator("run").Reload().Tags()["images"] == []
 
 
 def test_distillers_are_listed(capsys) -> None:

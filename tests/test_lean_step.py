@@ -10,10 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit import DistillationModule, load_student
-from kdvit.callbacks import NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
+from kdvit.callbacks import FirstBatch, NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import avoid_slow_attention
 from kdvit.training.optim import OptimizerOptions
@@ -170,7 +171,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_compiled_networks_train_as_others_do(compile: Any, graphs: int, eager: list[Any], tmp_path: Path) -> None:
     expected, module = _module(), _module(compile=compile)
     for each in (expected, module):
-        trainer(tmp_path, limit_val_batches=0).fit(each, datamodule=TinyData())
+        drawing = {"callbacks": [FirstBatch(4)], "logger": TensorBoardLogger(tmp_path)}
+        trainer(tmp_path, limit_val_batches=0, **drawing).fit(each, datamodule=TinyData())
     assert len(eager) == graphs
     assert list(module.state_dict()) == list(expected.state_dict())
     for name, value in expected.state_dict().items():

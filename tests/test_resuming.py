@@ -212,7 +212,7 @@ def test_settings_and_best_score_reach_the_logs() -> None:
     content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     assert content.session_start_info.hparams["model/optimizer/lr"].number_value == 4e-3
     (best,) = events.Scalars("best/val/acc1")
-    assert best.value == pytest.approx(max(row.value for row in events.Scalars("val/acc1")))
+    assert best.value == pytest.approx(max(row.value for row in events.Scalars("1_val/acc1")))
 
 
 def test_a_torn_table_loses_the_torn_rows_alone() -> None:

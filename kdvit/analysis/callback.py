@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -20,6 +19,7 @@ from kdvit.analysis.run import chosen_layers
 from kdvit.analysis.tokens import as_tokens
 from kdvit.analysis.variants import LEVEL, p99
 from kdvit.models import Network
+from kdvit.runtime.loggers import boards, card
 from kdvit.structures import Layer, as_batch
 
 
@@ -118,10 +118,9 @@ class GeometryMonitor(pl.Callback):
         return NetworkReport(name, "", 0, 0, "", network.image_format, network.depth, [report], "validation", 1)
 
     def _draw(self, trainer: pl.Trainer, report: Report) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for name, figure in figures(report).items():
-                    logger.experiment.add_figure(f"geometry/{name}", figure, trainer.global_step)
+        for board in boards(trainer):
+            for name, figure in figures(report).items():
+                board.add_figure(card(f"geometry/{name}"), figure, trainer.global_step)
 
 
 def scalars(layer: LayerReport) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from kdvit.callbacks.bad_images import BadImages
 from kdvit.callbacks.ema import StudentEMA
 from kdvit.callbacks.epoch_lines import EpochLines, NetworkLine
+from kdvit.callbacks.first_batch import FirstBatch
 from kdvit.callbacks.labelled_probe import LabelledProbe
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from kdvit.callbacks.predictions import PredictionWriter
@@ -14,6 +15,7 @@ from kdvit.callbacks.throughput import Throughput
 __all__ = [
     "BadImages",
     "EpochLines",
+    "FirstBatch",
     "LabelledProbe",
     "NetworkLine",
     "NonFiniteError",

@@ -41,7 +41,7 @@ class PredictionWriter(pl.Callback):
         """Opens this rank's part of the table.
 
         Raises:
-            UserError: If its folder cannot be made, or the teacher is asked for, and there is none, or it has no logits.
+            UserError: If its folder cannot be made, or the teacher is asked for and cannot predict.
         """
         with shown((OSError,), prefix="trainer.default_root_dir: "):
             Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.models import FrozenTeacher
+from kdvit.runtime.loggers import boards
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch, as_batch
 from kdvit.training.metrics import classification_scores
@@ -68,7 +69,10 @@ class TeacherScores(pl.Callback):
         acc1 = measured[f"{teacher.label}/acc1"]
         every = np.sum(gather(trainer, guesses.cpu().numpy()), axis=0)
         images = int(every.sum())
-        rank_zero_info(f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1{among}.")
+        told = f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1{among}."
+        rank_zero_info(told)
+        for board in boards(trainer):
+            board.add_text(teacher.label, told, 0)
         if cause := chance(acc1, every):
             rank_zero_info(f"Warning: the {teacher.label} is at chance on these images. {cause}")
 

@@ -50,6 +50,7 @@ SWITCHED: dict[str, type[Callback]] = {
     "bad_images": callbacks.BadImages,
     "throughput": callbacks.Throughput,
     "teacher_scores": callbacks.TeacherScores,
+    "first_batch": callbacks.FirstBatch,
     "student_export": callbacks.StudentExport,
     "predictions": callbacks.PredictionWriter,
     "preemption": callbacks.Preemption,
@@ -190,6 +191,9 @@ class KdvitCLI(LightningCLI):
         if self.command == "fit" and is_first_process():
             with shown((OSError,), prefix="trainer.default_root_dir: "):
                 self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
+            if self.start.checkpoint is None and self.config_init["fit"].trainer.logger is not False:
+                plan = self._plan(self.config_init["fit"].trainer)
+                self.save_config_kwargs = {**self.save_config_kwargs, "plan": plan}
         self._follow_objectives()
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
         for each in trainer.callbacks:  # type: ignore[attr-defined]
@@ -259,6 +263,13 @@ class KdvitCLI(LightningCLI):
         with unforeseen("The config cannot be described."):
             told = describe(self.model, self.datamodule, given.trainer, workers, given.images_per_second)
         print(told, flush=True)
+
+    def _plan(self, trainer: Any) -> str:
+        """Returns the table that a check shows, as far as it needs no image."""
+        try:
+            return describe(self.model, self.datamodule, trainer, workers=0, measure=False)
+        except Exception as error:  # a class of the user's may raise anything, and trains nevertheless
+            return f"The run cannot be described: {error}"
 
 
 class PlannedFit(KdvitCLI):

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from kdvit.cli.messages import explain
 from kdvit.errors import UserError
 from kdvit.files import write_whole
+from kdvit.runtime.loggers import boards
 
 FIXED = ("model", "data", "seed_everything")
 """Parts of a config that say which run it is."""
@@ -44,12 +46,12 @@ def is_wandb(logger: Logger) -> bool:
 class SaveConfig(SaveConfigCallback):
     """Writes ``RUN/config.yaml`` in one piece, when a training starts that has something left to train.
 
-    Lines on top of it say what has changed at which step.
+    Lines on top of it say what has changed at which step. Loggers get the settings, TensorBoard the plan too.
     """
 
-    def __init__(self, *args: Any, changes: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, changes: tuple[str, ...] = (), plan: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.changes = changes
+        self.changes, self.plan = changes, plan
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Waits for the training."""
@@ -66,6 +68,8 @@ class SaveConfig(SaveConfigCallback):
             write_whole(file, "".join(f"{line}\n" for line in [*lines, text.rstrip()]).encode())
             for logger in trainer.loggers:
                 logger.log_hyperparams(yaml.safe_load(text))
+            for board in boards(trainer) if self.plan else ():
+                board.add_text("plan", indent(self.plan, "    "), 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives TensorBoard's table of settings the run's best score, as ``best/METRIC``: without one it has no row."""

@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from kdvit.runtime.processes import is_first_process
+
+GROUPS = {"val": "1_val", "train": "2_train", "data": "4_data", "geometry": "5_geometry"}
+WEIGHTED = "3_weighted"
+
+
+class BoardLogger(TensorBoardLogger):
+    """TensorBoard's events, each scalar under the name of its `card`; metrics.csv has the plain names.
+
+    What is measured of a teacher, once, is a text.
+    """
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes scalars."""
+        once = {name: value for name, value in metrics.items() if name.startswith("teacher")}
+        for name, value in once.items():
+            self.experiment.add_text(name, f"{value:.4g}", step)
+        super().log_metrics({card(name): value for name, value in metrics.items() if name not in once}, step)
+
+
+def card(name: str) -> str:
+    """Returns the name of a card in TensorBoard, which sorts by name: a number puts its group where it is read.
+
+    Example:
+        >>> [card(name) for name in ("val/acc1", "train/lift", "train/lift_weighted", "epoch", "teacher/acc1")]
+        ['1_val/acc1', '2_train/lift', '3_weighted/lift_weighted', '4_data/epoch', 'teacher/acc1']
+    """
+    group, _, rest = name.rpartition("/")
+    if group == "train" and rest.endswith(("_weighted", "_weight")):
+        return f"{WEIGHTED}/{rest}"
+    return f"{GROUPS.get(group or 'data', group)}/{rest}"
+
+
+def boards(trainer: pl.Trainer) -> list[Any]:
+    """Returns what writes pictures and texts for TensorBoard (torch's SummaryWriter), on the first rank alone."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [each.experiment for each in loggers if isinstance(each, TensorBoardLogger)]
 
 
 def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> list[Logger]:
@@ -28,7 +67,7 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
     rows: list[dict[str, float]] = []
     if first and resumed_from is not None:
         rows, step = _rows_before(before if before.is_file() else None, resumed_from)
-    board = TensorBoardLogger(root, name="", version="", default_hp_metric=False, purge_step=step)
+    board = BoardLogger(root, name="", version="", default_hp_metric=False, purge_step=step)
     if rows:
         table.experiment.metrics.extend(rows)
         table.save()

@@ -43,7 +43,7 @@ def test_scalars_of_student_and_teacher_and_figures_are_logged_every_k_epochs(de
     assert {name for name in logged[0] if name.startswith("geometry/")} == expected
     assert logged[0]["geometry/teacher_rotation"] == logged[1]["geometry/teacher_rotation"]
     events = EventAccumulator(str(next(Path("run").glob("events*")).parent)).Reload()
-    assert {"geometry/ranks", "geometry/energy", "geometry/sep"} <= set(events.Tags()["images"])
+    assert {"5_geometry/ranks", "5_geometry/energy", "5_geometry/sep"} <= set(events.Tags()["images"])
 
 
 def test_a_resumed_run_measures_at_the_same_epochs(demo_teacher: str) -> None:

@@ -36,6 +36,7 @@ def describe(
     trainer: Any,
     workers: int,
     images_per_second: float | None = None,
+    measure: bool = True,
 ) -> str:
     """Describes a run.
 
@@ -45,11 +46,12 @@ def describe(
         trainer: Options of the Trainer that will train.
         workers: Processes that will load images, for each training process.
         images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
+        measure: Also what takes images: how fast they load, and the energy that narrow targets keep.
 
     Returns:
         A table of two columns, one fact a line.
     """
-    image, rate = _load(datamodule)
+    image, rate = _load(datamodule) if measure else (None, 0.0)
     rows = [
         ("student", _network(module.student)),
         *(_teachers(module) or [("teacher", "none: a supervised run")]),
@@ -59,9 +61,9 @@ def describe(
         *_teacher_input(module),
         ("task", _task(module)),
         *_distillers(module),
-        *_energies(module, image),
+        *([] if image is None else _energies(module, image)),
         *describe_plan(module, datamodule, trainer),
-        *_loading(rate, workers, images_per_second),
+        *([] if image is None else _loading(rate, workers, images_per_second)),
         *_counts(module),
     ]
     batch_size = getattr(datamodule.train_dataloader(), "batch_size", None) or 1
