@@ -28,8 +28,8 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
     from kdvit.cli.comparison import Comparison, save
 
     comparison = Comparison.read([Path(run) for run in runs])
-    print(comparison.text())
     page, numbers = save(comparison, Path(out))
+    print(comparison.text())
     print(f"To read: {page}. Numbers: {numbers}.")
 
 
