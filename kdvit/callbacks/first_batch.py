@@ -34,9 +34,11 @@ class FirstBatch(pl.Callback):
     def __init__(self, images: PositiveInt = 16) -> None:
         self.images = images
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Draws, before the first step of a run."""
-        if trainer.global_step or batch_idx:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Draws the first batch of a run, which by now is known to be one."""
+        if trainer.current_epoch or batch_idx:
             return
         for board in boards(trainer):
             image, target = (each[: self.images] for each in as_batch(batch)[:2])
