@@ -32,6 +32,26 @@ class WorkerError(UserError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
+class OwnError(UserError, ValueError):
+    """An error inside a class or package of the user's; its message ends with ``raises TYPE: TEXT``."""
+
+
+@contextmanager
+def own_errors(what: str) -> Iterator[None]:
+    """Turns any error into an OwnError that says whose it is.
+
+    Args:
+        what: What raises it, such as the import path of a class.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise OwnError(f"{what} raises {type(error).__name__}: {text}") from error
+
+
 @contextmanager
 def shown(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError), prefix: str = "") -> Iterator[None]:
     """Turns errors of the library into a UserError of the same message.

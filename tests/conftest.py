@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.loops import evaluation_loop
+from lightning.pytorch.trainer.connectors import callback_connector
 
 from kdvit.cli import main
 from tests.runs import SHORT
@@ -17,6 +19,11 @@ def _own_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed_everything(0, verbose=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDVIT_TRACEBACK", "")
+    for module in (
+        evaluation_loop,
+        callback_connector,
+    ):  # transformers brings rich, in which Lightning draws its tables
+        monkeypatch.setattr(module, "_RICH_AVAILABLE", False)
 
 
 @pytest.fixture(scope="session")

@@ -211,7 +211,7 @@ def test_what_a_run_lacks_is_blank_in_a_comparison_and_the_note_says_why(demo_te
     assert "table: no curve, as its metrics.csv has no val/acc1." in notes
     (note,) = (line for line in notes if line.startswith("unbuildable: "))
     assert (
-        "no parameters, latency and seconds: The student in 'unbuildable/student' is of the class 'Elsewhere', which"
+        "no parameters, latency and seconds: The student in 'unbuildable/student' is of the class 'Elsewhere', and "
         in note
     )
     assert any(

@@ -21,6 +21,7 @@ from kdvit.analysis.tokens import as_tokens
 from kdvit.models import FrozenTeacher, Network, as_network
 from kdvit.models.checkpoint import weights_sha256
 from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.network import network_name
 from kdvit.structures import Batch, ImageFormat, Layer, as_batch
 
 FEW_IMAGES = 100
@@ -176,10 +177,9 @@ def describe_network(
     network: Network, measured: Measured, layers: list[LayerReport], data: str, passes: int
 ) -> NetworkReport:
     """Returns a network's report: which it was, what it costs, and what was measured."""
-    arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
     return NetworkReport(
         name=measured.name,
-        kind=f"{type(network).__name__} {arch}",
+        kind=network_name(network),
         parameters=parameter_count(network),
         flops=forward_flops(network),
         weights_sha256=weights_sha256(network),

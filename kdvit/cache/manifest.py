@@ -10,7 +10,7 @@ from typing import Any
 
 from kdvit.errors import WorkerError
 from kdvit.files import write_whole
-from kdvit.models import FrozenTeacher
+from kdvit.models import FrozenTeacher, ModuleNetwork
 from kdvit.models.checkpoint import weights_sha256
 from kdvit.structures import FixedTarget, Layer, TeacherMap, View
 
@@ -119,6 +119,7 @@ def describe_origin(teacher: FrozenTeacher, data: dict[str, Any]) -> dict[str, A
         "teacher.class": type(network).__name__,
         "teacher.weights": weights_sha256(network),
         "teacher.input": [own.size, own.mean, own.std],
+        **({"teacher.init_args": network.init_args} if isinstance(network, ModuleNetwork) else {}),
         **{f"data.{name}": value for name, value in data.items()},
         **{f"version.{name}": version(name) for name in PACKAGES},
         "version.records": FORMAT,

@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.callbacks.nonfinite import NonFiniteError
+from kdvit.errors import UserError
 from kdvit.models import export_student
+from kdvit.models.checkpoint import require_loadable, student_spec
 from kdvit.runtime.signals import Stopped
 
 
@@ -49,7 +51,8 @@ def _best(trainer: pl.Trainer) -> Best | None:
 class StudentExport(pl.Callback):
     """Writes the student (raw weights) into ``RUN/student`` when training ends, however it ends.
 
-    The config.json beside the weights has its scores and the seconds of training, over all restarts.
+    Before the first step it makes sure that `kdvit.load_student` will load it (`require_loadable`). The config.json
+    beside the weights has its scores and the seconds of training, over all restarts.
 
     Args:
         weights: Those of the last step, or the best by the monitored score, where a validation has been held.
@@ -59,6 +62,18 @@ class StudentExport(pl.Callback):
         self.weights = weights
         self._before = 0.0
         self._since: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuses a student of one's own that nobody could load after the training, while it is whole."""
+        if stage == "fit":
+            self.require_loadable(pl_module)
+
+    def require_loadable(self, pl_module: Any) -> None:
+        """Raises UserError if `load_student` could not load the student."""
+        try:
+            require_loadable(pl_module.student, student_spec(pl_module.student, pl_module.image_format))
+        except ValueError as error:
+            raise UserError(f"{error} To train it all the same: --callbacks.student_export null.") from error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Starts the clock."""
@@ -100,8 +115,10 @@ class StudentExport(pl.Callback):
         weights = {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")}
         spec = {**spec, "run": {**spec["run"], "seconds": self._seconds()}}
         export_student(pl_module.student, spec, folder, weights)
+        kind = spec["class"].rpartition(".")[0]
+        own = f", imports=[{kind!r}]" if kind else ""
         score = f"{found} " if found is not None else ""
-        rank_zero_info(f"{score}{folder} holds the {which}: kdvit.load_student({str(folder)!r}) loads it.")
+        rank_zero_info(f"{score}{folder} holds the {which}: kdvit.load_student({str(folder)!r}{own}) loads it.")
 
     def _seconds(self) -> float:
         return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)

@@ -26,6 +26,7 @@ from kdvit.cli.lookup import find_network, read_experiment, take_best
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
 from kdvit.models import Network, TimmTeacher
+from kdvit.models.own import class_path
 from kdvit.runtime.processes import planned_processes, require_all_processes, require_all_tasks, require_whole_networks
 from kdvit.structures import Layer, subclasses
 
@@ -161,14 +162,15 @@ def _config_of_pair(
     assert images.spec is not None
     student = networks[STUDENT]
     classes = images.classes if images.classes is not None else _classes(student)
-    args = {name: value for name, value in getattr(student, "init_args", {}).items() if value is not None}
+    args = {name: value for name, value in (student.init_args or {}).items() if value is not None}
+    args |= {"num_classes": classes} if "num_classes" in args else {}
     base = yaml.safe_load(Path(find_config("lift.yaml")).read_text())
     for part, option in (("optimizer", "decay_embeddings"), ("schedule", "lag_epochs")):
         del base["model"][part][option]  # the authors' own, and not for other pairs
     same = classes is not None and classes == _classes(networks[TEACHER])
     model = {
         **base["model"],
-        "student": {"class_path": _class_path(student), "init_args": {**args, "num_classes": classes}},
+        "student": {"class_path": class_path(type(student)), "init_args": args},
         "teacher": {"class_path": "TimmTeacher", "init_args": teacher},
         "distillers": {"logit": base["model"]["distillers"]["logit"]} if same else {},
         "task_weight": base["model"]["task_weight"] if same else 1.0,
@@ -202,12 +204,7 @@ def _advised(report: Report, networks: Mapping[str, Network]) -> Report:
 
 def _classes(network: Network) -> int | None:
     """Returns the number of classes; None for a network without a head."""
-    return getattr(getattr(network, "model", None), "num_classes", 0) or None
-
-
-def _class_path(network: Network) -> str:
-    kind = type(network)
-    return kind.__name__ if kind.__module__.startswith("kdvit.") else f"{kind.__module__}.{kind.__qualname__}"
+    return network.output_shapes().classes
 
 
 def _short(name: str, taken: list[str]) -> str:

@@ -22,7 +22,7 @@ from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.help import SUMMARIES, asked_for, short_help
 from kdvit.cli.messages import explain
-from kdvit.cli.parsing import call
+from kdvit.cli.parsing import call, without_imports
 from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
 from kdvit.tables import text_table
@@ -44,6 +44,7 @@ NOISE = (
     "Checkpoint directory .* exists and is not empty",  # of every run that goes on
     "Experiment logs directory .* exists and is not empty",  # of every run, and untrue of one that goes on
     "FSDP2-wrapped module .* returned a view tensor",  # a feature map, which no distiller edits in place
+    "Found .* module\\(s\\) in eval mode at the start of training",  # those that model.freeze keeps there
     "LightningCLI's args parameter is intended",  # the arguments are those of the process, with config names resolved
 )
 
@@ -66,6 +67,8 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_said)
     end_with_parent()
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, last: classes of one's own may be in a file there
     explanation = ""
     try:
         run(given)
@@ -95,6 +98,8 @@ def run(args: list[str]) -> None:
         UserError: If there is no such command.
     """
     command, rest = (args[0], args[1:]) if args else ("--help", [])
+    if command != "slurm":  # whose job imports them
+        rest = without_imports(rest)
     if command in ("-h", "--help"):
         print(overview())
     elif command == "--version":
@@ -123,5 +128,6 @@ def overview() -> str:
     table = text_table((), [(f"  {name}", summary) for name, summary in summaries.items()], left=2)
     return (
         "usage: kdvit COMMAND [options]\n\nDistill vision transformers.\n\ncommands:\n"
-        f"{table}\n\nkdvit COMMAND --help tells more; kdvit --version tells the version."
+        f"{table}\n\nEvery command takes --import PACKAGE, for networks and objectives of your own.\n"
+        "kdvit COMMAND --help tells more; kdvit --version tells the version."
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import add_instantiator, set_parsing_settings
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -23,7 +23,8 @@ from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.check import describe
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.help import EXAMPLES, GROUPS, SUMMARIES
-from kdvit.cli.messages import options_known, unforeseen
+from kdvit.cli.messages import options_known, unforeseen, with_own_errors
+from kdvit.cli.parsing import without_imports
 from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed, wandb_run
 from kdvit.cli.trainer import Trainer
@@ -84,6 +85,7 @@ class KdvitCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value goes, a class_path is plain text
+        add_instantiator(with_own_errors, object)
         load_plugins()
         try:
             with ExitStack() as self.held:
@@ -328,7 +330,7 @@ class HelpCLI(KdvitCLI):
 
 def parse_fit(args: list[str]) -> Any:
     """Returns the config of a `kdvit fit`, checked as far as that goes without building anything."""
-    return PlannedFit("fit", find_configs(args)).config["fit"]
+    return PlannedFit("fit", find_configs(without_imports(args))).config["fit"]
 
 
 def _shown(trainer: Any, used: list[Callback]) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from inspect import isclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
+from timm import is_model
 
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.fit import ReadFit
-from kdvit.errors import UserError, shown
-from kdvit.models import Network, TimmStudent, TimmTeacher, load_student
+from kdvit.errors import UserError, own_errors, shown
+from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, load_student
+from kdvit.models.own import find_object
 
 
 class Experiment(NamedTuple):
@@ -88,7 +92,7 @@ def find_network(
     """Returns the network of a name.
 
     Args:
-        name: A timm name, an exported folder, or a checkpoint.
+        name: A timm name, an exported folder, a checkpoint, or the import path of a class of networks.
         pretrained: Load timm's published weights where it is a timm name; else they are random.
         kind: What a timm name makes. A TimmTeacher keeps the classes of its weights.
         img_size: Input size in pixels of a timm name's network, where it differs from its own.
@@ -99,8 +103,18 @@ def find_network(
     exists = Path(name).exists()
     if exists and img_size is not None:
         raise UserError(f"--img_size {img_size} is for names of timm; the network in {name!r} has a size of its own.")
+    package, dot, _ = name.partition(".")
     with shown((ValueError, OSError, TypeError, RuntimeError)):
-        return load_student(name) if exists else kind(name, pretrained=pretrained, img_size=img_size)
+        if exists:
+            return load_student(name)
+        if not dot or not package.isidentifier() or is_model(package) or find_spec(package) is None:
+            return kind(name, pretrained=pretrained, img_size=img_size)
+        with own_errors(name):
+            found: Any = find_object(name)
+            if isclass(found) and issubclass(found, Network):
+                network: Network = cast("Any", found)()
+                return network
+        return ModuleNetwork(name, img_size or 224, [0.5] * 3, [0.5] * 3)
 
 
 def take_best(experiment: Experiment) -> str:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from traceback import extract_tb
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 
-from kdvit.errors import UserError, nearest
+from kdvit.errors import UserError, nearest, own_errors
 
+T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LONGEST = 600  # characters of a message
+OWN = r"(?m)^[\s-]*(\S+ raises \w+: .*)"  # of an OwnError, wherever jsonargparse has put it
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 TAKEN = "EADDRINUSE"
 
@@ -101,6 +104,14 @@ def options_known(command: str, known: Iterable[str]) -> Iterator[None]:
         ) from error
 
 
+def with_own_errors(class_type: type[T], *args: Any, **kwargs: Any) -> T:
+    """Builds a class of a config; an error inside a class that is neither kdvit's nor Lightning's says where it is."""
+    if class_type.__module__.partition(".")[0] in ("kdvit", "lightning"):
+        return class_type(*args, **kwargs)
+    with own_errors(f"{class_type.__module__}.{class_type.__qualname__}"):
+        return class_type(*args, **kwargs)
+
+
 # jsonargparse lists every type that it has tried: what is left out of that, and what is shortened
 
 LEFT_OUT = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type")
@@ -115,6 +126,7 @@ SHORTER = (
     (r"Not of type \w+: (?:\S+ )?does not conform to restriction v", "expected a number "),
     (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
     (r" Expected a <class 'collections\.abc\.Iterable'> expected bool$", ""),
+    (r"(?<=: )Does not validate against any of the Union subtypes ", ""),
     (r"Expected a path but .* either not accessible or invalid ", ""),
     (
         r"expected float Expected a dot import path string: \S+",
@@ -126,6 +138,8 @@ SHORTER = (
 
 def rephrase(text: str) -> str:
     """Returns jsonargparse's report of a mistake as one line that says what to do."""
+    if own := re.search(OWN, text):
+        return f"{own[1]} (KDVIT_TRACEBACK=1 shows where.)"
     kept = []
     for line in map(str.strip, text.splitlines()):
         line = line.removeprefix("- ")

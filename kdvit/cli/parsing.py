@@ -52,6 +52,31 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
     return function(**given, **{key: passed[key] for key in PASSED if key in parameters})
 
 
+def without_imports(args: list[str]) -> list[str]:
+    """Imports what every ``--import PACKAGE`` names, and returns the other words.
+
+    Raises:
+        UserError: If a package cannot be imported.
+    """
+    rest: list[str] = []
+    names: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--import":
+            names.append(next(words, ""))
+        elif word.startswith("--import="):
+            names.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if "" in names:
+        raise UserError("--import needs the name of a package or module, such as my_package.")
+    if names:
+        from kdvit.models.own import import_packages
+
+        import_packages(names)
+    return rest
+
+
 def usage(function: Callable[..., Any], name: str) -> str:
     """Returns the usage line of a command: what it needs, in the order of the signature.
 

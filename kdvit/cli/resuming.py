@@ -86,7 +86,8 @@ def _to_read(folder: Path, config: Any) -> Start:
         rank_zero_info(f"The student is that of {file}.")
         return Start(str(file), class_names=trained_class_names(file))
     given = config.model.student.get("init_args") or {}
-    if given.get("width") or not (given.get("checkpoint") or given.get("pretrained")):  # a remedy has a new head
+    own = any(given.get(name) for name in ("checkpoint", "pretrained", "weights"))
+    if given.get("width") or not own:  # a remedy has a new head
         raise UserError(
             f"There is no checkpoint in {str(folder)!r}, and an untrained student has no score. Train first, say where "
             "the run is by --trainer.default_root_dir, or give --ckpt_path."

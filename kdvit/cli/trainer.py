@@ -45,6 +45,9 @@ class Trainer(pl.Trainer):
         if isinstance(datamodule, ImageDataModule):
             datamodule.batch_size = min(datamodule.batch_size, CHECKED_IMAGES)
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[has-type]
+        for each in callbacks:
+            if isinstance(each, StudentExport):
+                each.require_loadable(model)
         self.callbacks = [
             each for each in callbacks if not isinstance(each, (Checkpoint, StudentExport, GeometryMonitor))
         ]

@@ -3,7 +3,9 @@
 import kdvit.models.timm_registry  # noqa: F401  (its names are for timm.create_model)
 from kdvit.models.attention import avoid_slow_attention
 from kdvit.models.checkpoint import export_student, load_student
+from kdvit.models.freezing import freeze_parameters
 from kdvit.models.lift import LiftViT
+from kdvit.models.module_network import ModuleNetwork
 from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network, fit_to_data
 from kdvit.models.released import load_released
 from kdvit.models.talking_heads import use_fast_talking_heads
@@ -13,6 +15,7 @@ from kdvit.models.wide_last import WideLastViT
 __all__ = [
     "FrozenTeacher",
     "LiftViT",
+    "ModuleNetwork",
     "Network",
     "TimmNetwork",
     "TimmStudent",
@@ -22,6 +25,7 @@ __all__ = [
     "avoid_slow_attention",
     "export_student",
     "fit_to_data",
+    "freeze_parameters",
     "load_released",
     "load_student",
     "use_fast_talking_heads",

@@ -19,9 +19,9 @@ WARM_UP = 3
 """Rounds that do not count."""
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Returns the number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def parameter_count(module: nn.Module, trainable: bool = False) -> int:
+    """Returns the number of parameters; on request without those that are frozen."""
+    return sum(each.numel() for each in module.parameters() if each.requires_grad or not trainable)
 
 
 @torch.enable_grad()  # without it, torch's module tracker trips over views of parameters, such as CaiT's class token

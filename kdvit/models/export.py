@@ -6,14 +6,15 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from kdvit.files import write_whole
 from kdvit.models.lift import LiftViT
-from kdvit.models.network import Network
+from kdvit.models.network import Network, network_name
 
 BATCHES = (1, 3)  # sizes that an exported file is checked on: its batch is dynamic
 IMAGES = 16  # on which a folded student is compared
@@ -109,6 +110,27 @@ def random_images(student: Network, batch: int, size: tuple[int, int] | None = N
     """Returns normal noise ``[B, C, H, W]``, the same at every call, by default of the student's own size."""
     shape = batch, len(student.image_format.mean), *(size or student.image_format.size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+
+
+def checked_reparameterization(student: Network) -> tuple[Network, Agreement]:
+    """Merges the branches of a student that it needs in training alone, as timm does, and compares the two.
+
+    Args:
+        student: One with blocks such as those of MobileOne, RepVGG, FastViT or LeViT.
+
+    Returns:
+        The merged student, and how far its logits agree with the student's.
+
+    Raises:
+        ValueError: If there is nothing to merge.
+        RuntimeError: If they differ by more than 1e-4 of the largest logit.
+    """
+    merged, images = cast("Network", reparameterize_model(student)), random_images(student, IMAGES)
+    if merged.state_dict().keys() == student.state_dict().keys():
+        raise ValueError(f"There is nothing to reparameterize in this {network_name(student)}: leave it out.")
+    merged.spec = {**student.spec, "reparameterized": True}
+    with torch.no_grad():
+        return merged, agreement(student, [merged(images).logits], [images])
 
 
 def checked_fold(student: Network) -> tuple[LiftViT, Agreement]:

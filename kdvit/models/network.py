@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import Grayscale
 
+from kdvit.models.freezing import frozen_modules
 from kdvit.models.one_token import (
     DISTILLATION_LOGITS,
     NAMES,
@@ -23,32 +24,48 @@ from kdvit.models.one_token import (
     offered,
     one_token_map,
 )
-from kdvit.models.timm_model import create_timm_model
+from kdvit.models.own import plain_arguments
+from kdvit.models.timm_model import create_timm_model, without_folder
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Network(nn.Module):
     """What kdvit needs of a student or teacher. Subclass it to bring a network that timm does not have.
 
-    `kdvit.testing.check_network` checks all that is promised here, in one call.
+    `kdvit.testing.check_network` checks all that is promised here, in one call. Once trained, one is built again of its
+    class path and the arguments of its constructor, which therefore are plain: numbers, text, lists, mappings, None.
+    ``kdvit fit`` tries that before its first step. `kdvit.models.ModuleNetwork` wraps a plain `torch.nn.Module`.
 
     Attributes:
         depth: Number of layers whose output can be asked for.
         image_format: Input size and normalisation that the network was made for.
+        init_args: The arguments of the constructor as plain values, None where they are not plain: what a trained one
+            is built again from. A class that begins with a file of weights sets that argument to None here.
         spec: What a loaded network's file says of it, in plain types.
 
     Example:
         A network of one's own, usable in YAML by its class path::
 
             class MyNet(Network):
-                def __init__(self) -> None:
+                def __init__(self, width: int = 8) -> None:
                     super().__init__(depth=1, image_format=ImageFormat((32, 32), (0.5,) * 3, (0.5,) * 3))
-                    self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+                    self.stem, self.head = nn.Conv2d(3, width, 4, 4), nn.Linear(width, 10)
 
                 def forward(self, image, layers=(), logits=True):
                     feature = self.stem(image)
                     return ViTOutput(self.head(feature.mean((2, 3))) if logits else None, (feature,) * len(layers))
     """
+
+    init_args: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keeps the arguments of the constructor."""
+        network = super().__new__(cls)
+        network.init_args = plain_arguments(cls, args, kwargs)
+        return network
 
     def __init__(self, depth: int, image_format: ImageFormat) -> None:
         super().__init__()
@@ -110,6 +127,13 @@ class Network(nn.Module):
         weight = next(self.parameters())
         shape = 1, len(self.image_format.mean), *self.image_format.size
         return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or eval; what has only frozen parameters is always in eval (`kdvit.models.freezing`)."""
+        super().train(mode)
+        for module in frozen_modules(self) if mode else ():
+            module.train(False)
+        return self
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -302,7 +326,7 @@ class TimmStudent(TimmNetwork):
         args = {"arch": arch, **sizes, "model_args": model_args, **({"in_chans": in_chans} if in_chans else {})}
         model = create_timm_model(**args, pretrained=pretrained, checkpoint=checkpoint)
         super().__init__(model, stated_format(model, img_size, mean, std))
-        self.init_args: dict[str, Any] = args
+        self.init_args = args | without_folder(arch, self.model, model_args)
         self.states_values = bool(mean or std)
 
 
@@ -337,7 +361,7 @@ def stated_format(
 
 def network_name(network: Network) -> str:
     """Returns a network's class, and its architecture where it has one."""
-    arch = getattr(network, "init_args", {}).get("arch") or type(getattr(network, "model", network)).__name__
+    arch = (network.init_args or {}).get("arch") or type(getattr(network, "model", network)).__name__
     return f"{type(network).__name__} {arch}"
 
 
@@ -405,6 +429,9 @@ def fit_to_data(network: Network, image_format: ImageFormat, class_names: Sequen
 def image_format_of(model: nn.Module) -> ImageFormat:
     """Returns the images of a timm model's own configuration."""
     config: Any = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    patches = getattr(model, "patch_embed", None)
+    exported = getattr(model, "pretrained_cfg", {}).get("source") == "local-dir"
+    stated = exported and not getattr(patches, "strict_img_size", True)  # takes any size, was trained at one
+    size = (None if stated else getattr(patches, "img_size", None)) or config["input_size"][1:]
     crop = config["crop_pct"], config["interpolation"]
     return ImageFormat(tuple(size), tuple(config["mean"]), tuple(config["std"]), *crop)

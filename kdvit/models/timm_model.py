@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,21 @@ def offline_where_unreachable(pretrained: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def without_folder(arch: str, model: Any, model_args: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the arguments by which a network of ``local-dir:FOLDER`` is built again once that folder has gone."""
+    if not arch.startswith("local-dir:"):
+        return {}
+    config = json.loads((Path(arch.partition(":")[2]) / "config.json").read_text())
+    pool = config.get("global_pool") or config.get("pretrained_cfg", {}).get("global_pool")
+    args = {**(config.get("model_args") or {}), **({"global_pool": pool} if pool else {}), **(model_args or {})}
+    patches: Any = getattr(model, "patch_embed", None)
+    size = args.get("img_size")
+    if getattr(patches, "strict_img_size", False):
+        size = patches.img_size[0] if len({*patches.img_size}) == 1 else list(patches.img_size)
+    own = {name: value for name, value in args.items() if name not in ("num_classes", "img_size", "drop_path_rate")}
+    return {"arch": config["architecture"], "img_size": size, "model_args": own}
+
+
 def _check_arch(arch: str) -> None:
     source, _, folder = arch.rpartition(":")
     if source == "local-dir":
@@ -139,6 +155,11 @@ def _check_arch(arch: str) -> None:
             raise FileNotFoundError(
                 f"There is no exported network in {str(Path(folder).absolute())!r}: expected config.json and "
                 "model.safetensors there. Train it first, or correct the path in `arch`."
+            )
+        if "architecture" not in json.loads((Path(folder) / "config.json").read_text()):
+            raise ValueError(
+                f"{folder!r} holds a student that timm cannot build. Take it as it is, by `class_path: "
+                f"kdvit.load_student` and `init_args: {{path: {folder}}}`."
             )
     elif not source and not timm.is_model(arch.split(".")[0]):
         raise ValueError(f"timm has no model {arch!r}.{nearest(arch, timm.list_models())} timm.list_models() has all.")

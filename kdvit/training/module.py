@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kdvit.distillers import Distiller, Weight
 from kdvit.distillers.weights import require_weight, weight_at
-from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data
+from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data, freeze_parameters
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
@@ -44,9 +44,9 @@ class DistillationModule(pl.LightningModule):
         image_format: Size and normalisation of the images; by default the student's, on the command line the data's.
         class_names: Names of the classes in the order of the student's outputs; on the command line the data's. An
             empty list says that the images have no labels: the distillers alone train, and are validated.
-        compile: Networks that torch.compile translates for training: checkpoints have the same keys and go on with or
-            without it. It needs a C++ compiler on CPUs, costs a minute or so at the start and for each new shape or
-            mode of the input (a smaller last batch, validation), and draws dropout and stochastic depth otherwise.
+        compile: Networks that torch.compile translates for training; checkpoints go on with or without it. It needs a
+            C++ compiler on CPUs and a minute for each new shape or mode of the input, and draws dropout otherwise.
+        freeze: Parameters of the student that stay as they are, by the names of `kdvit.models.freezing`.
 
     Raises:
         TypeError: If student or teacher is not a network.
@@ -66,6 +66,7 @@ class DistillationModule(pl.LightningModule):
         class_names: list[str] | None = None,
         compile: Literal["none", "student", "teacher", "both"] = "none",
         teachers: dict[str, Network] | None = None,
+        freeze: list[str] | None = None,
     ) -> None:
         super().__init__()
         require_weight(task_weight, "task_weight")
@@ -73,9 +74,8 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
         if compile in ("teacher", "both") and not (teacher or teachers):
             raise ValueError(f"compile is {compile!r}, and teacher is null. Give a teacher, or compile the student.")
-        self.student = as_network(student)
-        self.image_format = image_format or self.student.image_format
-        names = class_names or None
+        self.student = freeze_parameters(as_network(student), freeze or ())
+        self.image_format, names = image_format or self.student.image_format, class_names or None
         self.num_classes = fit_to_data(self.student, self.image_format, names)
         self.supervised, self._run_seed = bool(self.num_classes) and class_names != [], torch.initial_seed()
         self.teachers = freeze_teachers(teacher, teachers, self.image_format)

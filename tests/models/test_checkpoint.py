@@ -15,10 +15,10 @@ from torch import nn
 from torchvision.transforms import functional as TF
 
 from kdvit import load_student
-from kdvit.models import Network, TimmTeacher, export_student
+from kdvit.models import Network, TimmStudent, TimmTeacher, export_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.structures import ImageFormat, ViTOutput
-from tests.tiny import FORMAT, student
+from tests.tiny import FORMAT, STUDENT, student
 
 
 class MyNet(Network):
@@ -27,7 +27,6 @@ class MyNet(Network):
     def __init__(self) -> None:
         super().__init__(depth=1, image_format=ImageFormat((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
         self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
-        self.init_args: dict = {}
 
     def forward(self, image, layers=(), logits=True):
         feature = self.stem(image)
@@ -60,6 +59,33 @@ def test_an_exported_folder_is_one_of_timms(remedy: str | None, tmp_path) -> Non
     assert teacher.image_format == FORMAT
 
 
+BEGUN = {
+    "plain": lambda: student(),
+    "lift": lambda: student("lift"),
+    "any_size": lambda: TimmStudent(
+        **{**STUDENT, "img_size": None, "model_args": {**STUDENT["model_args"], "dynamic_img_size": True}}
+    ),
+    "convolutional": lambda: TimmStudent("resnet10t", 5),
+}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_student_begun_from_a_folder_does_not_need_it_afterwards(name: str, tmp_path) -> None:
+    source = BEGUN[name]().eval()
+    export_student(source, student_spec(source, FORMAT), tmp_path / "source")
+    begun = TimmStudent(f"local-dir:{tmp_path / 'source'}", 5, pretrained=True).eval()
+    assert begun.image_format.size == FORMAT.size
+    (tmp_path / "source").rename(tmp_path / "moved")
+    export_student(begun, student_spec(begun, FORMAT), tmp_path / "own")
+    image = torch.rand(2, 3, 16, 16)
+    expected = source(image).logits
+    assert torch.equal(load_student(tmp_path / "own")(image).logits, expected)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'own'}", pretrained=True).eval()(image), expected)
+    teacher = TimmTeacher(f"local-dir:{tmp_path / 'own'}").eval()
+    assert teacher.image_format.size == FORMAT.size  # where any size goes: that of its training
+    assert torch.equal(teacher(image).logits, expected)
+
+
 @pytest.mark.slow
 def test_a_plain_student_loads_with_timm_alone(tmp_path) -> None:
     export_student(student(), student_spec(student(), FORMAT), tmp_path)
@@ -88,7 +114,7 @@ def test_what_is_no_student_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="neither a checkpoint of `kdvit fit` nor one of the authors' code"):
         load_student(tmp_path / "other.ckpt")
     torch.save({"kdvit": {"class": "Gone", "init_args": {}}, "state_dict": {}}, tmp_path / "gone.ckpt")
-    with pytest.raises(ValueError, match="is of the class 'Gone', which kdvit cannot build from the file alone"):
+    with pytest.raises(ValueError, match="is of the class 'Gone', and cannot be built: there is no such"):
         load_student(tmp_path / "gone.ckpt")
     with pytest.raises(ValueError, match="had no EMA"):
         load_student(tmp_path / "gone.ckpt", ema=True)

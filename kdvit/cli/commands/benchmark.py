@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from kdvit.cli.config_files import find_config
+from kdvit.cli.messages import unforeseen
 from kdvit.errors import shown
 from kdvit.tables import text_table
 
@@ -34,7 +35,8 @@ def benchmark(
     The networks are timed by turns, each once a round, after a warm-up. All are held in memory at once.
 
     Args:
-        networks: Names of timm, exported folders, checkpoints, or configs (student and teacher of each).
+        networks: Names of timm, exported folders, checkpoints, import paths such as torchvision.models.resnet18, or
+            configs (student and teacher of each).
         batch_size: Images at once, for the throughput.
         threads: Of the CPU; by default as many as torch takes.
         precision: Of weights and images while they are timed.
@@ -60,7 +62,8 @@ def benchmark(
         torch.empty(0, device=device)
     named = [pair for each in networks for pair in _and_folded(find_networks(each, files.get(each)))]
     found = [network.eval() for _, network in named]
-    costs = [{"parameters": parameter_count(each), "gflops": forward_flops(each) / 1e9} for each in found]
+    with unforeseen("A network cannot be run."):
+        costs = [{"parameters": parameter_count(each), "gflops": forward_flops(each) / 1e9} for each in found]
     for each in found:
         each.to(device, getattr(torch, TYPES[precision]))
     for cost, times in zip(costs, round_times_ms(found, rounds=ROUNDS), strict=True):

@@ -180,9 +180,10 @@ def _loading(rate: float, workers: int, wanted: float | None) -> Rows:
 
 
 def _counts(module: DistillationModule) -> Rows:
-    student = parameter_count(module.student)
+    student = parameter_count(module.student, trainable=True)
     distillers = parameter_count(module.distillers)
     frozen = sum(parameter_count(each.network) for each in module.teachers.values())
+    frozen += parameter_count(module.student) - student
     return [
         ("trainable", f"{student + distillers:,} parameters: student {student:,}, distillers {distillers:,}"),
         ("frozen", f"{frozen:,} parameters"),

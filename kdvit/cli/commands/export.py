@@ -18,6 +18,7 @@ def export(
     format: Literal["timm", "onnx", "torch-export"] = "timm",
     weights: Literal["raw", "ema"] = "raw",
     fold: bool = False,
+    reparameterize: bool = False,
     precision: Literal["float32", "float16", "int8"] = "float32",
     dynamic_size: bool = False,
     images: str | None = None,
@@ -30,6 +31,8 @@ def export(
         format: timm is the folder alone.
         weights: The raw ones, which are trained and reported, or their average.
         fold: Fold the lift of a LiftViT into the student's own width: the same logits for the cost of a plain student.
+        reparameterize: Merge branches that only the training needs (MobileOne, RepVGG, FastViT, LeViT): the same logits
+            for less. kdvit loads the folder then, and timm does not.
         precision: Of the ONNX file: float16 halves it, int8 quarters it by onnxruntime's dynamic quantisation.
         dynamic_size: Whether the ONNX file takes images of other heights and widths, where the network can.
         images: Folder of images, or a data module by its class name, to compare the ONNX file on, beside noise.
@@ -43,18 +46,23 @@ def export(
         raise UserError("--precision, --dynamic_size and --images are for --format onnx.")
     from kdvit.models import export_student, load_student
     from kdvit.models.cost import forward_flops, parameter_count
-    from kdvit.models.export import checked_fold, export_program
+    from kdvit.models.export import checked_fold, checked_reparameterization, export_program
 
     folder = Path(out)
     with shown((ValueError, TypeError, OSError, ImportError, RuntimeError)):
         student = load_student(ckpt, ema=weights == "ema")
-        if fold:
-            lifted = student
-            student, folded = checked_fold(lifted)
-            print(
-                f"Folded: {folded}; {parameter_count(lifted):,} parameters became {parameter_count(student):,}, "
-                f"{forward_flops(lifted) / 1e9:.4g} GFLOP an image {forward_flops(student) / 1e9:.4g}."
-            )
+        steps = {
+            "Folded": checked_fold if fold else None,
+            "Reparameterized": checked_reparameterization if reparameterize else None,
+        }
+        for done, step in steps.items():
+            if step is not None:
+                before = student
+                student, agreement = step(before)
+                print(
+                    f"{done}: {agreement}; {parameter_count(before):,} parameters became {parameter_count(student):,}, "
+                    f"{forward_flops(before) / 1e9:.4g} GFLOP an image {forward_flops(student) / 1e9:.4g}."
+                )
         if format == "torch-export":
             print(f"{folder / 'model.pt2'}: {export_program(student, folder / 'model.pt2')}.")
         elif format == "onnx":
