@@ -13,6 +13,7 @@ from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.entry import OTHERS
 from kdvit.cli.help import SUMMARIES
+from tests.data.test_data_modules import image_folder
 from tests.reference import reference_weights
 from tests.runs import SHORT
 
@@ -64,6 +65,7 @@ def test_every_example_runs(monkeypatch, capsys) -> None:
     main(["fit", "--config", "demo/teacher.yaml", *SHORT])
     main(["fit", "--config", "demo/lift.yaml", *SHORT])
     torch.save({"model": reference_weights("lift")}, "lift.pth")
+    image_folder(Path("photographs"))
     short = {"fit": SHORT, "cache": ["--views", "1"], "benchmark": ["--batch_size", "1"]}
     for command in [*SUMMARIES, *OTHERS]:
         main([*example(command, monkeypatch, capsys), *short.get(command, [])])

@@ -186,7 +186,7 @@ def _image_seconds(student: Network, teacher: Network, gpu: bool) -> float:
     return (time.perf_counter() - start) / TIMED
 
 
-def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[list[tuple[str, ...]], str]:
+def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[list[tuple[str, str, str, str]], str]:
     """Returns name, class, arguments and comment of each distiller, the one of logits first, and why it is there."""
     classes, names = teacher.output_shapes().classes, _class_names(teacher)
     shared = {*(names or ())} & {*data.class_names}

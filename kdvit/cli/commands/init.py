@@ -33,7 +33,7 @@ def init(
         out: The config.
 
     Example:
-        kdvit init --images data/flowers --teacher vit_base_patch14_dinov2 --student vit_small_patch16_224
+        kdvit init --images photographs --teacher runs/demo/teacher
     """
     file = Path(out)
     if file.exists():
