@@ -342,8 +342,8 @@ def test_all_commands_are_listed_and_a_mistyped_one_is_named(capsys) -> None:
     main(["--help"])
     shown = capsys.readouterr().out
     names = {line.split()[0] for line in shown.splitlines() if line.startswith("  ")}
-    ours = {"analyze", "benchmark", "cache", "check", "compare", "distillers", "export", "import", "probe", "slurm"}
-    assert names == ours | {"fit", "validate", "test", "predict"}
+    ours = {"analyze", "benchmark", "cache", "check", "compare", "distillers", "export", "import", "init", "probe"}
+    assert names == ours | {"fit", "validate", "test", "predict", "slurm"}
     with pytest.raises(SystemExit):
         main(["analize"])
     message = capsys.readouterr().err

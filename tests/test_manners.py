@@ -56,8 +56,8 @@ def test_steps_that_are_taken_again_are_in_no_log_twice() -> None:
     Path("run/checkpoints/best.ckpt").unlink()
     fit(*QUIET, "--trainer.max_epochs=2")
     events = EventAccumulator("run").Reload()
-    assert [each.step for each in events.Scalars("train/loss")] == list(range(6))
-    assert [each.step for each in events.Scalars("val/acc1")] == [2, 5]
+    assert [each.step for each in events.Scalars("2_train/loss")] == list(range(6))
+    assert [each.step for each in events.Scalars("1_val/acc1")] == [2, 5]
     with Path("run/metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["step"] for row in rows if row["train/loss"]] == [str(i) for i in range(6)]

@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "Option 'mixupp' is not accepted. Did you mean mixup? It takes: batch_size",
     ),
     "precision": ({"trainer/precision": "bf17"}, "trainer.precision: "),
-    "no steps": ({"trainer/max_steps": 0}, "max_epochs and trainer.max_steps must be 1 or more, or -1 for no limit"),
+    "no steps": ({"trainer/max_steps": 0}, "max_epochs and max_steps must be 1 or more, or -1 for no limit"),
     "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
     "broken YAML": (
         "model: [",

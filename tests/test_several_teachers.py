@@ -197,7 +197,7 @@ def test_what_is_of_one_teacher_is_refused_in_one_line(demo_teacher: str, capsys
 def test_a_mistake_within_a_named_teacher_is_one_clear_message(capsys) -> None:
     for init_args, text in (
         ({"arhc": "x"}, "Option 'arhc' is not accepted. Did you mean arch?"),
-        ({"arch": "x", "img_size": "big"}, "img_size: expected int (got 'big')"),
+        ({"arch": "x", "img_size": "big"}, "img_size: expected int or tuple (got 'big')"),
         (None, "model.teachers: there is no class 'TimTeacher'. Did you mean TimmTeacher?"),
     ):
         named = {"a": {"class_path": "TimmTeacher", "init_args": init_args} if init_args else "TimTeacher"}

@@ -158,7 +158,9 @@ class KdvitCLI(LightningCLI):
         if self.command in ("fit", "check"):
             epochs, steps = config.trainer.max_epochs, config.trainer.max_steps
             if (epochs or -1) < 1 and steps < 1:
-                raise UserError("The schedule needs the length of a run: set trainer.max_epochs or trainer.max_steps.")
+                raise UserError(
+                    "The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps."
+                )
             if epochs == 0 or steps == 0:
                 raise UserError(
                     "trainer.max_epochs and trainer.max_steps must be 1 or more, or -1 for no limit; got 0."

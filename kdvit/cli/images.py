@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
     root = Path(name)
     splits = (root / "val").is_dir()
     if not root.is_dir():
-        raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(sorted(modules))}. {LAYOUT}")
+        raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(_ready())}. {LAYOUT}")
     shown_folder = root / "val" if splits else root
     with shown((OSError, ValueError)):
         samples = list_images(shown_folder, labels=bool(class_folders(shown_folder)))
@@ -155,7 +156,20 @@ def required(data: str | None) -> str:
         UserError: If nothing does.
     """
     if data is None:
-        raise UserError(
-            f"Give --data: a folder of images, or one of {', '.join(sorted(subclasses(ImageDataModule)))}. {LAYOUT}"
-        )
+        raise UserError(f"Give --data: a folder of images, or one of {', '.join(_ready())}. {LAYOUT}")
     return data
+
+
+def _ready() -> list[str]:
+    """Returns the data modules that their names alone can build."""
+    modules = subclasses(ImageDataModule)
+    return sorted(
+        name
+        for name, module in modules.items()
+        if not any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in _parameters(module))
+        and not any(issubclass(other, module) for other in modules.values() if other is not module)
+    )
+
+
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(kind).parameters.values())

@@ -127,6 +127,7 @@ SHORTER = (
     (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
     (r" Expected a <class 'collections\.abc\.Iterable'> expected bool$", ""),
     (r"(?<=: )Does not validate against any of the Union subtypes ", ""),
+    (r"expected (\w+) expected (\w+)(?= \(|$)", r"expected \1 or \2"),
     (r"Expected a path but .* either not accessible or invalid ", ""),
     (
         r"expected float Expected a dot import path string: \S+",
