@@ -54,7 +54,8 @@ test: install  ## Run the fast tests and the examples in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 test-slow: install  ## Run the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --deselect tests/slurm
+	$(BIN)/python -m pytest -q -m slow tests/slurm
 
 coverage: install  ## Run the fast tests, list the lines that they miss, and write htmlcov/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --cov --cov-report term --cov-report html
