@@ -103,6 +103,11 @@ def misplaced(tmp_path: Path) -> None:
             ["fit", "--config", "demo/plain.yaml", "--model.optimizer.lrr", "3"],
             "there is no option '--model.optimizer.lrr'. Did you mean --model.optimizer.lr?",
         ),
+        (
+            ["check", "--config", "demo/plain.yaml", "--trainer.max_epoch", "3"],
+            "there is no option '--trainer.max_epoch'. Did you mean --trainer.max_epochs?",
+        ),
+        (["benchmark", "x", "--batch", "3"], "there is no option '--batch'. Did you mean --batch_size?"),
         (["benchmark", "x", "--batchsize", "3"], "there is no option '--batchsize'. Did you mean --batch_size?"),
         (["fit", "--help", "modl"], "No option starts with --modl. Did you mean model? Groups: trainer, data"),
         (

@@ -96,7 +96,12 @@ class KdvitCLI(LightningCLI):
                     trainer_class=Trainer,
                     trainer_defaults={"default_root_dir": "runs/default"},
                     seed_everything_default=0,
-                    parser_kwargs={"prog": "kdvit", "exit_on_error": False, command: _help(command)},
+                    parser_kwargs={
+                        "prog": "kdvit",
+                        "exit_on_error": False,
+                        "allow_abbrev": False,
+                        command: _help(command),
+                    },
                     subclass_mode_data=True,
                     auto_configure_optimizers=False,
                     load_from_checkpoint_support=False,

@@ -40,6 +40,7 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         description=text.partition("\n\nArgs:")[0],
         epilog=f"example: {example.strip()}",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*PASSED})
     known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key not in PASSED}
