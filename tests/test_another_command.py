@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from kdvit.cli import main
-from tests.runs import QUIET, demo_fit, fit
+from tests.runs import QUIET, column, demo_fit, fit
 
 EPOCHS = [*QUIET, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
 CONFIG = Path("run/config.yaml")
@@ -155,3 +155,17 @@ def test_weights_of_other_programs_are_no_checkpoint(capsys) -> None:
     torch.save({"model": {}}, "weights.pth")
     message = refused(capsys, ["validate", *demo_fit("plain", "", *QUIET)[1:], "--ckpt_path=weights.pth"])
     assert "'weights.pth' is no checkpoint of `kdvit fit`. Weights of other programs go into" in message
+
+
+def test_a_student_with_a_remedy_is_scored_by_the_weights_that_it_starts_from(demo_teacher: str, capsys) -> None:
+    fit("lift", demo_teacher, *EPOCHS, "--trainer.max_epochs=1")
+    (logged,) = (each for each in column("run", ("val/acc1",)) if "nan" not in each)
+    for begun in ("run/student", "run/checkpoints/last.ckpt"):
+        given = ["--trainer.default_root_dir=none", f"--model.student.init_args.checkpoint={begun}"]
+        capsys.readouterr()
+        main(["validate", *demo_fit("lift", demo_teacher, *EPOCHS, *given)[1:]])
+        (scored,) = (line.split()[-1] for line in capsys.readouterr().out.splitlines() if " val/acc1 " in line)
+        assert float(scored) == pytest.approx(float(logged.strip("(,)")))
+    more = [*EPOCHS, *given, "--model.student.init_args.num_classes=5"]  # a new head
+    message = refused(capsys, ["validate", *demo_fit("lift", demo_teacher, *more)[1:]])
+    assert "There is no checkpoint in 'none/checkpoints', and an untrained student has no score." in message

@@ -14,7 +14,7 @@ from kdvit.data import ImageDataModule
 from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.errors import UserError, shown
 from kdvit.models.checkpoint import known_class_names, trained_class_names
-from kdvit.models.layouts import read_weights_only
+from kdvit.models.layouts import read_spec, read_weights_only
 from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
 from kdvit.training.module import DistillationModule
 
@@ -87,7 +87,7 @@ def _to_read(folder: Path, config: Any) -> Start:
         return Start(str(file), class_names=trained_class_names(file))
     given = config.model.student.get("init_args") or {}
     own = any(given.get(name) for name in ("checkpoint", "pretrained", "weights"))
-    if given.get("width") or not own:  # a remedy has a new head
+    if not own or (given.get("width") and not _is_trained(config.model.student)):
         raise UserError(
             f"There is no checkpoint in {str(folder)!r}, and an untrained student has no score. Train first, say where "
             "the run is by --trainer.default_root_dir, or give --ckpt_path."
@@ -96,6 +96,14 @@ def _to_read(folder: Path, config: Any) -> Start:
     with shown((RuntimeError,)):
         names = known_class_names(given.get("arch", ""), bool(given.get("pretrained")), given.get("checkpoint"))
     return Start(class_names=names)
+
+
+def _is_trained(student: Any) -> bool:
+    """Returns whether a student with a remedy starts from one like it, of as many classes; else its head is new."""
+    given = student.init_args
+    there = read_spec(given.checkpoint) if given.get("checkpoint") else {}
+    kinds, args = (student.class_path, student.class_path.rpartition(".")[2]), there.get("init_args") or {}
+    return there.get("class") in kinds and args.get("num_classes") == given.num_classes
 
 
 def match_classes(known: list[str] | None, datamodule: Any) -> None:

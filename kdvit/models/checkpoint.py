@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdvit.errors import own_errors
 from kdvit.files import write_whole
-from kdvit.models.layouts import read_weights_only
+from kdvit.models.layouts import CONFIG, read_spec, read_weights_only
 from kdvit.models.module_network import ModuleNetwork
 from kdvit.models.network import Network, TimmNetwork
 from kdvit.models.own import as_plain, class_path, class_paths, find_trusted, import_packages
@@ -26,7 +26,6 @@ from kdvit.models.timm_model import WEIGHTS, published_class_names
 from kdvit.seeding import seeded
 from kdvit.structures import ImageFormat, subclasses
 
-CONFIG = "config.json"
 PROGRAMS = {".onnx": "ONNX Runtime", ".pt2": "torch.export"}
 REGISTERED = {"LiftViT": "lift_vit", "WideLastViT": "wide_last_vit"}
 
@@ -127,12 +126,7 @@ def trained_class_names(path: str | Path) -> list[str] | None:
 
     None where it holds none, as a file of another program.
     """
-    path = Path(path)
-    try:
-        content: Any = json.loads((path / CONFIG).read_text()) if path.is_dir() else read_weights_only(path)
-    except (OSError, ValueError):
-        return None
-    names: list[str] | None = (content.get("kdvit") or {}).get("class_names")
+    names: list[str] | None = read_spec(path).get("class_names")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+CONFIG = "config.json"
+"""The description in an exported folder."""
 OF_HUGGING_FACE = (
     (r"embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
@@ -59,6 +62,16 @@ def read_weights_only(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}; expected a dictionary.")
     return content
+
+
+def read_spec(path: str | Path) -> dict[str, Any]:
+    """Returns the `student_spec` in an exported folder or a checkpoint of `kdvit fit`; empty in files of others."""
+    path = Path(path)
+    try:
+        content: Any = json.loads((path / CONFIG).read_text()) if path.is_dir() else read_weights_only(path)
+    except (OSError, ValueError):
+        return {}
+    return content.get("kdvit") or {}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from kdvit.models.families import check_family
 from kdvit.models.fold import fold_lift
+from kdvit.models.layouts import read_spec
 from kdvit.models.network import TimmStudent
 from kdvit.models.one_token import has_head
+from kdvit.models.own import class_path
+from kdvit.models.timm_model import start_from
 
 
 class LiftViT(TimmStudent):
@@ -37,7 +40,9 @@ class LiftViT(TimmStudent):
         published_init: Leave the head at torch's own initialisation, uniform and with a bias (std 0.029 at width 384),
             as the authors' code does. The default is better founded: timm's, which every other student here has (std
             0.02, no bias).
-        kwargs: Those of TimmStudent; weights that it starts from are of `arch` as it is in timm.
+        checkpoint: Start from weights of `arch` as it is in timm (see TimmStudent), or from a LiftViT that kdvit has
+            trained, the lift included.
+        kwargs: Those of TimmStudent.
 
     Raises:
         ValueError: If the architecture is neither a VisionTransformer nor an Eva, or `width` is not positive.
@@ -50,11 +55,14 @@ class LiftViT(TimmStudent):
         num_classes: int = 1000,
         folded: bool = False,
         published_init: bool = False,
+        checkpoint: str | None = None,
         **kwargs: Any,
     ) -> None:
         if width < 1:
             raise ValueError(f"LiftViT: width must be positive, got {width}.")
-        super().__init__(arch, num_classes, **kwargs)
+        own = read_spec(checkpoint) if checkpoint else {}
+        begun = own.get("class") == class_path(type(self)) and not kwargs.get("pretrained")
+        super().__init__(arch, num_classes, checkpoint=None if begun else checkpoint, **kwargs)
         check_family("LiftViT", arch, self.model)
         model: Any = self.model
         model.norm = nn.Sequential(nn.Linear(model.embed_dim, width, bias=False), nn.LayerNorm(width, eps=1e-5))
@@ -67,8 +75,13 @@ class LiftViT(TimmStudent):
             model.pool_include_prefix = False
         model.num_features = model.head_hidden_size = width
         self.init_args["width"] = width
+        of_folded = bool((own.get("init_args") or {}).get("folded"))
+        if checkpoint and begun and not of_folded:
+            start_from(model, arch, checkpoint)
         if folded:
             self._fold()
+        if checkpoint and begun and of_folded:
+            start_from(model, arch, checkpoint)
 
     def folded(self) -> LiftViT:
         """Returns a copy with the same logits, to rounding, in the student's own width (`kdvit.models.fold`).

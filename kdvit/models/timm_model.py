@@ -61,10 +61,7 @@ def create_timm_model(
         raise ValueError(
             f"{arch}: give either pretrained: true or a checkpoint, not both; got checkpoint {checkpoint!r}."
         )
-    if checkpoint and Path(checkpoint).is_dir():
-        checkpoint = str(Path(checkpoint) / WEIGHTS)
-    if checkpoint and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"{arch}: there is no checkpoint file {str(Path(checkpoint).absolute())!r}.")
+    file = checkpoint and _weights_file(arch, checkpoint)
     size = img_size if isinstance(img_size, int | None) else tuple(img_size)
     given = {"num_classes": num_classes, "img_size": size, "drop_path_rate": drop_path_rate or None}
     given["in_chans"] = in_chans
@@ -81,12 +78,30 @@ def create_timm_model(
             f"The published weights of {arch} cannot be fetched ({type(error).__name__}: {error}). Fetch them where "
             "there is internet and pass the file as `checkpoint`, or set HF_HUB_CACHE to a folder that has them."
         ) from error
-    if checkpoint:
-        try:
-            load_checkpoint(model, arch, Path(checkpoint), new_head)
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"The checkpoint {checkpoint!r} does not fit {arch}: {error}") from error
+    if file:
+        start_from(model, arch, file, new_head)
     return model
+
+
+def start_from(model: nn.Module, arch: str, checkpoint: str, new_head: bool = True) -> None:
+    """Loads weights into a timm model; see `create_timm_model`.
+
+    Raises:
+        ValueError: If they do not fit.
+        FileNotFoundError: If there are none.
+    """
+    file = _weights_file(arch, checkpoint)
+    try:
+        load_checkpoint(model, arch, Path(file), new_head)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"The checkpoint {file!r} does not fit {arch}: {error}") from error
+
+
+def _weights_file(arch: str, checkpoint: str) -> str:
+    file = str(Path(checkpoint) / WEIGHTS) if Path(checkpoint).is_dir() else checkpoint
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{arch}: there is no checkpoint file {str(Path(file).absolute())!r}.")
+    return file
 
 
 def _create(arch: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdvit.models.families import check_family
+from kdvit.models.layouts import read_spec
 from kdvit.models.network import TimmStudent
-from kdvit.models.timm_model import create_timm_model
+from kdvit.models.own import class_path
+from kdvit.models.timm_model import create_timm_model, start_from
 
 
 class WideBlock(nn.Sequential):
@@ -43,7 +45,9 @@ class WideLastViT(TimmStudent):
         published_init: Draw the Linear layers to the wider widths with a std of 0.02 and, unless weights are loaded,
             the class token too, as the authors' code does. The default is better founded: the class token is timm's, as
             in the narrow student (std 1e-6), and a Linear is torch's, scaled by its inputs (std 0.042 at 192).
-        kwargs: Those of TimmStudent; weights that it starts from are those of the narrow blocks.
+        checkpoint: Start from weights of `arch` as it is in timm (see TimmStudent), of which the narrow blocks are
+            loaded, or from a WideLastViT that kdvit has trained, the wide blocks included.
+        kwargs: Those of TimmStudent.
 
     Raises:
         ValueError: If the architecture is neither a VisionTransformer nor an Eva, timm has no blocks of it at such a
@@ -57,9 +61,12 @@ class WideLastViT(TimmStudent):
         num_heads: int | list[int] | None = None,
         num_classes: int = 1000,
         published_init: bool = False,
+        checkpoint: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(arch, num_classes, **kwargs)
+        own = read_spec(checkpoint) if checkpoint else {}
+        begun = own.get("class") == class_path(type(self)) and not kwargs.get("pretrained")
+        super().__init__(arch, num_classes, checkpoint=None if begun else checkpoint, **kwargs)
         check_family("WideLastViT", arch, self.model)
         model: Any = self.model
         blocks = model.blocks
@@ -74,7 +81,7 @@ class WideLastViT(TimmStudent):
             blocks[i] = WideBlock(nn.Linear(before, wide, bias=False), nn.LayerNorm(wide, eps=1e-6), donor.blocks[i])
             before = wide
         if published_init:
-            loaded = kwargs.get("pretrained") or kwargs.get("checkpoint")
+            loaded = kwargs.get("pretrained") or checkpoint
             token = [model.cls_token] if model.cls_token is not None and not loaded else []
             for weight in (*(block[0].weight for block in blocks[-len(widths) :]), *token):
                 nn.init.trunc_normal_(weight, std=0.02)
@@ -83,6 +90,8 @@ class WideLastViT(TimmStudent):
                 setattr(model, name, getattr(donor, name))
         model.num_features = model.head_hidden_size = before
         self.init_args |= {"width": width, "num_heads": num_heads}
+        if checkpoint and begun:
+            start_from(model, arch, checkpoint)
 
     def _donor(self, width: int, num_heads: int) -> Any:
         """Returns timm's network of the student's `arch` at another width."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +119,39 @@ def test_what_is_no_student_is_refused(tmp_path) -> None:
         load_student(tmp_path / "gone.ckpt")
     with pytest.raises(ValueError, match="had no EMA"):
         load_student(tmp_path / "gone.ckpt", ema=True)
+
+
+@pytest.mark.parametrize(
+    ("remedy", "more"),
+    [("lift", {}), ("lift", {"folded": True}), ("wide_last", {"width": [20, 24], "num_heads": [2, 3]})],
+)
+def test_a_remedied_student_starts_from_one_like_it_also_with_other_classes(
+    remedy: str, more: dict[str, Any], tmp_path, capsys
+) -> None:
+    trained = student(remedy, **more).eval()
+    spec, state = student_spec(trained, FORMAT), trained.state_dict()
+    export_student(trained, spec, tmp_path / "out")
+    checkpoint = {"kdvit": spec, "state_dict": {f"student.{name}": value for name, value in state.items()}}
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    image = torch.randn(2, 3, 16, 16)
+    for begun in (tmp_path / "out", tmp_path / "best.ckpt"):
+        network = student(remedy, checkpoint=str(begun), **more).eval()
+        assert torch.equal(network(image).logits, trained(image).logits)
+        assert "new: nothing; left: nothing." in capsys.readouterr().err
+        other = student(remedy, checkpoint=str(begun), num_classes=3, **more).eval()
+        assert "new: head.weight, head.bias; left: head." in capsys.readouterr().err
+        assert other(image).logits.shape == (2, 3)
+        rest = {name: value for name, value in other.state_dict().items() if ".head." not in name}
+        assert all(torch.equal(value, state[name]) for name, value in rest.items())
+        assert "checkpoint" not in network.init_args
+
+
+def test_a_student_that_is_folded_from_the_start_folds_the_lift_of_a_file(tmp_path) -> None:
+    trained, image = student("lift").eval(), torch.randn(2, 3, 16, 16)
+    export_student(trained, student_spec(trained, FORMAT), tmp_path)
+    folded = student("lift", checkpoint=str(tmp_path), folded=True).eval()
+    torch.testing.assert_close(folded(image).logits, trained(image).logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"does not fit deit_tiny_patch16_224: size mismatch for norm\.0\.weight"):
+        student("lift", checkpoint=str(tmp_path), width=32)
+    with pytest.raises(ValueError, match="give either pretrained: true or a checkpoint, not both"):
+        student("lift", checkpoint=str(tmp_path), pretrained=True)
