@@ -164,7 +164,7 @@ def test_a_program_of_torch_export_runs_without_kdvit(checkpoint: str, capsys) -
     subprocess.run([sys.executable, "-c", run], check=True)
 
 
-def test_an_export_may_differ_by_a_ten_thousandth_of_the_largest_logit(tmp_path) -> None:
+def test_an_export_may_differ_by_a_ten_thousandth_of_the_largest_logit_or_feature(tmp_path) -> None:
     network, image = student(), torch.randn(2, 3, 16, 16)
     logits = network.eval()(image).logits.detach()
     largest = logits.abs().max()
@@ -172,6 +172,12 @@ def test_an_export_may_differ_by_a_ten_thousandth_of_the_largest_logit(tmp_path)
     assert kept.largest == pytest.approx(0.9e-4 * kept.scale, rel=0.1)
     with pytest.raises(RuntimeError, match=r"logits differ from the original's by \S+ of \S+; at most 0\.0001 of the"):
         agreement(network, [logits + 1.1e-4 * largest], [image])
+    without, image = student(num_classes=0).eval(), torch.randn(2, 3, 16, 16)
+    features = without.deployed(image).detach()
+    told = str(agreement(without, [features], [image]))
+    assert re.fullmatch(r"its features differ from PyTorch's by at most 0 of \S+, on 2 images", told)
+    with pytest.raises(RuntimeError, match=r"student's features differ from the original's by"):
+        agreement(without, [features * 1.001], [image])
     with torch.no_grad():
         next(network.parameters()).fill_(float("nan"))
     with pytest.raises(RuntimeError, match="by nan of nan"):

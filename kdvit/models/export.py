@@ -25,22 +25,22 @@ class Agreement(NamedTuple):
     """How far an exported student agrees with the original.
 
     Attributes:
-        largest: Largest difference of a logit.
-        scale: Largest logit, by magnitude.
-        same: Share of the images that get the same class.
+        largest: Largest difference of a logit, or without a head of a feature.
+        scale: Largest logit or feature, by magnitude.
+        same: Share of the images that get the same class; None without a head.
         images: Number of images.
     """
 
     largest: float
     scale: float
-    same: float
+    same: float | None
     images: int
 
     def __str__(self) -> str:
-        return (
-            f"its logits differ from PyTorch's by at most {self.largest:.2g} of {self.scale:.2g}, and "
-            f"{self.same:.1%} of {self.images} images get the same class"
-        )
+        differ = f"differ from PyTorch's by at most {self.largest:.2g} of {self.scale:.2g}"
+        if self.same is None:
+            return f"its features {differ}, on {self.images} images"
+        return f"its logits {differ}, and {self.same:.1%} of {self.images} images get the same class"
 
 
 class Classifier(nn.Module):
@@ -63,10 +63,10 @@ def export_program(student: Network, file: str | Path) -> Agreement:
         file: Where to write.
 
     Returns:
-        How far its logits agree with the student's.
+        How far its logits, or without a head its features, agree with the student's.
 
     Raises:
-        RuntimeError: If they differ by more than 1e-4 of the largest logit. Nothing is written then.
+        RuntimeError: If they differ by more than 1e-4 of the largest one. Nothing is written then.
     """
     shapes = {"image": {0: torch.export.Dim("batch")}}
     program = torch.export.export(Classifier(student).eval(), (random_images(student, 2),), dynamic_shapes=shapes)
@@ -83,13 +83,13 @@ def export_program(student: Network, file: str | Path) -> Agreement:
 def agreement(
     student: Network, exported: Sequence[Tensor], images: Sequence[Tensor], tolerance: float = TOLERANCE
 ) -> Agreement:
-    """Compares the logits of an exported student with those of the original, in eval.
+    """Compares the logits of an exported student, or without a head its features, with those of the original, in eval.
 
     Args:
         student: The original.
-        exported: Logits ``[B, K]`` for each of `images`.
+        exported: Logits ``[B, K]`` or features ``[B, C]`` for each of `images`.
         images: Batches ``[B, C, H, W]``.
-        tolerance: How much of the largest logit they may differ by.
+        tolerance: How much of the largest one they may differ by.
 
     Raises:
         RuntimeError: If they differ by more, or are not finite.
@@ -98,12 +98,14 @@ def agreement(
         original = torch.cat([student.deployed(image) for image in images]).double()
     ours = torch.cat(list(exported)).double()
     largest, scale = float((ours - original).abs().max()), float(original.abs().max())
+    classifies = student.output_shapes().classes is not None
     if not (math.isfinite(largest) and largest <= tolerance * scale):
         raise RuntimeError(
-            f"The exported student's logits differ from the original's by {largest:.2g} of {scale:.2g}; at most "
-            f"{tolerance:g} of the largest is right. Nothing is written."
+            f"The exported student's {'logits' if classifies else 'features'} differ from the original's by "
+            f"{largest:.2g} of {scale:.2g}; at most {tolerance:g} of the largest is right. Nothing is written."
         )
-    return Agreement(largest, scale, float((ours.argmax(1) == original.argmax(1)).double().mean()), len(ours))
+    same = float((ours.argmax(1) == original.argmax(1)).double().mean()) if classifies else None
+    return Agreement(largest, scale, same, len(ours))
 
 
 def random_images(student: Network, batch: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -130,7 +132,7 @@ def checked_reparameterization(student: Network) -> tuple[Network, Agreement]:
         raise ValueError(f"There is nothing to reparameterize in this {network_name(student)}: leave it out.")
     merged.spec = {**student.spec, "reparameterized": True}
     with torch.no_grad():
-        return merged, agreement(student, [merged(images).logits], [images])
+        return merged, agreement(student, [merged.deployed(images)], [images])
 
 
 def checked_fold(student: Network) -> tuple[LiftViT, Agreement]:
