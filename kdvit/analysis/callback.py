@@ -106,7 +106,7 @@ class GeometryMonitor(pl.Callback):
         geometry: LayerGeometry | None = None
         assert self._share is not None
         with network.evaluating():
-            for image in torch.split(self._share, self.batch_size):
+            for image in torch.split(trainer.precision_plugin.convert_input(self._share), self.batch_size):
                 with trainer.precision_plugin.forward_context():
                     (feature,) = forward(image.to(device), (layer,), logits=False).features
                 geometry = geometry or LayerGeometry(feature.shape[1], self.options).to(on)

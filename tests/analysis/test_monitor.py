@@ -13,9 +13,10 @@ from kdvit import DistillationModule
 from kdvit.analysis import GeometryMonitor, as_tokens, measure, p99
 from kdvit.cli import main
 from kdvit.data import Digits
+from kdvit.distillers import LogitDistiller
 from kdvit.models import load_student
 from tests.runs import SHORT, fit
-from tests.tiny import TinyData, student, trainer
+from tests.tiny import FORMAT, TinyData, student, teacher, trainer
 
 
 def _rows() -> list[dict[str, str]]:
@@ -75,8 +76,12 @@ def test_numbers_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "images and batch_size 1 or more" in capsys.readouterr().err
 
 
-def test_it_works_with_any_data_module() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_it_works_with_any_data_module_and_precision(precision: str) -> None:
     monitor = GeometryMonitor(every_n_epochs=1, images=7)
-    run = trainer(".", callbacks=[monitor])
-    run.fit(DistillationModule(student()), datamodule=TinyData())
+    run = trainer(".", callbacks=[monitor], precision=precision)
+    module = DistillationModule(student(), teacher(), {"logit": LogitDistiller()}, image_format=FORMAT)
+    run.fit(module, datamodule=TinyData())
+    assert next(module.student.parameters()).dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
     assert run.callback_metrics["geometry/svd_rank_95"] >= 1
+    assert run.callback_metrics["geometry/teacher_svd_rank_95"] >= 1
