@@ -16,7 +16,8 @@ from kdvit.cli.lookup import Experiment, build
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.listed import FolderImages
-from kdvit.data.listing import LAYOUT, class_folders, list_images
+from kdvit.data.listing import LAYOUT
+from kdvit.data.splits import VAL_SHARE, images_to_show
 from kdvit.data.workers import start_worker
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform
@@ -103,19 +104,18 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
         module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
         return _of_module(module, name, {"class_path": name, "init_args": {}})
     root = Path(name)
-    splits = (root / "val").is_dir()
     if not root.is_dir():
         raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(_ready())}. {LAYOUT}")
-    shown_folder = root / "val" if splits else root
     with shown((OSError, ValueError)):
-        samples = list_images(shown_folder, labels=bool(class_folders(shown_folder)))
+        splits, samples = images_to_show(root)
     targets = samples.targets.tolist() if samples.class_names else None
     spec: dict[str, Any] | None = None
     if splits and samples.class_names:
         spec = {"class_path": "ImageFolder", "init_args": {"root": str(root.absolute())}}
     dataset = FolderImages(samples, eval_transform(image_format), None, grey=len(image_format.mean) == 1)
     classes = len(samples.class_names) or None
-    return Images(dataset, targets, image_format, collate, str(root.absolute()), spec, classes)
+    apart = f", {VAL_SHARE:.0%} of train" if splits and not (root / "val").is_dir() else ""
+    return Images(dataset, targets, image_format, collate, f"{root.absolute()}{apart}", spec, classes)
 
 
 def batches(name: str, image_format: ImageFormat, count: int) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
+from kdvit.data.splits import SPLIT_SEED, VAL_SHARE
 from kdvit.data.transforms import ErasingMode, Transform, train_transform
 from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
@@ -68,8 +69,8 @@ class ListedImages(ImageDataModule):
         interpolation: str = "bicubic",
         crop_pct: float = 0.875,
         on_error: OnError = "raise",
-        val_share: OpenUnitInterval = 0.1,
-        split_seed: NonNegativeInt = 0,
+        val_share: OpenUnitInterval = VAL_SHARE,
+        split_seed: NonNegativeInt = SPLIT_SEED,
         labels: bool = True,
         **kwargs: Any,
     ) -> None:

@@ -13,6 +13,8 @@ from kdvit.data.listing import LAYOUT, ImageList, class_folders, list_images
 
 USUAL = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 """Names of folders that are splits and no classes."""
+VAL_SHARE, SPLIT_SEED = 0.1, 0
+"""What is set apart, and by which seed, unless one says otherwise."""
 
 
 def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: float, seed: int) -> dict[str, ImageList]:
@@ -47,6 +49,24 @@ def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: flo
     if "test" in there and (not labels or class_folders(there["test"])):  # ImageNet's own has none: it has no labels
         listed["test"] = list_images(there["test"], labels)
     return listed
+
+
+def images_to_show(root: Path) -> tuple[bool, ImageList]:
+    """Lists the images to look at in a folder that is named alone: those of val, by the rules of `list_splits`.
+
+    Returns:
+        Whether the folder holds splits, else classes or images; and the images, without labels where there is no class.
+
+    Raises:
+        FileNotFoundError: If there are none, or a split has another name.
+        ValueError: If a folder belongs to two classes.
+    """
+    if (root / "val").is_dir():
+        return True, list_images(root / "val", bool(class_folders(root / "val")))
+    if {*map(str.lower, class_folders(root))}.isdisjoint(USUAL):
+        return False, list_images(root, bool(class_folders(root)))
+    folders, top = {split: split for split in ("train", "val", "test")}, root / "train"
+    return True, list_splits(root, folders, top.is_dir() and bool(class_folders(top)), VAL_SHARE, SPLIT_SEED)["val"]
 
 
 def set_apart(images: ImageList, folder: Path, share: float, seed: int) -> dict[str, ImageList]:
@@ -87,5 +107,6 @@ def _require_no_other(root: Path, known: tuple[str, ...]) -> None:
     if found:
         raise FileNotFoundError(
             f"{str(root)!r} has the folder(s) {', '.join(found)}, and no folder 'val'. Name those of the splits, such "
-            f"as --data.init_args.val {found[0]}. (If they are classes: --data.init_args.train and a dot, the root.)"
+            f"as --data.init_args.val {found[0]}, or give the folder of one alone. (If they are classes: "
+            "--data.init_args.train and a dot, the root.)"
         )

@@ -15,6 +15,7 @@ from kdvit.cli.images import find_images
 from kdvit.data import Digits, FashionMNIST, ImageFolder
 from kdvit.data.labelled import labelled_images
 from kdvit.data.reading import read_image
+from kdvit.errors import UserError
 from kdvit.structures import ImageFormat
 from tests.data.test_data_modules import fashion_root, image_folder, training
 from tests.data.test_listing import put
@@ -47,6 +48,24 @@ def test_folders_may_have_any_names() -> None:
     with pytest.raises(FileNotFoundError, match=r"has the folder\(s\) training, and no folder 'val'. Name those"):
         read()
     assert read(train=".").class_names == ["2024", "old", "training"]
+
+
+def test_an_analysis_shows_the_images_that_would_be_validated_on() -> None:
+    classes()
+    images = ImageFormat((16, 16), (0.5,) * 3, (0.5,) * 3)
+    found, data = find_images("images", images), read()
+    shown = [found.dataset.samples[i][0] for i in range(len(found.dataset))]
+    assert [os.path.relpath(path, "images") for path in shown] == paths(data, "val")
+    assert (found.classes, found.spec["class_path"]) == (len(SIZES), "ImageFolder")
+    assert found.name == f"{Path('images').absolute()}, 10% of train"
+    put("valid/ant/1.png")
+    with pytest.raises(
+        UserError, match=r"has the folder\(s\) valid, and no folder 'val'\. Name .* the folder of one alone"
+    ):
+        find_images("images", images)
+    assert len(find_images("images/valid", images).dataset) == 1
+    put("val/ant/1.png", "val/bee/1.png")
+    assert (find_images("images", images).classes, len(find_images("images", images).dataset)) == (2, 2)
 
 
 @pytest.mark.parametrize(("top", "share", "seed"), [("train", 0.1, 0), (".", 0.25, 3)])
