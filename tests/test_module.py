@@ -246,6 +246,22 @@ def test_a_run_says_what_it_converts_at_its_start(tmp_path, caplog) -> None:
     assert "converted to its own mean and standard deviation" in caplog.text
 
 
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_the_images_of_a_module_are_those_of_its_data_or_are_told(run: str, tmp_path, caplog) -> None:
+    class Silent(TinyData):
+        image_format = None
+
+    module = DistillationModule(student(), **FAST)  # of ImageNet's mean and std, as its architecture
+    with pytest.raises(
+        ValueError, match=r"gives images of size, mean and std .*0\.5.* takes .*0\.485.* image_format=data"
+    ):
+        getattr(trainer(tmp_path, fast_dev_run=True), run)(module, datamodule=TinyData())
+    with caplog.at_level("INFO"):
+        getattr(trainer(tmp_path, fast_dev_run=True), run)(module, datamodule=Silent())
+    (line,) = [each for each in caplog.messages if "has no image_format" in each]
+    assert line.startswith("The data has no image_format: its images are taken for those of ((16, 16), (0.485, ")
+
+
 def test_a_ready_made_timm_model_is_wrapped() -> None:
     module = DistillationModule(student().model, teacher=teacher().model, distillers={"logit": LogitDistiller()})
     assert module(torch.randn(2, 3, 16, 16)).shape == (2, 5)

@@ -23,7 +23,7 @@ from kdvit.training.schedule import ScheduleOptions
 from tests.runs import QUIET
 from tests.several import together
 from tests.test_stopping import signal_at
-from tests.tiny import STUDENT, WIDE, TinyData, student, trainer
+from tests.tiny import FORMAT, STUDENT, WIDE, TinyData, student, trainer
 
 slow = pytest.mark.slow
 GLOBAL_BATCH = 12
@@ -253,6 +253,6 @@ def test_a_run_in_python_is_refused_as_on_the_command_line() -> None:
         (student(), [StudentEMA(0.9)], "has no averaged student"),
         (TimmStudent("test_resnet", num_classes=5), [], "keeps no buffers alike over the processes"),
     ):
-        module = DistillationModule(given, schedule=ScheduleOptions(warmup_epochs=0))
+        module = DistillationModule(given, image_format=FORMAT, schedule=ScheduleOptions(warmup_epochs=0))
         with pytest.raises(UserError, match=message):
             trainer("run", strategy="sharded", callbacks=callbacks).fit(module, TinyData())

@@ -1,13 +1,14 @@
-"""Batches of any data module, and labels that are none, before they come to a loss."""
+"""Batches of any data module, and labels or images that are not what a module takes, before they come to a loss."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.errors import UserError, shown
-from kdvit.structures import ONE_CLASS, Batch, BatchError, as_batch
+from kdvit.structures import ONE_CLASS, Batch, BatchError, ImageFormat, as_batch
 
 
 class TargetError(UserError, ValueError):
@@ -57,3 +58,17 @@ def require_classes(target: Tensor, images: int, classes: int, mixed: bool, look
     elif look and not bool(target.min() >= 0 and target.max() < classes):
         low, high = int(target.min()), int(target.max())
         raise TargetError(f"Expected labels of 0 to {classes - 1}, for {classes} classes; got {low} to {high}.")
+
+
+def require_same_images(taken: ImageFormat, datamodule: Any) -> None:
+    """Raises ValueError if a data module's images are not those that a module takes; says so if it tells nothing."""
+    given = getattr(datamodule, "image_format", None)
+    if not isinstance(given, ImageFormat):
+        rank_zero_info(
+            f"The data has no image_format: its images are taken for those of {taken[:3]}, size, mean and std."
+        )
+    elif given[:3] != taken[:3]:
+        raise ValueError(
+            f"The data gives images of size, mean and std {given[:3]}, and the module takes {taken[:3]}, by which "
+            "a teacher converts them: give DistillationModule image_format=data.image_format."
+        )

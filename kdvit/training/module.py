@@ -17,7 +17,7 @@ from kdvit.models.checkpoint import student_spec
 from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
 from kdvit.structures import Batch, ImageFormat, ViTOutput, as_batch
-from kdvit.training.batches import read_batch
+from kdvit.training.batches import read_batch, require_same_images
 from kdvit.training.calibration import calibrate
 from kdvit.training.logs import log_means, log_objectives, log_scores, log_step
 from kdvit.training.metrics import StepMeans, classification_scores
@@ -41,9 +41,8 @@ class DistillationModule(pl.LightningModule):
         label_smoothing: Label smoothing of the cross-entropy.
         optimizer: The optimizer.
         schedule: The learning rate over epochs.
-        image_format: Size and normalisation of the images; by default the student's, on the command line the data's.
-        class_names: Names of the classes in the order of the student's outputs; on the command line the data's. An
-            empty list says that the images have no labels: the distillers alone train, and are validated.
+        image_format: Size and normalisation of the images, as the data module has it; by default the student's.
+        class_names: The classes in the order of the student's outputs; an empty list says that images have no labels.
         compile: Networks that torch.compile translates for training; checkpoints go on with or without it. It needs a
             C++ compiler on CPUs and a minute for each new shape or mode of the input, and draws dropout otherwise.
         freeze: Parameters of the student that stay as they are, by the names of `kdvit.models.freezing`.
@@ -86,9 +85,10 @@ class DistillationModule(pl.LightningModule):
         self._spec = student_spec(self.student, self.image_format, names)  # a split student is of another class
 
     def setup(self, stage: str) -> None:
-        """Refuses what needs labels, where there are none."""
+        """Refuses what needs labels, where there are none, and images in another format than the module's."""
         if stage != "predict":
             self.distillers.require_labels(self.task_weight, self.num_classes)
+            require_same_images(self.image_format, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         """Splits student and distillers over the processes where the strategy is `sharded`; the teacher stays whole."""

@@ -61,7 +61,7 @@ def test_it_shows_the_images_their_labels_and_what_each_teacher_says(monkeypatch
 
 def test_a_mixed_image_has_both_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     data = SizedData(mixup=1.0, batch_size=8)
-    _, (labels,) = _drawn(monkeypatch, DistillationModule(student(), image_format=FORMAT), data)
+    _, (labels,) = _drawn(monkeypatch, DistillationModule(student(), image_format=data.image_format), data)
     assert all(text.count("%") in (1, 2) for text, _ in labels)
     first, second = next(text.split(" + ") for text, _ in labels if "+" in text)
     shares = [int(each.split("(")[1].rstrip("%)")) for each in (first, second)]
