@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shutil import disk_usage
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -60,7 +62,25 @@ def test_the_plan_is_told_in_numbers(capsys) -> None:
     assert row("learning rate", told) == (
         "cosine by epoch: 1e-05 at first, 0.00385 at epoch 5, 1.61e-05 at last; warm-up of 5 epochs, 100 steps"
     )
-    assert row("checkpoints", told) == "best.ckpt and last.ckpt in run/checkpoints, about 0.2 MB each"
+    free = f"{disk_usage('.').free / 1e6:,.0f}"[:2]
+    room = rf"2 in run/checkpoints, about 0\.2 MB each; with one that is being written 0\.5 MB, of {free}\S* MB that"
+    assert re.match(room, row("checkpoints", told))
+
+
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        (["--checkpoint.save_top_k=3"], 3 + 1 + 1),  # with the copy that is named best
+        (["--checkpoint.save_top_k=-1", "--checkpoint.every_n_epochs=4"], 10 + 1 + 1),
+        (["--last_checkpoint.save_top_k=-1", "--last_checkpoint.every_n_train_steps=100"], 1 + 8),
+    ],
+)
+def test_checkpoints_are_counted_beside_the_free_disk(options: list[str], files: int, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("kdvit.cli.plan.disk_usage", lambda _: SimpleNamespace(free=0.4e6))
+    main([*CHECK, *options])
+    told = capsys.readouterr().out
+    assert row("checkpoints", told).startswith(f"{files} in run/checkpoints, ")
+    assert re.search(r"warning +the checkpoints need \S+ MB, and /\S+ has 0\.4 MB free: lower checkpoint", told)
 
 
 @pytest.mark.parametrize(

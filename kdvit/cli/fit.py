@@ -198,7 +198,7 @@ class KdvitCLI(LightningCLI):
             with shown((OSError,), prefix="trainer.default_root_dir: "):
                 self.held.enter_context(run_lock(self.config_init["fit"].trainer.default_root_dir))
             if self.start.checkpoint is None and self.config_init["fit"].trainer.logger is not False:
-                plan = self._plan(self.config_init["fit"].trainer)
+                plan = self._plan(self.config_init["fit"])
                 self.save_config_kwargs = {**self.save_config_kwargs, "plan": plan}
         self._follow_objectives()
         trainer = super().instantiate_trainer(**self._options(self.config_init[self.command]))
@@ -267,13 +267,15 @@ class KdvitCLI(LightningCLI):
         workers = getattr(self.datamodule, "num_workers", 0)
         self.datamodule.num_workers = 0
         with unforeseen("The config cannot be described."):
-            told = describe(self.model, self.datamodule, given.trainer, workers, given.images_per_second)
+            saved = given.checkpoint, given.last_checkpoint
+            told = describe(self.model, self.datamodule, given.trainer, saved, workers, given.images_per_second)
         print(told, flush=True)
 
-    def _plan(self, trainer: Any) -> str:
+    def _plan(self, given: Any) -> str:
         """Returns the table that a check shows, as far as it needs no image."""
         try:
-            return describe(self.model, self.datamodule, trainer, workers=0, measure=False)
+            saved = given.checkpoint, given.last_checkpoint
+            return describe(self.model, self.datamodule, given.trainer, saved, workers=0, measure=False)
         except Exception as error:  # a class of the user's may raise anything, and trains nevertheless
             return f"The run cannot be described: {error}"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from kdvit.errors import UserError
 from kdvit.models.cost import parameter_count
+from kdvit.runtime.checkpoints import StepCheckpoint
 from kdvit.runtime.processes import planned_processes
 from kdvit.training.module import DistillationModule
 from kdvit.training.schedule import limited, planned_length
@@ -15,13 +18,14 @@ from kdvit.training.schedule import limited, planned_length
 Rows = list[tuple[str, str]]
 
 
-def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any) -> Rows:
+def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any, saved: Sequence[StepCheckpoint]) -> Rows:
     """Describes batches, steps, learning rate and checkpoints of a run.
 
     Args:
         module: The module to train.
         datamodule: Its data.
         trainer: The Trainer's options.
+        saved: What writes checkpoints.
 
     Raises:
         UserError: If an epoch has no batch, a validation would never be due, or the run directory cannot be written.
@@ -33,27 +37,30 @@ def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any) -> 
     global_batch = size * batches
     scaled = f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
     known = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
-    rate = options.scaled_lr(global_batch)
+    rate, epoch = options.scaled_lr(global_batch), _epoch(loader, size, trainer)
     return [
         ("global batch", f"{global_batch} = {loader.batch_size} images x {known} x {batches} accumulated batches"),
-        *_length(module, _epoch(loader, size, trainer), trainer, rate),
+        *_length(module, epoch, trainer, rate),
         (
             "optimizer",
             f"{options.name}, learning rate {rate:.3g} ({'unscaled' if options.lr_base_batch is None else scaled}), "
             f"weight decay {options.weight_decay:g}",
         ),
-        *_checkpoints(module, Path(trainer.default_root_dir)),
+        ("checkpoints", _checkpoints(module, epoch, trainer, saved)[0]),
     ]
 
 
-def plan_warnings(module: DistillationModule, datamodule: Any, trainer: Any) -> list[str]:
-    """Returns what of a plan can be, and will hardly be meant: a warm-up that fills the run, too large a batch."""
+def plan_warnings(
+    module: DistillationModule, datamodule: Any, trainer: Any, saved: Sequence[StepCheckpoint]
+) -> list[str]:
+    """Returns what of a plan can be, and will hardly be meant: a long warm-up, too large a batch, too small a disk."""
     loader = datamodule.train_dataloader()
     size = loader.batch_size * (planned_processes(trainer.devices, trainer.num_nodes) or 1)
     size *= trainer.accumulate_grad_batches
-    epoch, warnings = _epoch(loader, size // trainer.accumulate_grad_batches, trainer), []
+    epoch = _epoch(loader, size // trainer.accumulate_grad_batches, trainer)
+    warnings = _checkpoints(module, epoch, trainer, saved)[1]
     if epoch is None:
-        return []
+        return warnings
     if (images := len(loader.sampler)) < size:
         warnings.append(
             f"a global batch of {size} is more than the {images:,} images of an epoch: lower the batch_size."
@@ -111,10 +118,23 @@ def _length(module: DistillationModule, epoch: int | None, trainer: Any, rate: f
     ]
 
 
-def _checkpoints(module: DistillationModule, root: Path) -> Rows:
+def _checkpoints(
+    module: DistillationModule, epoch: int | None, trainer: Any, saved: Sequence[StepCheckpoint]
+) -> tuple[str, list[str]]:
+    """Tells the checkpoints to come and the disk that they need, and warns where it has too little room."""
+    root = Path(trainer.default_root_dir)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"trainer.default_root_dir: {str(root)!r} cannot be made or written to.")
     trained = parameter_count(module.student) + parameter_count(module.distillers)
     megabytes = 3 * 4 * trained / 1e6  # the weights, and two moments of Adam's
-    return [("checkpoints", f"best.ckpt and last.ckpt in {root / 'checkpoints'}, about {megabytes:,.1f} MB each")]
+    an_epoch = -(-(epoch or 1) // trainer.accumulate_grad_batches)
+    length = planned_length(trainer.max_epochs or -1, trainer.max_steps, an_epoch)
+    files = sum(each.files(length.epochs, length.epochs * an_epoch) for each in saved)
+    needed, free = (files + 1) * megabytes, disk_usage(there).free / 1e6
+    told = (
+        f"{files} in {root / 'checkpoints'}, about {megabytes:,.1f} MB each; with one that is being written "
+        f"{needed:,.1f} MB, of {free:,.0f} MB that are free"
+    )
+    short = f"the checkpoints need {needed:,.1f} MB, and {there} has {free:,.1f} MB free: lower checkpoint.save_top_k."
+    return told, [short] if needed > free else []

@@ -115,6 +115,13 @@ class StepCheckpoint(ModelCheckpoint):
         elif self._alias is None and alias not in self.best_k_models:
             self._know({alias: state_dict["best_model_score"]})
 
+    def files(self, epochs: int, steps: int) -> int:
+        """Returns how many files a run of so many epochs and steps leaves at most."""
+        steps_apart: int = self._every_n_train_steps
+        due = steps // steps_apart if steps_apart else epochs // (self.every_n_epochs or 1)
+        kept = due if self.save_top_k < 0 else self.save_top_k
+        return kept + (self._alias is not None)
+
     def _know(self, scores: dict[str, Tensor]) -> None:
         """Takes checkpoints and their scores for the best ones so far."""
         order = sorted(scores, key=lambda path: scores[path], reverse=self.mode == "max")

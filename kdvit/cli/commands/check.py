@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
 from kdvit.models.cost import forward_flops, parameter_count
 from kdvit.models.network import network_name
+from kdvit.runtime.checkpoints import StepCheckpoint
 from kdvit.structures import ImageFormat, Layer, as_batch
 from kdvit.tables import text_table
 from kdvit.training.module import DistillationModule
@@ -34,6 +36,7 @@ def describe(
     module: DistillationModule,
     datamodule: pl.LightningDataModule,
     trainer: Any,
+    saved: Sequence[StepCheckpoint],
     workers: int,
     images_per_second: float | None = None,
     measure: bool = True,
@@ -44,6 +47,7 @@ def describe(
         module: The module to train.
         datamodule: Its data.
         trainer: Options of the Trainer that will train.
+        saved: What writes checkpoints.
         workers: Processes that will load images, for each training process.
         images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
         measure: Also what takes images: how fast they load, and the energy that narrow targets keep.
@@ -62,13 +66,13 @@ def describe(
         ("task", _task(module)),
         *_distillers(module),
         *([] if image is None else _energies(module, image)),
-        *describe_plan(module, datamodule, trainer),
+        *describe_plan(module, datamodule, trainer, saved),
         *([] if image is None else _loading(rate, workers, images_per_second)),
         *_counts(module),
     ]
     batch_size = getattr(datamodule.train_dataloader(), "batch_size", None) or 1
     told, warnings = beside_machine(module, batch_size, workers, trainer)
-    warnings += plan_warnings(module, datamodule, trainer)
+    warnings += plan_warnings(module, datamodule, trainer, saved)
     rows += [("this machine", told), *(("warning", each) for each in warnings)]
     return text_table((), rows, left=2)
 
