@@ -112,7 +112,8 @@ def run(args: list[str]) -> None:
             print(short_help(command))
             raise SystemExit(0)
         configured = [] if topic else find_configs(rest)  # before the imports, which take seconds
-        from kdvit.cli.fit import HelpCLI, KdvitCLI
+        from kdvit.cli.fit import KdvitCLI
+        from kdvit.cli.parsed import HelpCLI
 
         if topic:
             HelpCLI(command, topic)

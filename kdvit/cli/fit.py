@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import add_instantiator, set_parsing_settings
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,16 +20,14 @@ from kdvit import callbacks
 from kdvit.analysis import GeometryMonitor
 from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.check import describe
-from kdvit.cli.config_files import find_configs
-from kdvit.cli.help import EXAMPLES, GROUPS, SUMMARIES
+from kdvit.cli.help import EXAMPLES, SUMMARIES
 from kdvit.cli.messages import options_known, unforeseen, with_own_errors
-from kdvit.cli.parsing import without_imports
 from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed, wandb_run
 from kdvit.cli.trainer import Trainer
 from kdvit.data import ImageDataModule
 from kdvit.distillers.plugins import load_plugins
-from kdvit.errors import UserError, nearest, shown
+from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import StepCheckpoint, WholeCheckpointIO
 from kdvit.runtime.length import RunEnd
 from kdvit.runtime.lock import run_lock
@@ -278,65 +275,6 @@ class KdvitCLI(LightningCLI):
             return describe(self.model, self.datamodule, given.trainer, saved, workers=0, measure=False)
         except Exception as error:  # a class of the user's may raise anything, and trains nevertheless
             return f"The run cannot be described: {error}"
-
-
-class PlannedFit(KdvitCLI):
-    """A `kdvit fit` that is parsed and checked, and neither built nor run."""
-
-    def instantiate_classes(self) -> None:
-        """Builds nothing."""
-        self.subcommand = None
-
-
-class ReadFit(PlannedFit):
-    """The config of a `kdvit fit`, for commands that need parts of it and no run."""
-
-    def before_instantiate_classes(self) -> None:
-        """Skips the checks of a run."""
-
-    def plain(self) -> dict[str, Any]:
-        """Returns what the config says beyond the defaults, as YAML has it."""
-        text = self._parser("fit").dump(self.config["fit"], skip_default=True, skip_link_targets=True)
-        plain: dict[str, Any] = yaml.safe_load(text)
-        return plain
-
-
-class HelpCLI(KdvitCLI):
-    """Shows the help of a command, all of it or one group.
-
-    Args:
-        command: Its name.
-        topic: "all", or what the names of the options start with.
-    """
-
-    def __init__(self, command: str, topic: str) -> None:
-        self.topic = topic
-        super().__init__(command, [])
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Prints the help, and ends.
-
-        Raises:
-            UserError: If no option has such a name.
-        """
-        shown = self._parser(self.command)
-        if self.topic != "all":
-            groups = {id(group): group for group in (*shown._action_groups, shown._optionals)}.values()
-            for group in groups:
-                kept = [each for each in group._group_actions if f"{each.dest}.".startswith(f"{self.topic}.")]
-                group._group_actions[:] = kept
-            if not any(group._group_actions for group in groups):
-                known = [each.lstrip("-") for each in shown._option_string_actions]
-                raise UserError(
-                    f"No option starts with --{self.topic}.{nearest(self.topic, known)} Groups: {', '.join(GROUPS)}."
-                )
-        print(shown.format_help())
-        raise SystemExit(0)
-
-
-def parse_fit(args: list[str]) -> Any:
-    """Returns the config of a `kdvit fit`, checked as far as that goes without building anything."""
-    return PlannedFit("fit", find_configs(without_imports(args))).config["fit"]
 
 
 def _shown(trainer: Any, used: list[Callback]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from timm import is_model
 
 from kdvit.cli.config_files import find_configs
-from kdvit.cli.fit import ReadFit
+from kdvit.cli.parsed import ReadFit
 from kdvit.errors import UserError, own_errors, shown
 from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, load_student
 from kdvit.models.own import find_object

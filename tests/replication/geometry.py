@@ -13,9 +13,9 @@ from kdvit.analysis.layer_report import LayerReport, bandwidths
 from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.variants import LEVEL, p99
-from kdvit.cli.fit import parse_fit
 from kdvit.cli.images import ChosenImages, Images, choose
 from kdvit.cli.lookup import build
+from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 

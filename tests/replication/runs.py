@@ -22,7 +22,8 @@ import yaml
 
 from kdvit import load_student
 from kdvit.cli.config_files import find_config, find_configs
-from kdvit.cli.fit import KdvitCLI, parse_fit
+from kdvit.cli.fit import KdvitCLI
+from kdvit.cli.parsed import parse_fit
 from kdvit.files import write_whole
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.loggers import read_table

@@ -154,7 +154,7 @@ def parsed(fit: list[str], seeds: list[int]) -> Any:
     Raises:
         UserError: If an option is wrong, or the job would go back to one checkpoint for ever.
     """
-    from kdvit.cli.fit import parse_fit
+    from kdvit.cli.parsed import parse_fit
 
     config = parse_fit(fit)
     if config.ckpt_path is not None:
