@@ -1,4 +1,4 @@
-"""Pages that need no other file and no network: their template, styles and pictures in one HTML file."""
+"""Texts by templates, and pages that need no other file and no network: styles and pictures in one HTML file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ def render(template: Path, pictures: Mapping[str, Path], **values: Any) -> str:
         pictures: PNG files by the name of the figure; they are written into the page.
         values: What it shows besides.
     """
+    content = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
+    return filled(template, pictures=content, version=version("kdvit"), **values)
+
+
+def filled(template: Path, **values: Any) -> str:
+    """Returns the text of a template, in which all values are escaped if it is one of HTML."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
-        autoescape=True,
+        autoescape=template.name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    content = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
-    return environment.get_template(template.name).render(pictures=content, version=version("kdvit"), **values)
+    return environment.get_template(template.name).render(**values)

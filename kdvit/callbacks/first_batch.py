@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.runtime.loggers import boards, card
 from kdvit.structures import Batch, as_batch
 
@@ -52,7 +53,7 @@ class FirstBatch(pl.Callback):
         """Returns what each teacher with logits says of each image."""
         target = batch.target[: self.images].cpu()
         labels = (target if target.ndim == 1 else target.argmax(dim=1)).tolist()
-        ours = pl_module.class_names or range(pl_module.num_classes)
+        ours = pl_module.class_names
         lines = []
         for teacher in pl_module.teachers.values():
             with _eager(pl_module.compiled), trainer.precision_plugin.forward_context():
@@ -62,11 +63,15 @@ class FirstBatch(pl.Callback):
                     logits = teacher(batch.image[: self.images]).logits
             if logits is None or classes is None:
                 continue
-            theirs = teacher.network.class_names or (ours if len(ours) == classes else range(classes))
+            names, same = teacher.network.class_names, classes == pl_module.num_classes
+            numbers = numbers_by_name(ours, names) if pl_module.supervised else None
+            if pl_module.supervised and numbers is None and same and first_difference(ours, names) is None:
+                numbers = list(range(classes))
+            theirs = names or (ours if ours and same else range(classes))
             shares, found = (each.tolist() for each in logits[: self.images].float().softmax(dim=1).max(dim=1))
             line = []
             for share, i, label in zip(shares, found, labels, strict=True):
-                colour = BLACK if not pl_module.supervised else BLUE if theirs[i] == ours[label] else ORANGE
+                colour = BLACK if numbers is None else BLUE if i == numbers[label] else ORANGE
                 line.append((f"{teacher.label}: {theirs[i]} ({share:.0%})", colour))
             lines.append(line)
         return lines

@@ -57,7 +57,8 @@ class PredictionWriter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adds a batch's predictions."""
-        names, path = pl_module.class_names, getattr(trainer.datamodule, "path", str)  # type: ignore[attr-defined]
+        names, path = pl_module.class_names, getattr(trainer.datamodule, "path", None)  # type: ignore[attr-defined]
+        path = path if callable(path) else str
         batch, (index, *ours) = as_batch(batch), outputs
         columns = [[_name(names, target) for target in batch.target.tolist()], *_columns(names, *ours)]
         for teacher in self._teachers:
@@ -65,9 +66,7 @@ class PredictionWriter(pl.Callback):
                 logits = teacher(batch.image).logits
             assert logits is not None
             probability, predicted = logits.float().softmax(dim=1).max(dim=1)
-            columns += _columns(
-                teacher.network.spec.get("class_names") or _same(names, teacher), predicted, probability
-            )
+            columns += _columns(teacher.network.class_names or _same(names, teacher), predicted, probability)
         for i, *row in zip(index.tolist(), *columns, strict=True):
             if i < 0:  # a batch of others, which does not tell: the images are dealt out by turns
                 i = len(self._rows) * trainer.world_size + trainer.global_rank

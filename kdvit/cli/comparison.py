@@ -139,7 +139,8 @@ class Comparison(NamedTuple):
             axes.set(xlabel="epochs", ylabel=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
+        shown = {label: line for each in panels for line, label in zip(*each.get_legend_handles_labels(), strict=True)}
+        handles, labels = list(shown.values()), list(shown)
         if handles:
             columns = max(1, 100 // (8 + max(map(len, labels))))
             figure.legend(handles, labels, loc="outside upper center", fontsize=8, frameon=False, ncols=columns)

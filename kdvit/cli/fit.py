@@ -185,6 +185,7 @@ class KdvitCLI(LightningCLI):
             if self.start.checkpoint is not None:
                 require_same_student(self.start.checkpoint, self.model)
             match_classes(self.start.class_names, self.datamodule)
+            self.model.class_names = self.model.class_names or self.start.class_names
         if self.command not in ("check", "cache"):
             self.config_init[self.command]["ckpt_path"] = self.start.checkpoint
             self.config_init[self.command]["weights_only"] = True

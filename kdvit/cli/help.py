@@ -76,7 +76,18 @@ OPTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         *(*MACHINE, *DATA),
     ),
 }
-GROUPS = ("trainer", "data", "model", "callbacks", "checkpoint", "last_checkpoint", "ema", "nonfinite", "geometry")
+GROUPS = (
+    "trainer",
+    "data",
+    "model",
+    "callbacks",
+    "checkpoint",
+    "last_checkpoint",
+    "ema",
+    "nonfinite",
+    "geometry",
+    "probe",
+)
 """Groups of options by the word before the first dot."""
 
 

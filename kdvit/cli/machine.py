@@ -66,7 +66,7 @@ def process_bytes(module: DistillationModule, batch_size: int, workers: int) -> 
     trained = parameter_count(module.student) + parameter_count(module.distillers)
     frozen = [each.network for each in module.teachers.values()]
     image = 4 * 3 * module.image_format.size[0] * module.image_format.size[1]
-    of_teachers = max((2 * saved_bytes(each) / each.depth for each in frozen), default=0)
+    of_teachers = max((2 * saved_bytes(each) / max(each.depth, 1) for each in frozen), default=0)
     networks = 16 * trained + 4 * sum(map(parameter_count, frozen))
     activations = batch_size * (saved_bytes(module.student) + of_teachers + image)
     return networks + activations, PROGRAM + workers * (WORKER + PREFETCHED * batch_size * image)

@@ -123,7 +123,7 @@ def _checkpoints(
 ) -> tuple[str, list[str]]:
     """Tells the checkpoints to come and the disk that they need, and warns where it has too little room."""
     root = Path(trainer.default_root_dir)
-    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    there = _there(root)
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"trainer.default_root_dir: {str(root)!r} cannot be made or written to.")
     trained = parameter_count(module.student) + parameter_count(module.distillers)
@@ -134,7 +134,16 @@ def _checkpoints(
     needed, free = (files + 1) * megabytes, disk_usage(there).free / 1e6
     told = (
         f"{files} in {root / 'checkpoints'}, about {megabytes:,.1f} MB each; with one that is being written "
-        f"{needed:,.1f} MB, of {free:,.0f} MB that are free"
+        f"{needed:,.1f} MB"
     )
     short = f"the checkpoints need {needed:,.1f} MB, and {there} has {free:,.1f} MB free: lower checkpoint.save_top_k."
     return told, [short] if needed > free else []
+
+
+def free_disk(root: Path) -> str:
+    """Tells how much is free where a run is written."""
+    return f"{disk_usage(_there(root)).free / 1e6:,.0f} MB where the run is written"
+
+
+def _there(root: Path) -> Path:
+    return next(folder for folder in (root, *root.absolute().parents) if folder.exists())

@@ -86,15 +86,17 @@ def _to_read(folder: Path, config: Any) -> Start:
         rank_zero_info(f"The student is that of {file}.")
         return Start(str(file), class_names=trained_class_names(file))
     given = config.model.student.get("init_args") or {}
-    own = any(given.get(name) for name in ("checkpoint", "pretrained", "weights"))
-    if not own or (given.get("width") and not _is_trained(config.model.student)):
+    own = any(given.get(name) for name in ("checkpoint", "pretrained", "weights", "path"))
+    own = own or bool((given.get("args") or {}).get("weights"))  # of torchvision
+    with shown((RuntimeError,)):
+        names = known_class_names(given.get("arch", ""), bool(given.get("pretrained")), given.get("checkpoint"))
+    new_head = names is not None and given.get("num_classes", len(names)) != len(names)
+    if not own or new_head or (given.get("width") and not _is_trained(config.model.student)):
         raise UserError(
             f"There is no checkpoint in {str(folder)!r}, and an untrained student has no score. Train first, say where "
             "the run is by --trainer.default_root_dir, or give --ckpt_path."
         )
     rank_zero_info(f"There is no checkpoint in {folder}: the student has the weights that the config names.")
-    with shown((RuntimeError,)):
-        names = known_class_names(given.get("arch", ""), bool(given.get("pretrained")), given.get("checkpoint"))
     return Start(class_names=names)
 
 

@@ -62,8 +62,12 @@ def read_run(folder: Path, name: str) -> Run:
         for metric in ("val/acc1", "val/loss")
     }
     curve = curves["val/acc1"]
-    if not curve:
-        notes.append("no curve, as its metrics.csv has no val/acc1." if rows else "no curve, as it has no metrics.csv.")
+    if not any(curves.values()):
+        notes.append(
+            "no curve, as its metrics.csv has no val/acc1 and no val/loss."
+            if rows
+            else "no curve, as it has no metrics.csv."
+        )
     parameters = latency = folded = None
     told: dict[str, Any] = {}
     try:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from kdvit.cli.machine import cores
 from kdvit.data import ImageFolder
 from kdvit.errors import UserError, shown
 from kdvit.models import LiftViT, Network, TimmStudent, TimmTeacher, WideLastViT, export_student, load_student
+from kdvit.models.checkpoint import known_class_names
 from kdvit.models.timm_model import WEIGHTS
+from kdvit.pages import filled
 
 EPOCHS = 300
 """Of the published runs (arXiv:2511.15572); fewer where they take longer than `HOURS`, but at least `FEWEST`."""
@@ -25,9 +25,6 @@ HOURS = {"GPU": 24, "CPU": 3}
 TIMED = 8
 """Images of the step that is timed."""
 STUDENTS: dict[str, type[TimmStudent]] = {"lift": LiftViT, "wide_last": WideLastViT, "none": TimmStudent}
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 OBJECTIVES = {"lift": "LiftDistiller", "wide_last": "WideLastDistiller"}
 
 
@@ -50,12 +47,11 @@ class Machine(NamedTuple):
     def here(cls) -> Machine:
         """Looks at this machine: all GPUs of it, and two thirds of its cores for loading."""
         gpus = torch.cuda.device_count()
-        cores = len(os.sched_getaffinity(0))
         half = "bf16-mixed" if gpus and torch.cuda.is_bf16_supported() else "16-mixed"
-        return cls(gpus or 1, gpus > 0, half if gpus else "32-true", max(1, min(12, 2 * cores // 3 // (gpus or 1))))
+        return cls(gpus or 1, gpus > 0, half if gpus else "32-true", max(1, min(12, 2 * cores() // 3 // (gpus or 1))))
 
     def __str__(self) -> str:
-        return f"{self.devices} GPU{'s' * (self.devices > 1)}" if self.gpu else f"{os.cpu_count()} cores and no GPU"
+        return f"{self.devices} GPU{'s' * (self.devices > 1)}" if self.gpu else f"{cores()} cores and no GPU"
 
     def batch_size(self, images: int) -> int:
         """Returns the images a step and process: a power of two, with ten steps an epoch or more where that can be."""
@@ -96,8 +92,12 @@ def first_config(
     distillers, why = _objectives(remedy, network, data)
     height, width = own.image_format.size
     batch = machine.batch_size(count)
-    text = TEMPLATES.get_template("start.yaml.jinja").render(
-        {"file": file, "name": file.stem, "machine": machine, "root": str(Path(images).absolute())},
+    text = filled(
+        Path(__file__).with_name("start.yaml.jinja"),
+        file=file,
+        name=file.stem,
+        machine=machine,
+        root=str(Path(images).absolute()),
         said=[
             *textwrap.wrap(f"Images: {data.summary()}.", 100),
             *textwrap.wrap(f"{why} Written by `kdvit init` for a machine of {machine}.", 100),
@@ -188,7 +188,8 @@ def _image_seconds(student: Network, teacher: Network, gpu: bool) -> float:
 
 def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[list[tuple[str, str, str, str]], str]:
     """Returns name, class, arguments and comment of each distiller, the one of logits first, and why it is there."""
-    classes, names = teacher.output_shapes().classes, _class_names(teacher)
+    classes = teacher.output_shapes().classes
+    names = teacher.class_names or known_class_names(teacher.init_args["arch"], True, None)
     shared = {*(names or ())} & {*data.class_names}
     by_name = ""
     if classes is None:
@@ -208,13 +209,6 @@ def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[l
         basis = "{weight: 1.0, projector: phi_s}"
         found.append(("feature", "FeatureDistiller", basis, "the teacher's leading axes, evened out"))
     return found, why
-
-
-def _class_names(teacher: TimmTeacher) -> list[str] | None:
-    if teacher.class_names:
-        return list(teacher.class_names)
-    subset = None if ":" in teacher.init_args["arch"] else infer_imagenet_subset(teacher.model)
-    return ImageNetInfo(subset).label_names() if subset else None  # type: ignore[no-untyped-call]
 
 
 def _aligned(line: str) -> str:

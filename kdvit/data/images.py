@@ -19,6 +19,7 @@ from kdvit.data.listed import ListedImages
 from kdvit.data.streams import STREAM, StreamImages, StreamLoader
 from kdvit.data.transforms import Transform
 from kdvit.data.workers import FORK, start_worker
+from kdvit.errors import UserError
 
 
 class Images(ListedImages):
@@ -39,6 +40,8 @@ class Images(ListedImages):
         ValueError: If the classes are not known, or a stream has no validation images.
         LabelError: If the labels are no class indices.
     """
+
+    divides_evenly = False  # whether a stream gives all processes as many batches
 
     def __init__(
         self,
@@ -109,7 +112,8 @@ class Images(ListedImages):
     def read(self, split: Split, transform: Transform, seed: int | None) -> Dataset[Any]:
         """Returns the images of a split under a transform whose draws follow from the seed."""
         if split in self.streams:
-            return StreamImages(self.stream(split), transform, seed, self.num_classes, self.is_grey, split)
+            skip = seed is not None and self.on_error == "skip"
+            return StreamImages(self.stream(split), transform, seed, self.num_classes, self.is_grey, split, skip)
         return ItemImages(self.samples[split], transform, seed, self.on_error)
 
     def stream(self, split: Split) -> Any:
@@ -141,6 +145,12 @@ class Images(ListedImages):
             drop_last=dataset.seed is not None,
         )
         trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and not self.divides_evenly:
+            raise UserError(
+                "A stream of your own may give one process more batches than another, which then waits for ever: set "
+                "--trainer.devices 1, or take a map-style data set or TimmData. (If all get as many, a subclass of "
+                "Images with divides_evenly = True.)"
+            )
         if trainer is not None:
             loader.epoch = lambda: trainer.current_epoch
         return loader

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from kdvit.data.labels import class_indices
 from kdvit.data.listed import FolderImages
-from kdvit.data.reading import FORMATS, OF_THE_FILE, DamagedImage, ImageError, converted
+from kdvit.data.reading import FORMATS, DamagedImage, converted, reading
 from kdvit.errors import WorkerError
 from kdvit.seeding import seeded
 from kdvit.structures import image_and_target
@@ -59,11 +59,8 @@ class Items(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         number = int(self.numbers[index])
         where = f"item {number} of {self.name}"
-        try:
+        with reading(where):
             return read_item(self.data[number], self.classes, self.grey, where)
-        except OSError as error:
-            kind = DamagedImage if error.errno in OF_THE_FILE else ImageError
-            raise kind(f"Cannot read {where}: {error}.") from error
 
     def digest_of_some(self) -> str:
         """Returns a digest of all labels, where known, and of the pixels and labels of some images."""
@@ -131,14 +128,14 @@ def as_image(image: Any, where: str) -> Image.Image:
 
 
 def known_labels(data: Any) -> Any:
-    """Returns the labels of a data set ``[n]`` without reading an image; None where its `targets` are none.
+    """Returns the labels of a data set ``[n]`` without reading an image; None where `targets` or `labels` are none.
 
     A transform of the labels is not applied to them, so it hides them.
     """
     if isinstance(data, Subset):
         labels = known_labels(data.dataset)
         return None if labels is None else labels[np.asarray(data.indices)]
-    found = getattr(data, "targets", None)
+    found = getattr(data, "targets", getattr(data, "labels", None))
     if found is None or getattr(data, "target_transform", None) is not None:
         return None
     labels = np.asarray(found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -43,16 +45,28 @@ def read_image(path: str, grey: bool = False) -> Image.Image:
         DamagedImage: If the file is at fault; the message names the path.
         ImageError: If reading failed for another reason, such as the disk.
     """
+    with reading(f"the image {path!r}", path), Image.open(path, formats=FORMATS) as image:
+        return converted(image, grey)
+
+
+@contextmanager
+def reading(what: str, path: str | None = None) -> Iterator[None]:
+    """Turns whatever damaged bytes lead Pillow to into a DamagedImage or ImageError that says what was read.
+
+    Args:
+        what: What is read.
+        path: Its file, if it has one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return converted(image, grey)
+            yield
+    except WorkerError:
+        raise
     except Exception as error:
         damaged = not isinstance(error, MemoryError) and getattr(error, "errno", None) in OF_THE_FILE
         raise (DamagedImage if damaged else ImageError)(
-            f"Cannot read the image {path!r}: {_reason(path, error)}. "
-            f"{'Repair or remove it.' if damaged else NOT_OF_THE_FILE}"
+            f"Cannot read {what}: {_reason(path, error)}. {'Repair or remove it.' if damaged else NOT_OF_THE_FILE}"
         ) from error
 
 
@@ -74,9 +88,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(path: str | None, error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"it unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a known format" if os.path.getsize(path) else "the file is empty"
+        return "the file is empty" if path and not os.path.getsize(path) else "it is no image of a known format"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

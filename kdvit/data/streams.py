@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kdvit.data.items import read_item
+from kdvit.data.reading import DamagedImage, reading
 from kdvit.data.transforms import Transform
 from kdvit.seeding import mixed_seed, seeded
 
@@ -28,14 +30,15 @@ class StreamImages(IterableDataset[Any]):
         classes: Number of classes K; 0 for images without labels.
         grey: Whether images have one channel.
         name: What messages call it.
+        skip: Whether a damaged image is left out; else it raises.
     """
 
     def __init__(
-        self, stream: Any, transform: Transform, seed: int | None, classes: int, grey: bool, name: str
+        self, stream: Any, transform: Transform, seed: int | None, classes: int, grey: bool, name: str, skip: bool
     ) -> None:
         self.stream, self.transform, self.seed = stream, transform, seed
         self.classes, self.grey, self.name = classes, grey, name
-        self.epoch = 0
+        self.skip, self.epoch = skip, 0
 
     def __len__(self) -> int:
         size = len(self.stream) if self.seed is not None and hasattr(self.stream, "__len__") else 0
@@ -51,10 +54,13 @@ class StreamImages(IterableDataset[Any]):
             self.stream.set_epoch(self.epoch)
         for place, item in enumerate(self.stream):
             number = (place * workers + worker) * ranks + rank
-            yield self._sample(item, number)
+            with suppress(DamagedImage) if self.skip else nullcontext():
+                yield self._sample(item, number)
 
     def _sample(self, item: Any, number: int) -> tuple[Tensor, int, int]:
-        image, target = read_item(item, self.classes, self.grey, f"item {number} of {self.name}")
+        where = f"item {number} of {self.name}"
+        with reading(where):
+            image, target = read_item(item, self.classes, self.grey, where)
         with seeded(mixed_seed(self.seed or 0, self.epoch, number)):
             return self.transform(image), target, number
 

@@ -33,6 +33,8 @@ class TimmData(Images):
         ValueError: If timm cannot make it.
     """
 
+    divides_evenly = True  # timm counts the images of a stream, and gives all processes as many
+
     def __init__(
         self,
         name: str = "",

@@ -44,6 +44,7 @@ def student_spec(student: Network, image_format: ImageFormat, class_names: list[
         "init_args": as_plain(student.init_args),
         "image_format": image_format.to_json(),
         "class_names": class_names,
+        **({"reparameterized": True} if student.spec.get("reparameterized") else {}),
     }
 
 

@@ -118,4 +118,4 @@ def _batches(trainer: pl.Trainer, data: Any, images: int) -> Any:
     batches = -(-images // (getattr(loader, "batch_size", None) or 1))
     batches = min(batches, 1) if trainer.fast_dev_run else batches  # type: ignore[attr-defined]
     quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    return tqdm(islice(loader, batches), "Calibrating", total=batches, disable=quiet, leave=False)
+    return tqdm(islice(loader, batches), "Calibrating", total=batches, disable=quiet or None, leave=False)

@@ -16,7 +16,7 @@ from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attentio
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.teacher import freeze_teachers, only_teacher
 from kdvit.seeding import mixed_seed, seed_torch
-from kdvit.structures import Batch, ImageFormat, ViTOutput, as_batch
+from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.batches import read_batch, require_same_images
 from kdvit.training.calibration import calibrate
 from kdvit.training.logs import log_means, log_objectives, log_scores, log_step
@@ -169,8 +169,9 @@ class DistillationModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the index, the most probable class and its probability of each image, each ``[B]``."""
-        probability, predicted = self(as_batch(batch).image).float().softmax(dim=1).max(dim=1)
-        return as_batch(batch).index, predicted, probability
+        batch = read_batch(batch, batch_idx, 0)
+        probability, predicted = self(batch.image).float().softmax(dim=1).max(dim=1)
+        return batch.index, predicted, probability
 
     def _is_logged_step(self) -> bool:  # a call of self.log costs as much as a small kernel
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -49,8 +49,8 @@ def test_it_shows_the_images_their_labels_and_what_each_teacher_says(monkeypatch
             said, share = text.removesuffix("%)").split(" (")
             assert said == f"teacher_{name}: {found}"
             assert int(share) == pytest.approx(100 * row.max(), abs=0.6)
-            assert colour == (BLUE if found == label else ORANGE)
-    assert {colour for told in predictions for _, colour in told} == {BLUE, ORANGE}
+            known = name == "one"  # of the other's three classes nobody knows which of ours they are
+            assert colour == (BLACK if not known else BLUE if found == label else ORANGE)
     events = EventAccumulator("lightning_logs/version_0").Reload()
     (event,) = events.Images("4_data/first_batch")
     assert event.step == 0

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from kdvit.cli import main
 from kdvit.data import Arrays, ImageDataModule, Images, ImageTable, TimmData
-from kdvit.data.items import Items
+from kdvit.data.items import Items, known_labels
 from kdvit.data.labels import LabelError, class_indices, held_out
 from kdvit.data.reading import DamagedImage
+from kdvit.errors import UserError
 from kdvit.structures import View
 from tests.runs import QUIET, assert_same_end
 from tests.several import PATHS, together
@@ -206,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no image": (
         lambda: Items(Broken(1), 2, False, "train")[0],
         DamagedImage,
-        "Cannot read item 0 of train: cannot identify",
+        "Cannot read item 0 of train: it is no image of a known format",
     ),
     "arrays of floats": (
         lambda: Arrays({"train_images": PIXELS / 255, "train_labels": LABELS}),
@@ -419,3 +421,37 @@ def test_folders_by_timm_have_its_names_and_order() -> None:
     data = TimmData(root="folders", **FOUND)
     assert [data.path(i) for i in range(2)] == ["cat/0.png", "cat/1.png"]
     assert data.labels("train").tolist() == [0, 0, 1, 1]
+
+
+class DamagedStream(Stream):
+    """Five images, the third of them damaged."""
+
+    classes = ("cat", "dog")
+
+    def __iter__(self) -> Any:
+        for number, item in zip(range(5), super().__iter__(), strict=False):
+            yield (b"no image", 0) if number == 2 else item
+
+
+def test_a_damaged_item_of_a_stream_is_named_or_left_out() -> None:
+    given: dict[str, Any] = {**FOUND, "train": DamagedStream(), "val": Pairs(), "batch_size": 2}
+    given["classes"] = ["cat", "dog"]
+    with pytest.raises(DamagedImage, match="Cannot read item 2 of train: it is no image of a known format"):
+        list(Images(**given).train_dataloader())
+    batches = list(Images(**given, on_error="skip").train_dataloader())
+    assert [batch.index.tolist() for batch in batches] == [[0, 1], [3, 4]]
+
+
+def test_labels_are_read_off_labels_too() -> None:
+    pairs = Pairs()
+    pairs.labels = LABELS  # as torchvision's SVHN has them
+    np.testing.assert_array_equal(known_labels(pairs), LABELS)
+
+
+def test_a_stream_of_ones_own_is_for_one_process_unless_it_says_that_it_divides_evenly() -> None:
+    data = Images(Stream(), val=Pairs(), classes=2, **FOUND)
+    data.trainer = SimpleNamespace(world_size=2, current_epoch=0)
+    with pytest.raises(UserError, match=r"which then waits for ever: set --trainer\.devices 1"):
+        data.train_dataloader()
+    data.divides_evenly = True
+    assert next(iter(data.train_dataloader())).image.shape == (4, 3, 16, 16)

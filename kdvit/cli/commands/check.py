@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
 from kdvit.cli.machine import beside_machine
-from kdvit.cli.plan import Rows, describe_plan, plan_warnings
+from kdvit.cli.plan import Rows, describe_plan, free_disk, plan_warnings
 from kdvit.data import ImageDataModule
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
@@ -50,7 +51,7 @@ def describe(
         saved: What writes checkpoints.
         workers: Processes that will load images, for each training process.
         images_per_second: Rate of a process's steps, if the workers that it needs are to be told.
-        measure: Also what takes images: how fast they load, and the energy that narrow targets keep.
+        measure: Also what takes images, how fast they load and the energy that narrow targets keep, and the free disk.
 
     Returns:
         A table of two columns, one fact a line.
@@ -67,6 +68,7 @@ def describe(
         *_distillers(module),
         *([] if image is None else _energies(module, image)),
         *describe_plan(module, datamodule, trainer, saved),
+        *([("free disk", free_disk(Path(trainer.default_root_dir)))] if measure else []),
         *([] if image is None else _loading(rate, workers, images_per_second)),
         *_counts(module),
     ]
