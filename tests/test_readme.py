@@ -48,6 +48,7 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_its_python_runs(capsys) -> None:
     main(["fit", "--config", "demo/teacher.yaml", *SHORT])
