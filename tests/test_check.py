@@ -57,6 +57,7 @@ def test_the_plan_is_told_in_numbers(capsys) -> None:
     main(CHECK)
     told = capsys.readouterr().out
     assert row("steps an epoch", told) == "20"
+    assert row("images an epoch", told) == "1,280"  # of 1,297, in whole batches of 64
     assert row("run", told) == "40 epochs, 800 steps"
     assert row("learning rate", told) == (
         "cosine by epoch: 1e-05 at first, 0.00385 at epoch 5, 1.61e-05 at last; warm-up of 5 epochs, 100 steps"

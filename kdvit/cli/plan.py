@@ -40,6 +40,7 @@ def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any, sav
     rate, epoch = options.scaled_lr(global_batch), _epoch(loader, size, trainer)
     return [
         ("global batch", f"{global_batch} = {loader.batch_size} images x {known} x {batches} accumulated batches"),
+        *([] if epoch is None else [("images an epoch", f"{min(epoch * size, len(loader.sampler)):,}")]),
         *_length(module, epoch, trainer, rate),
         (
             "optimizer",
