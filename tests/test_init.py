@@ -41,6 +41,7 @@ def test_labelled_images_and_a_remedy_are_a_config_with_comments_that_runs(
     main(["init", "--images", digits, "--teacher", teacher, "--out", "lift.yaml"])
     told = capsys.readouterr().out
     assert "Images: train: 110 images of 10 classes" in told
+    assert "They are typically 8 x 8 pixels.\n" in told
     assert "Next: kdvit check --config lift.yaml\n      kdvit fit --config lift.yaml" in told
     text = Path("lift.yaml").read_text()
     assert len(text.splitlines()) < 60
@@ -78,7 +79,11 @@ def test_classes_decide_what_is_distilled(digits: str, demo_teacher: str, capsys
     assert "classes: by_name" in Path("shared.yaml").read_text()
     main([*command, "--teacher", "vit_tiny_patch16_224", "--out", "others.yaml"])
     assert "The teacher's 1000 classes are others than the student's, so its maps alone" in capsys.readouterr().out
-    assert list(yaml.safe_load(Path("others.yaml").read_text())["model"]["distillers"]) == ["feature"]
+    others = yaml.safe_load(Path("others.yaml").read_text())
+    assert list(others["model"]["distillers"]) == ["feature"]
+    assert others["trainer"]["log_every_n_steps"] == 13
+    told = " ".join(Path("others.yaml").read_text().replace("\n#", "").split())
+    assert "They are typically 8 x 8 pixels, and scaled far up to 224 x 224 for the student." in told
 
 
 def test_a_checkpoint_of_a_run_is_a_teacher(digits: str, demo_teacher: str) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 from kdvit.cli.machine import cores
 from kdvit.data import ImageFolder
+from kdvit.data.reading import FORMATS
 from kdvit.errors import UserError, shown
 from kdvit.models import LiftViT, Network, TimmStudent, TimmTeacher, WideLastViT, export_student, load_student
 from kdvit.models.checkpoint import known_class_names
@@ -22,6 +26,8 @@ EPOCHS = 300
 """Of the published runs (arXiv:2511.15572); fewer where they take longer than `HOURS`, but at least `FEWEST`."""
 FEWEST = 20
 HOURS = {"GPU": 24, "CPU": 3}
+MEASURED = 100
+"""Images whose sizes are looked at."""
 TIMED = 8
 """Images of the step that is timed."""
 STUDENTS: dict[str, type[TimmStudent]] = {"lift": LiftViT, "wide_last": WideLastViT, "none": TimmStudent}
@@ -92,6 +98,7 @@ def first_config(
     distillers, why = _objectives(remedy, network, data)
     height, width = own.image_format.size
     batch = machine.batch_size(count)
+    seen = f"Images: {data.summary()}. {_sizes(data, (height, width))}"
     text = filled(
         Path(__file__).with_name("start.yaml.jinja"),
         file=file,
@@ -99,7 +106,7 @@ def first_config(
         machine=machine,
         root=str(Path(images).absolute()),
         said=[
-            *textwrap.wrap(f"Images: {data.summary()}.", 100),
+            *textwrap.wrap(seen, 100),
             *textwrap.wrap(f"{why} Written by `kdvit init` for a machine of {machine}.", 100),
         ],
         epochs=epochs,
@@ -107,6 +114,7 @@ def first_config(
         published=EPOCHS,
         warmup=max(1, min(5, epochs // 20)),
         batch=batch,
+        logged=max(1, min(50, count // (batch * machine.devices))),
         rate=5e-4 * (batch * machine.devices / 512) ** 0.5,
         size=height if height == width else (height, width),
         student_class=type(own).__name__,
@@ -117,7 +125,7 @@ def first_config(
         task=0 if not data.num_classes else 0.5 if distillers[0][0] == "logit" else 1,
     )
     told = (
-        f"Images: {data.summary()}.\nTeacher: {teacher}. Student: {type(own).__name__} {student}. {why}\n"
+        f"{seen}\nTeacher: {teacher}. Student: {type(own).__name__} {student}. {why}\n"
         f"This machine has {machine}: {epochs} epochs take {takes}."
     )
     return "".join(map(_aligned, text.splitlines())), told
@@ -135,6 +143,22 @@ def _images(folder: str, labels: bool | None) -> ImageFolder:
             if labels:
                 raise
     return ImageFolder(folder, labels=False)
+
+
+def _sizes(data: ImageFolder, size: tuple[int, int]) -> str:
+    """Says how large the images typically are, and where the student's are much smaller or larger."""
+    samples = data.samples["train"]
+    numbers = np.unique(np.linspace(0, len(samples) - 1, MEASURED).astype(int)).tolist()
+    found = []
+    for path in (samples[number][0] for number in numbers):
+        with suppress(OSError), Image.open(path, formats=FORMATS) as image:
+            found.append((image.height, image.width))
+    if not found:
+        return ""
+    height, width = np.median(found, axis=0).astype(int).tolist()
+    scale = min(size) / min(height, width)
+    far = f", {'up' if scale > 1 else 'down'} to {size[0]} x {size[1]} for the student" if not 0.25 < scale < 4 else ""
+    return f"They are typically {height} x {width} pixels{', and scaled far' if far else ''}{far.removeprefix(',')}."
 
 
 def _teacher(name: str, file: Path) -> str:
