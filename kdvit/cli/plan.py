@@ -18,27 +18,32 @@ from kdvit.training.schedule import limited, planned_length
 Rows = list[tuple[str, str]]
 
 
-def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any, saved: Sequence[StepCheckpoint]) -> Rows:
+def describe_plan(
+    module: DistillationModule, loader: Any, trainer: Any, saved: Sequence[StepCheckpoint]
+) -> tuple[Rows, list[str]]:
     """Describes batches, steps, learning rate and checkpoints of a run.
 
     Args:
         module: The module to train.
-        datamodule: Its data.
+        loader: Of its training images.
         trainer: The Trainer's options.
         saved: What writes checkpoints.
+
+    Returns:
+        A row a fact, and what can be, and will hardly be meant: a long warm-up, too large a batch, too small a disk.
 
     Raises:
         UserError: If an epoch has no batch, a validation would never be due, or the run directory cannot be written.
     """
     options, batches = module.optimizer_options, trainer.accumulate_grad_batches
-    loader = datamodule.train_dataloader()
     processes = planned_processes(trainer.devices, trainer.num_nodes)
     size = loader.batch_size * (processes or 1)
     global_batch = size * batches
     scaled = f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
     known = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
     rate, epoch = options.scaled_lr(global_batch), _epoch(loader, size, trainer)
-    return [
+    checkpoints, warnings = _checkpoints(module, epoch, trainer, saved)
+    rows = [
         ("global batch", f"{global_batch} = {loader.batch_size} images x {known} x {batches} accumulated batches"),
         *([] if epoch is None else [("images an epoch", f"{min(epoch * size, len(loader.sampler)):,}")]),
         *_length(module, epoch, trainer, rate),
@@ -47,28 +52,17 @@ def describe_plan(module: DistillationModule, datamodule: Any, trainer: Any, sav
             f"{options.name}, learning rate {rate:.3g} ({'unscaled' if options.lr_base_batch is None else scaled}), "
             f"weight decay {options.weight_decay:g}",
         ),
-        ("checkpoints", _checkpoints(module, epoch, trainer, saved)[0]),
+        ("checkpoints", checkpoints),
     ]
-
-
-def plan_warnings(
-    module: DistillationModule, datamodule: Any, trainer: Any, saved: Sequence[StepCheckpoint]
-) -> list[str]:
-    """Returns what of a plan can be, and will hardly be meant: a long warm-up, too large a batch, too small a disk."""
-    loader = datamodule.train_dataloader()
-    size = loader.batch_size * (planned_processes(trainer.devices, trainer.num_nodes) or 1)
-    size *= trainer.accumulate_grad_batches
-    epoch = _epoch(loader, size // trainer.accumulate_grad_batches, trainer)
-    warnings = _checkpoints(module, epoch, trainer, saved)[1]
     if epoch is None:
-        return warnings
-    if (images := len(loader.sampler)) < size:
+        return rows, warnings
+    if (images := len(loader.sampler)) < global_batch:
         warnings.append(
-            f"a global batch of {size} is more than the {images:,} images of an epoch: lower the batch_size."
+            f"a global batch of {global_batch} is more than the {images:,} images of an epoch: lower the batch_size."
         )
-    length = planned_length(trainer.max_epochs or -1, trainer.max_steps, -(-epoch // trainer.accumulate_grad_batches))
+    length = planned_length(trainer.max_epochs or -1, trainer.max_steps, -(-epoch // batches))
     fault = module.schedule_options.fault(length)
-    return [*warnings, *([fault] if fault else [])]
+    return rows, [*warnings, *([fault] if fault else [])]
 
 
 def _epoch(loader: Any, size: int, trainer: Any) -> int | None:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
 from kdvit.cli.machine import beside_machine
-from kdvit.cli.plan import Rows, describe_plan, free_disk, plan_warnings
+from kdvit.cli.plan import Rows, describe_plan, free_disk
 from kdvit.data import ImageDataModule
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
@@ -56,7 +56,10 @@ def describe(
     Returns:
         A table of two columns, one fact a line.
     """
-    image, rate = _load(datamodule) if measure else (None, 0.0)
+    loader = datamodule.train_dataloader()
+    image, rate = _load(loader) if measure else (None, 0.0)
+    plan, warnings = describe_plan(module, loader, trainer, saved)
+    told, of_machine = beside_machine(module, loader.batch_size, workers, trainer)
     rows = [
         ("student", _network(module.student)),
         *(_teachers(module) or [("teacher", "none: a supervised run")]),
@@ -67,15 +70,13 @@ def describe(
         ("task", _task(module)),
         *_distillers(module),
         *([] if image is None else _energies(module, image)),
-        *describe_plan(module, datamodule, trainer, saved),
+        *plan,
         *([("free disk", free_disk(Path(trainer.default_root_dir)))] if measure else []),
         *([] if image is None else _loading(rate, workers, images_per_second)),
         *_counts(module),
+        ("this machine", told),
+        *(("warning", each) for each in (*of_machine, *warnings)),
     ]
-    batch_size = getattr(datamodule.train_dataloader(), "batch_size", None) or 1
-    told, warnings = beside_machine(module, batch_size, workers, trainer)
-    warnings += plan_warnings(module, datamodule, trainer, saved)
-    rows += [("this machine", told), *(("warning", each) for each in warnings)]
     return text_table((), rows, left=2)
 
 
@@ -162,9 +163,8 @@ def _shape(shape: tuple[int, int, int]) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
 
 
-def _load(datamodule: Any) -> tuple[Tensor, float]:
+def _load(loader: Any) -> tuple[Tensor, float]:
     """Returns some training images ``[B, 3, H, W]``, and how many of them this process loads in a second."""
-    loader = datamodule.train_dataloader()
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         start = time.perf_counter()
