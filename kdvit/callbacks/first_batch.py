@@ -67,7 +67,7 @@ class FirstBatch(pl.Callback):
             numbers = numbers_by_name(ours, names) if pl_module.supervised else None
             if pl_module.supervised and numbers is None and same and first_difference(ours, names) is None:
                 numbers = list(range(classes))
-            theirs = names or (ours if ours and same else range(classes))
+            theirs = teacher.class_names(ours) or range(classes)
             shares, found = (each.tolist() for each in logits[: self.images].float().softmax(dim=1).max(dim=1))
             line = []
             for share, i, label in zip(shares, found, labels, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.errors import UserError, shown
-from kdvit.models import FrozenTeacher
 from kdvit.runtime.processes import gather
 from kdvit.structures import as_batch
 
@@ -52,6 +52,7 @@ class PredictionWriter(pl.Callback):
         for each in self._teachers:
             if each.output_shapes().classes is None:
                 raise UserError(f"callbacks.predictions: the {each.label} has no head, and so predicts nothing.")
+        self._names = [each.class_names(pl_module.class_names) for each in self._teachers]
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -61,12 +62,12 @@ class PredictionWriter(pl.Callback):
         path = path if callable(path) else str
         batch, (index, *ours) = as_batch(batch), outputs
         columns = [[_name(names, target) for target in batch.target.tolist()], *_columns(names, *ours)]
-        for teacher in self._teachers:
+        for teacher, theirs in zip(self._teachers, self._names, strict=True):
             with trainer.precision_plugin.forward_context():
                 logits = teacher(batch.image).logits
             assert logits is not None
             probability, predicted = logits.float().softmax(dim=1).max(dim=1)
-            columns += _columns(teacher.network.class_names or _same(names, teacher), predicted, probability)
+            columns += _columns(theirs, predicted, probability)
         for i, *row in zip(index.tolist(), *columns, strict=True):
             if i < 0:  # a batch of others, which does not tell: the images are dealt out by turns
                 i = len(self._rows) * trainer.world_size + trainer.global_rank
@@ -86,14 +87,9 @@ class PredictionWriter(pl.Callback):
             rank_zero_info(f"Predictions are in {file}.")
 
 
-def _columns(names: list[str] | None, predicted: Tensor, probability: Tensor) -> list[list[str]]:
+def _columns(names: Sequence[str] | None, predicted: Tensor, probability: Tensor) -> list[list[str]]:
     return [[_name(names, i) for i in predicted.tolist()], [f"{each:.6f}" for each in probability.tolist()]]
 
 
-def _name(names: list[str] | None, index: int) -> str:
+def _name(names: Sequence[str] | None, index: int) -> str:
     return "" if index < 0 else names[index] if names else str(index)
-
-
-def _same(names: list[str] | None, teacher: FrozenTeacher) -> list[str] | None:
-    """Returns the data's names for a teacher that does not name its own, if there are as many."""
-    return names if names and len(names) == teacher.output_shapes().classes else None

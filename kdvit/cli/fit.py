@@ -184,8 +184,9 @@ class KdvitCLI(LightningCLI):
             super().instantiate_classes()
             if self.start.checkpoint is not None:
                 require_same_student(self.start.checkpoint, self.model)
+            elif not self.model.class_names:
+                self.model.class_names = self.start.class_names
             match_classes(self.start.class_names, self.datamodule)
-            self.model.class_names = self.model.class_names or self.start.class_names
         if self.command not in ("check", "cache"):
             self.config_init[self.command]["ckpt_path"] = self.start.checkpoint
             self.config_init[self.command]["weights_only"] = True

@@ -166,10 +166,9 @@ def _ready() -> list[str]:
     return sorted(
         name
         for name, module in modules.items()
-        if not any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in _parameters(module))
+        if all(
+            each.default is not each.empty or each.kind is each.VAR_KEYWORD
+            for each in inspect.signature(module).parameters.values()
+        )
         and not any(issubclass(other, module) for other in modules.values() if other is not module)
     )
-
-
-def _parameters(kind: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(kind).parameters.values())

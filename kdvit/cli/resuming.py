@@ -82,9 +82,9 @@ def _to_read(folder: Path, config: Any) -> Start:
     best = folder / "best.ckpt"
     file = best if best.is_file() else newest_checkpoint(folder)
     if file is not None:
-        require_plain(file)
+        spec = require_plain(file)
         rank_zero_info(f"The student is that of {file}.")
-        return Start(str(file), class_names=trained_class_names(file))
+        return Start(str(file), class_names=spec.get("class_names"))
     given = config.model.student.get("init_args") or {}
     own = any(given.get(name) for name in ("checkpoint", "pretrained", "weights", "path"))
     own = own or bool((given.get("args") or {}).get("weights"))  # of torchvision
@@ -140,8 +140,12 @@ def match_classes(known: list[str] | None, datamodule: Any) -> None:
     )
 
 
-def require_plain(file: Path) -> None:
-    """Raises UserError if a checkpoint is damaged, holds more than tensors and plain values, or changes the config."""
+def require_plain(file: Path) -> dict[str, Any]:
+    """Returns the `student_spec` in a checkpoint, empty where it has none.
+
+    Raises:
+        UserError: If it is damaged, holds more than tensors and plain values, or changes the config.
+    """
     with shown((ValueError,)):
         content = read_weights_only(file)
         require_whole(file)
@@ -149,6 +153,7 @@ def require_plain(file: Path) -> None:
         raise UserError(
             f"{str(file)!r} is no checkpoint of `kdvit fit`: it would change the config by its hyper_parameters."
         )
+    return content.get("kdvit") or {}
 
 
 def require_same_student(file: str, module: DistillationModule) -> None:

@@ -45,8 +45,23 @@ def class_indices(labels: Any, images: int, classes: int, where: str) -> NDArray
     return values
 
 
+def first_of_each_class(labels: NDArray[Any], order: NDArray[np.intp], share: float) -> NDArray[np.bool_]:
+    """Returns which images are the first of their class in an order: a share of it, rounded, at least one, never all.
+
+    Args:
+        labels: Class indices ``[n]``.
+        order: Numbers of all images ``[n]``.
+        share: Of each class.
+    """
+    first = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        ours = order[labels[order] == label]
+        first[ours[: min(max(int(share * len(ours) + 0.5), 1), len(ours) - 1)]] = True
+    return first
+
+
 def held_out(labels: Any, share: float, seed: int) -> NDArray[np.bool_]:
-    """Draws what is set apart to validate on: a share of each class, at least one image, and never all.
+    """Draws what is set apart to validate on, as `first_of_each_class` of a random order.
 
     Args:
         labels: Class indices ``[n]``; all alike where nobody knows them.
@@ -56,12 +71,7 @@ def held_out(labels: Any, share: float, seed: int) -> NDArray[np.bool_]:
     Raises:
         ValueError: If no class has two images.
     """
-    labels = np.asarray(labels)
-    held = np.zeros(len(labels), bool)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    for label in np.unique(labels):
-        ours = order[labels[order] == label]
-        held[ours[: min(max(int(share * len(ours) + 0.5), 1), len(ours) - 1)]] = True
+    held = first_of_each_class(np.asarray(labels), np.random.default_rng(seed).permutation(len(labels)), share)
     if not held.any():
         raise ValueError("No class has two images, one to train and one to validate on: give val.")
     return held

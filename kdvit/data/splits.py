@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdvit.data.labels import first_of_each_class
 from kdvit.data.listing import LAYOUT, ImageList, class_folders, list_images
 
 USUAL = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
@@ -86,11 +87,7 @@ def set_apart(images: ImageList, folder: Path, share: float, seed: int) -> dict[
     """
     names = (os.path.relpath(path, folder) for path, _ in images)
     drawn = np.array([hashlib.sha256(os.fsencode(f"{seed} {name}")).hexdigest() for name in names])
-    held = np.zeros(len(images), dtype=bool)
-    for target in np.unique(images.targets):
-        ours = np.flatnonzero(images.targets == target)
-        count = min(max(int(share * len(ours) + 0.5), 1), len(ours) - 1)
-        held[ours[np.argsort(drawn[ours], kind="stable")[:count]]] = True
+    held = first_of_each_class(images.targets, np.argsort(drawn, kind="stable"), share)
     if not held.any():
         raise FileNotFoundError(f"No class in {str(folder)!r} has two images, one to train and one to validate on.")
     rule = f"{share} by {seed}"

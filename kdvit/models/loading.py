@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from kdvit.errors import some
 from kdvit.models.layouts import from_hugging_face, read_weights, under_prefix
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
@@ -76,7 +77,7 @@ def load_weights(
         raise ValueError(_of_another_network(arch, wrong, given, own))
     parts = {name.partition(".")[0] for name in own}
     if more := [n for n in weights if n not in own and n.partition(".")[0] in parts and not n.startswith(apart)]:
-        raise ValueError(f"it has {_some(more)}, which {arch} has not. Is it of another architecture?")
+        raise ValueError(f"it has {some(more)}, which {arch} has not. Is it of another architecture?")
     if new and not new_head:
         kept = next((given[name].shape[0] for name in new if name in given), 0)
         there = f"has a head of {kept} classes" if kept else "has no head"
@@ -87,7 +88,7 @@ def load_weights(
     model.load_state_dict(fits, strict=False)
     left = [*outer, *(name for name in weights if name not in fits)]
     said = f"{len(fits)} of {len(own)} tensors loaded into {arch}"
-    return f"{said}; new: {_some(new)}; left: {_some(left)}."
+    return f"{said}; new: {some(new) or 'nothing'}; left: {some(left) or 'nothing'}."
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -170,14 +171,10 @@ def _require_biases(arch: str, weights: Mapping[str, Tensor], own: Iterable[str]
 def _of_another_network(arch: str, wrong: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     odd = next((name for name in wrong if name in given), None)
     if odd is None:
-        return f"it lacks {_some(wrong)}."
+        return f"it lacks {some(wrong)}."
     shapes = f"{list(given[odd].shape)} there and {list(own[odd].shape)} in {arch}"
     return (
-        f"size mismatch for {_some([name for name in wrong if name in given])}: {odd} is {shapes}. "
+        f"size mismatch for {some([name for name in wrong if name in given])}: {odd} is {shapes}. "
         "Is it of another architecture? If only the input size differs, this network cannot be resized: take the size "
         "of its weights (leave img_size out)."
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" or "nothing"

@@ -145,6 +145,15 @@ class FrozenTeacher:
             image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=True)
         return image
 
+    def class_names(self, ours: Sequence[str] | None) -> Sequence[str] | None:
+        """Returns the names of the teacher's classes: its own, or the data's where it names none and has as many.
+
+        Args:
+            ours: Names of the data's classes, where known.
+        """
+        own = self.network.class_names
+        return own or (ours if ours and len(ours) == self.output_shapes().classes else None)
+
     def conversions(self) -> list[str]:
         """Says in what the images are converted."""
         size = f"The {self.label}'s input is resized to {self.network.image_format.size}."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from kdvit.errors import some
 from kdvit.models import Network
 from kdvit.structures import Layer, OutputShapes
 
@@ -31,8 +32,7 @@ def leave_unreached(student: Network, layers: Sequence[Layer], logits: bool) -> 
     idle = [name for name, gradient in zip(named, found, strict=False) if gradient is None]
     for name in idle:
         named[name].requires_grad_(False)
-    names = f"{', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''}"
-    return [f"No objective reaches {names} of the student: they stay as they are."] if idle else []
+    return [f"No objective reaches {some(idle)} of the student: they stay as they are."] if idle else []
 
 
 def require_logits(pair: Mapping[str, OutputShapes]) -> None:

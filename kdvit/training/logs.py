@@ -61,8 +61,8 @@ def log_objectives(
     if module.trainer.sanity_checking:  # before the start of the training, which does it otherwise
         calibrate(objectives, module.teachers, module.trainer)
     teachers = teachers or objectives.ask(module.teachers, batch)
-    weight = next(network.parameters())  # an average has a precision of its own
-    student = network(batch.image.to(weight.device, weight.dtype), objectives.student_layers).at_least_float32()
+    own = next(network.parameters())  # an average has a precision of its own
+    student = network(batch.image.to(own.device, own.dtype), objectives.student_layers).at_least_float32()
     with torch.autocast(module.device.type, enabled=False):
         terms = objectives.terms(student, teachers, batch.target)
         loss = torch.stack([weight * terms[name] for name, weight in module.weights().items()]).sum()
