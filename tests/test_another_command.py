@@ -27,7 +27,7 @@ def test_what_is_new_is_said_and_stands_on_top_of_the_config(caplog) -> None:
     fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
     new = [
         "--trainer.max_epochs=2",
-        "--trainer.gradient_clip_val=1",
+        "--trainer.gradient_clip_val=0.5",
         "--ema.decay=0.9",
         "--data.init_args.batch_size=32",
     ]
@@ -35,7 +35,7 @@ def test_what_is_new_is_said_and_stands_on_top_of_the_config(caplog) -> None:
     said = [
         "data.init_args.batch_size is 32 and was 64",
         "ema.decay is 0.9 and was None",
-        "trainer.gradient_clip_val is 1.0 and was None",
+        "trainer.gradient_clip_val is 0.5 and was None",
         "trainer.max_epochs is 2 and was 1",
     ]
     assert f"New since the last start: {'; '.join(said)}." in caplog.text
