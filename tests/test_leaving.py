@@ -17,8 +17,8 @@ from kdvit.callbacks import StudentEMA
 from kdvit.cli import main
 from kdvit.models.checkpoint import export_student, student_spec
 from kdvit.models.export import agreement, export_program
-from kdvit.models.network import TimmStudent
 from kdvit.models.onnx import export_onnx
+from kdvit.models.timm_network import TimmStudent
 from kdvit.training.module import DistillationModule
 from tests.tiny import FORMAT, TinyData, student, trainer
 

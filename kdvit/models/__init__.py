@@ -6,10 +6,11 @@ from kdvit.models.checkpoint import export_student, load_student
 from kdvit.models.freezing import freeze_parameters
 from kdvit.models.lift import LiftViT
 from kdvit.models.module_network import ModuleNetwork
-from kdvit.models.network import Network, TimmNetwork, TimmStudent, as_network, fit_to_data
+from kdvit.models.network import Network, fit_to_data
 from kdvit.models.released import load_released
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.teacher import FrozenTeacher, TimmTeacher
+from kdvit.models.timm_network import TimmNetwork, TimmStudent, as_network
 from kdvit.models.wide_last import WideLastViT
 
 __all__ = [

@@ -19,10 +19,11 @@ from kdvit.errors import own_errors
 from kdvit.files import write_whole
 from kdvit.models.layouts import CONFIG, read_spec, read_weights_only
 from kdvit.models.module_network import ModuleNetwork
-from kdvit.models.network import Network, TimmNetwork
+from kdvit.models.network import Network
 from kdvit.models.own import as_plain, class_path, class_paths, find_trusted, import_packages
 from kdvit.models.released import load_released
 from kdvit.models.timm_model import WEIGHTS, published_class_names
+from kdvit.models.timm_network import TimmNetwork
 from kdvit.seeding import seeded
 from kdvit.structures import ImageFormat, subclasses
 

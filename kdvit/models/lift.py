@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kdvit.models.families import check_family
 from kdvit.models.fold import fold_lift
 from kdvit.models.layouts import read_spec
-from kdvit.models.network import TimmStudent
 from kdvit.models.one_token import has_head
 from kdvit.models.own import class_path
 from kdvit.models.timm_model import start_from
+from kdvit.models.timm_network import TimmStudent
 
 
 class LiftViT(TimmStudent):

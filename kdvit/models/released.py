@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdvit.models.layouts import read_weights_only
 from kdvit.models.lift import LiftViT
-from kdvit.models.network import TimmNetwork
+from kdvit.models.timm_network import TimmNetwork
 from kdvit.models.wide_last import WideLastViT
 from kdvit.structures import ImageFormat
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from kdvit.errors import UserError
 from kdvit.models.checkpoint import known_class_names
-from kdvit.models.network import Network, TimmNetwork, as_network, image_format_of, stated_format
+from kdvit.models.network import Network
 from kdvit.models.talking_heads import use_fast_talking_heads
 from kdvit.models.timm_model import create_timm_model
+from kdvit.models.timm_network import TimmNetwork, as_network, image_format_of, stated_format
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 
 

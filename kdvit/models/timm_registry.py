@@ -8,7 +8,7 @@ from timm.models import PretrainedCfg, load_pretrained, register_model, resolve_
 from torch import nn
 
 from kdvit.models.lift import LiftViT
-from kdvit.models.network import TimmNetwork
+from kdvit.models.timm_network import TimmNetwork
 from kdvit.models.wide_last import WideLastViT
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from kdvit.models.families import check_family
 from kdvit.models.layouts import read_spec
-from kdvit.models.network import TimmStudent
 from kdvit.models.own import class_path
 from kdvit.models.timm_model import create_timm_model, start_from
+from kdvit.models.timm_network import TimmStudent
 
 
 class WideBlock(nn.Sequential):
