@@ -21,7 +21,7 @@ train_all = for method in $(METHODS); do \
 	$(BIN)/kdvit fit --config configs/$(1)/$$method.yaml || exit 1; done; \
 	$(BIN)/kdvit compare $(METHODS:%=runs/$(1)/%) --out runs/$(1)
 
-demo: install  ## Train a teacher and five students on scikit-learn's digits, and compare them (3 minutes)
+demo: install  ## Train a teacher and five students on scikit-learn's digits, and compare them (5 minutes)
 	@rm -rf runs/demo
 	@$(call train_all,demo)
 	@echo
