@@ -47,8 +47,9 @@ lint: install  ## Check style and spelling
 types: install  ## Check types
 	$(BIN)/mypy
 
-docs: install  ## Write the pages of the API to build/docs
-	$(BIN)/python .ci/docs.py build/docs
+docs: install  ## Write the site of all pages and of the API to build/docs; a broken link fails
+	$(BIN)/python .ci/docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .ci/mkdocs.yml
 
 test: install  ## Run the fast tests and the examples in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4

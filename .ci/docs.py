@@ -1,24 +1,33 @@
-"""Writes the pages of the API into a folder: each public import path, from its docstrings. A warning of pdoc fails."""
+"""Lays the pages of the site into build/pages for .ci/mkdocs.yml: those of the repository, and those of the API."""
 
-import sys
-import typing
-import warnings
-from importlib import import_module
+import re
+import shutil
 from pathlib import Path
 
-import pdoc
-
-import kdvit
-
+PAGES = Path("build/pages")
+WRITTEN = ("README.md", "kdvit/*/*.md", "configs/**/*.md", "tests/bench/*.md", ".github/C*.md")
 ROOMS = ("analysis", "cache", "callbacks", "cli", "data", "distillers", "models", "structures", "testing", "training")
-MODULES = ["kdvit", *(f"kdvit.{room}" for room in ROOMS)]
 
-vars(kdvit).update({name: getattr(kdvit, name) for name in kdvit.__all__})  # lazy names, which pdoc does not ask for
-for module in map(import_module, MODULES):
-    for cls in vars(module).values():
-        if hasattr(cls, "_fields"):  # pdoc does not know in which module the fields of a NamedTuple are written
-            cls.__new__.__annotations__ = typing.get_type_hints(cls)
-pdoc.render.configure(docformat="google", footer_text=f"kdvit {kdvit.__version__}")
-with warnings.catch_warnings():
-    warnings.simplefilter("error", UserWarning)
-    pdoc.pdoc(*MODULES, output_directory=Path(sys.argv[1]))
+HIDDEN = {"kdvit.distillers": ("dist", "dkd")}  # functions behind modules of the same name
+
+
+def place(file: Path) -> Path:
+    """Returns where a file of the repository stands in the site: as in the repository, in no hidden folder."""
+    return PAGES / str(file).replace(".github", "github")
+
+
+shutil.rmtree(PAGES, ignore_errors=True)
+for page in (page for pattern in WRITTEN for page in Path().glob(pattern)):
+    place(page).parent.mkdir(parents=True, exist_ok=True)
+    place(page).write_text(re.sub(r"(\]\([./]*)\.github/", r"\1github/", page.read_text()))
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        file = (page.parent / target).resolve().relative_to(Path.cwd())
+        if file.suffix != ".md":  # a picture, a config, or a file of code
+            place(file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place(file))
+(PAGES / "api").mkdir()
+for name in ("kdvit", *(f"kdvit.{room}" for room in ROOMS)):
+    hidden = HIDDEN.get(name, ())
+    text = "\n".join([f"# {name}\n", f"::: {name}", *(f"## {each}\n\n::: {name}.{each}.{each}" for each in hidden)])
+    (PAGES / "api" / f"{name}.md").write_text(text)
+shutil.copy(".ci/site.css", PAGES)

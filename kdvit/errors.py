@@ -27,7 +27,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def some(names: Sequence[str]) -> str:
     """Returns the first four of many names, and how many more there are.
 
-    Example:
+    Examples:
         >>> some(["a", "b"]), some(["a", "b", "c", "d", "e"])
         ('a, b', 'a, b, c, d and 1 more')
     """

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 def mixed_seed(*parts: int) -> int:
     """Returns a 64-bit seed that mixes its parts well: neighbours share nothing.
 
-    Example:
+    Examples:
         >>> mixed_seed(0, 1, 2), mixed_seed(0, 2, 1)
         (3071860871404845570, 14406252260519237621)
     """

@@ -99,7 +99,7 @@ IMAGES, TARGETS = ("image", "img", "pixel_values"), ("target", "label", "labels"
 def image_and_target(item: Any) -> tuple[Any, Any] | None:
     """Returns the parts of a pair (what stands behind is left out), or of a mapping, whose target may lack.
 
-    Example:
+    Examples:
         >>> image_and_target({"image": 1, "label": 2}), image_and_target([1, 2, 3]), image_and_target(1)
         ((1, 2), (1, 2), None)
     """

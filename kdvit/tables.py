@@ -13,7 +13,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
         rows: Cells of each row.
         left: Columns that stand at the left, from the first on; numbers stand at the right.
 
-    Example:
+    Examples:
         >>> print(text_table(("run", "top-1 (%)"), [("lift", "77.53"), ("plain", "74.86")]))
         run    top-1 (%)
         lift       77.53
@@ -33,7 +33,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     r"""Returns a table in Markdown, numbers at the right of the first column.
 
-    Example:
+    Examples:
         >>> print(markdown_table(("run", "top-1"), [("a|b", "77.53")]))
         | run | top-1 |
         |---|--:|
@@ -47,7 +47,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     r"""Returns a table in LaTeX (booktabs), numbers at the right of the first column.
 
-    Example:
+    Examples:
         >>> print(latex_table(("run", "at 95 %"), [("a_b", "61")]))
         \begin{tabular}{lr}
         \toprule

@@ -37,7 +37,7 @@ def check_distiller(
     Raises:
         AssertionError: If a promise is broken; the message says which.
 
-    Example:
+    Examples:
         >>> from kdvit.distillers import LogitDistiller
         >>> check_distiller(LogitDistiller(weight=0.9))
     """
@@ -115,7 +115,7 @@ def check_network(network: Network, layers: Sequence[Layer] = (0, -1)) -> None:
     Raises:
         AssertionError: If a promise is broken; the message says which.
 
-    Example:
+    Examples:
         >>> from kdvit.models import TimmStudent
         >>> check_network(TimmStudent("vit_tiny_patch16_224", num_classes=3, img_size=32))
     """

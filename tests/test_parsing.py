@@ -25,7 +25,7 @@ def command(
         seeds: Whole numbers.
         pretrained: A switch.
 
-    Example:
+    Examples:
         kdvit command a b
     """
     return {"runs": runs, "layers": layers, "seeds": seeds, "pretrained": pretrained}

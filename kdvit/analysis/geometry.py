@@ -174,7 +174,7 @@ def measure(
     Raises:
         ValueError: If there are no tokens, or they are not finite or zero.
 
-    Example:
+    Examples:
         >>> report = measure(torch.randn(8, 16, 12, generator=torch.Generator().manual_seed(0)))
         >>> report.images, report.svd_energy.shape
         (8, (8, 12))

@@ -39,7 +39,7 @@ def outlier_share(energy: Tensor) -> Tensor:
     Returns:
         ``[...]``, in 0..1; 0 where more than a tenth of the entries (and more than one) are so large.
 
-    Example:
+    Examples:
         >>> outlier_share(torch.tensor([1.0, 1.0, 2.0, 96.0, 0.0]))
         tensor(0.9600)
     """

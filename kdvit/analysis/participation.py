@@ -26,7 +26,7 @@ def participation_ratio(tokens: Tensor) -> Tensor:
     Raises:
         ValueError: If the tokens are empty, not finite, or zero.
 
-    Example:
+    Examples:
         >>> participation_ratio(torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[0.0, 0.0, 5.0, 0.0]]]))
         tensor([1.0000, 0.2500], dtype=torch.float64)
     """

@@ -30,7 +30,7 @@ def shared_basis(moment: Tensor, total: Tensor, count: Tensor | int, centred: bo
         count: Number of tokens.
         centred: Take the covariance instead of the second moment, which is the paper's.
 
-    Example:
+    Examples:
         >>> tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
         >>> shared_basis(*moments(tokens), 2).spectrum
         tensor([2.0000, 0.5000], dtype=torch.float64)
@@ -53,7 +53,7 @@ def pca_energy(tokens: Tensor, basis: SharedBasis) -> Tensor:
     Raises:
         ValueError: If the tokens are empty, not finite, or zero.
 
-    Example:
+    Examples:
         >>> basis = SharedBasis(torch.ones(2), torch.eye(2).double(), torch.zeros(2))
         >>> pca_energy(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), basis)
         tensor([[0.9000, 1.0000]], dtype=torch.float64)

@@ -56,7 +56,7 @@ PUBLISHED = {
 def published(arch: str) -> Published | None:
     """Returns the figures of a model by its name in timm; without a tag, timm's default weights are meant.
 
-    Example:
+    Examples:
         >>> published("cait_s24_224").svd
         (14, 34, 61, 121)
         >>> published("vit_large_patch16_224.mae").name, published("vit_large_patch16_224").name

@@ -103,7 +103,7 @@ def sep_curve(spectrum: Tensor, width: int, folded: bool = False) -> Tensor:
     Returns:
         ``[..., D]``, or ``[..., D // 2 + 1]`` if folded, rising to 1.
 
-    Example:
+    Examples:
         >>> sep_curve(torch.tensor([0.25, 0.5, 0.25]), width=4)
         tensor([0.2500, 0.5000, 0.7500, 1.0000])
     """
@@ -123,7 +123,7 @@ def bandwidth(curve: Tensor, level: float) -> Tensor:
     Returns:
         ``[...]``, float64, in (0, 1].
 
-    Example:
+    Examples:
         >>> bandwidth(torch.tensor([0.2, 0.5, 0.9, 1.0]), 0.5).item()
         0.5
     """

@@ -139,7 +139,7 @@ def cluster(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     Returns:
         Cluster of each point, ``[P]``, in 0..K-1.
 
-    Example:
+    Examples:
         >>> cluster(torch.tensor([[0.0], [9.0], [0.1], [9.1]]), 2, torch.Generator().manual_seed(0)).diff().tolist()
         [1, -1, 1]
     """

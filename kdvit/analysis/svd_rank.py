@@ -27,7 +27,7 @@ def svd_energy(tokens: Tensor) -> Tensor:
     Raises:
         ValueError: If the tokens are empty, not finite, or zero.
 
-    Example:
+    Examples:
         >>> svd_energy(torch.diag(torch.tensor([3.0, 1.0]))[None])
         tensor([[0.9000, 1.0000]], dtype=torch.float64)
     """
@@ -54,7 +54,7 @@ def energy_rank(energy: Tensor, level: float) -> Tensor:
     Raises:
         ValueError: If the level is out of range.
 
-    Example:
+    Examples:
         >>> energy_rank(torch.tensor([[0.6, 0.9, 1.0], [0.95, 0.99, 1.0]]), 0.95).tolist()
         [3, 1]
     """
@@ -66,7 +66,7 @@ def energy_rank(energy: Tensor, level: float) -> Tensor:
 class SVDRank(Metric):
     """`svd_energy` of every image of a data set, over all batches and ranks.
 
-    Example:
+    Examples:
         >>> metric = SVDRank()
         >>> metric.update(torch.eye(4)[None])
         >>> energy_rank(metric.compute(), 0.7).tolist()

@@ -63,7 +63,7 @@ def expand_logits(classes: Tensor, values: Tensor, count: int) -> Tensor:
     At temperature 1 the kept probabilities are the teacher's. At another temperature the rest is tempered as if it were
     spread evenly, which takes away what the teacher said about the classes that are not kept.
 
-    Example:
+    Examples:
         >>> classes, values = shrink_logits(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), k=2)
         >>> expand_logits(classes, values, 4).softmax(dim=1)
         tensor([[0.6439, 0.0596, 0.2369, 0.0596]])

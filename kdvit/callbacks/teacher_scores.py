@@ -98,7 +98,7 @@ def chance(acc1: float, guesses: NDArray[Any]) -> str:
         acc1: The accuracy.
         guesses: How often each class was predicted, ``[K]``.
 
-    Example:
+    Examples:
         >>> chance(0.9, np.array([50, 50])), chance(0.5, np.array([50, 50]))[:32], chance(0.5, np.array([98, 2]))[:34]
         ('', 'Its classes may be in another or', 'It gives nearly all the same class')
     """

@@ -22,7 +22,7 @@ def find_configs(args: list[str]) -> list[str]:
     Raises:
         UserError: If there is no such config.
 
-    Example:
+    Examples:
         >>> find_configs(["--config", "configs/lift.yaml"])[-1].endswith("lift.yaml")
         True
     """

@@ -94,7 +94,7 @@ GROUPS = (
 def asked_for(args: list[str]) -> str | None:
     """Returns what help is asked for: "" for the short one, "all" or a group; None where none is.
 
-    Example:
+    Examples:
         >>> asked_for(["--help"]), asked_for(["--help", "all"]), asked_for(["--config", "x", "--model.help"])
         ('', 'all', 'model')
         >>> asked_for(["--data.help", "Digits"]) is asked_for(["--config", "x"]) is None

@@ -33,7 +33,7 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         ArgumentError: If a word is unknown, or a value has another type.
     """
     parameters = inspect.signature(function).parameters
-    text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
+    text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     parser = ArgumentParser(
         prog=f"kdvit {name}",
         usage=usage(function, name),
@@ -81,7 +81,7 @@ def without_imports(args: list[str]) -> list[str]:
 def usage(function: Callable[..., Any], name: str) -> str:
     """Returns the usage line of a command: what it needs, in the order of the signature.
 
-    Example:
+    Examples:
         >>> def export(runs: list[str], *, out: str, weights: str = "raw") -> None: ...
         >>> usage(export, "export")
         'kdvit export RUNS --out OUT [options]'
@@ -108,7 +108,7 @@ def joined(
     Returns:
         The known words, and the others.
 
-    Example:
+    Examples:
         >>> known = {"runs": list[str], "seeds": list[int], "dry_run": bool}
         >>> joined(["a", "b", "--seeds", "1", "2", "--dry-run"], known, alone="runs")
         (['--dry_run=true', '["a", "b"]', '--seeds=[1, 2]'], [])

@@ -41,7 +41,7 @@ def read_settings(file: Path) -> Settings:
 def flat(config: Any, key: str = "") -> Settings:
     """Returns a config by its keys.
 
-    Example:
+    Examples:
         >>> flat({"model": {"student": {"arch": "vit"}, "teacher": None}})
         {'model.student.arch': 'vit', 'model.teacher': None}
     """
@@ -69,7 +69,7 @@ def group(runs: Sequence[Settings]) -> list[list[int]]:
 def short_names(folders: Sequence[Path]) -> list[str]:
     """Returns the end of each path, as long as it must be to differ from all others and be more than a seed.
 
-    Example:
+    Examples:
         >>> short_names([Path("/runs/lift/seed_0"), Path("/runs/plain/seed_0"), Path("/runs/wide_last")])
         ['lift/seed_0', 'plain/seed_0', 'wide_last']
     """
@@ -88,7 +88,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def setting_name(folders: Sequence[Path]) -> str:
     """Returns what the folders of a setting's runs have in common.
 
-    Example:
+    Examples:
         >>> setting_name([Path("/runs/lift_384/seed_0"), Path("/runs/lift_384/seed_1")])
         'lift_384'
     """
@@ -122,7 +122,7 @@ def students_t(freedom: int, share: float = 0.95) -> float:
 
     By bisection of the closed forms for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
-    Example:
+    Examples:
         >>> [round(students_t(freedom), 3) for freedom in (1, 2, 4, 30)]
         [12.706, 4.303, 2.776, 2.042]
     """

@@ -266,7 +266,7 @@ def even_batch_size(images: int, ranks: int, batch_size: int) -> int:
 
     DDP broadcasts a network's buffers at every forward, and would wait for a rank that has no batch left.
 
-    Example:
+    Examples:
         >>> even_batch_size(images=512, ranks=2, batch_size=256), even_batch_size(images=513, ranks=2, batch_size=256)
         (256, 257)
     """

@@ -103,7 +103,7 @@ def sorted_classes(rows: Rows, file: str) -> list[str]:
     Raises:
         LabelError: If they are numbers to regress, or below 0.
 
-    Example:
+    Examples:
         >>> sorted_classes([("a.png", "10"), ("b.png", "9")], "train.csv")
         ['9', '10']
     """

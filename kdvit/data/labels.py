@@ -27,7 +27,7 @@ def class_indices(labels: Any, images: int, classes: int, where: str) -> NDArray
     Raises:
         LabelError: If they are no class indices.
 
-    Example:
+    Examples:
         >>> class_indices([[2], [0]], images=2, classes=3, where="train").tolist()
         [2, 0]
     """

@@ -116,7 +116,7 @@ def _top(folder: str, name: str) -> str:
 def told(skipped: Counter[str]) -> str:
     """Returns files by their ending, as text.
 
-    Example:
+    Examples:
         >>> told(Counter({".svg": 1200, ".txt": 1}))
         '1,200 .svg, 1 .txt'
     """

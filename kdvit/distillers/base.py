@@ -37,7 +37,7 @@ class Distiller(nn.Module, ABC):
     Raises:
         ValueError: If `weight` is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class LogitMSE(Distiller):
         ...     def forward(self, student, teacher, target):

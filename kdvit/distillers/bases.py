@@ -57,7 +57,7 @@ def hadamard(size: int) -> Tensor:
     Returns:
         ``[n, n]``, float64.
 
-    Example:
+    Examples:
         >>> [bool((hadamard(n).abs() * n**0.5 - 1).abs().max() < 1e-9) for n in (1, 2, 16, 192, 384, 10)]
         [True, True, True, True, True, False]
     """

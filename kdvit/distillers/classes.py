@@ -37,7 +37,7 @@ def share_classes(classes: Classes, student: OutputShapes, teacher: OutputShapes
     Raises:
         ValueError: If a class is not there or given twice, names are not known, or fewer than two classes are shared.
 
-    Example:
+    Examples:
         >>> student = OutputShapes(2, class_names=("cat", "dog"))
         >>> teacher = OutputShapes(3, class_names=("dog", "ox", "cat"))
         >>> share_classes("by_name", student, teacher)
@@ -92,7 +92,7 @@ def first_difference(ours: Names, theirs: Names) -> tuple[int, str, str] | None:
 def numbers_by_name(ours: Names, theirs: Names) -> list[int] | None:
     """Returns the number of each of our classes among theirs; None where one is not among them, or names are not known.
 
-    Example:
+    Examples:
         >>> numbers_by_name(["ox", "cat"], ["cat", "dog", "ox"]), numbers_by_name(["ox"], ["cat"])
         ([2, 0], None)
     """

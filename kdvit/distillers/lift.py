@@ -22,7 +22,7 @@ def grown_widths(narrow: int, target: int, blocks: int, growth: Growth) -> list[
         blocks: How many.
         growth: By equal steps, or by equal factors; rounded down.
 
-    Example:
+    Examples:
         >>> grown_widths(192, 384, 3, "linear"), grown_widths(192, 384, 3, "exponential")
         ([256, 320, 384], [241, 304, 384])
     """

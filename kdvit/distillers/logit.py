@@ -26,7 +26,7 @@ def soft_kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
     Returns:
         ``temperature ** 2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> soft_kd(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
         tensor(0.)

@@ -23,7 +23,7 @@ def spectral_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar, float32 or better.
 
-    Example:
+    Examples:
         >>> spectral_mse(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
         tensor(0.6667)
     """

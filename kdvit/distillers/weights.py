@@ -32,7 +32,7 @@ class WeightSchedule:
     Raises:
         ValueError: If a weight is negative, `epochs` is below 1, or the shape is unknown.
 
-    Example:
+    Examples:
         >>> weight = WeightSchedule(start=1.0, end=0.0, epochs=4)
         >>> [weight.at(epoch) for epoch in range(6)]
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]

@@ -34,7 +34,7 @@ class MahalanobisNorm(nn.Module):
         width: Channels D.
         eps: That of the LayerNorm that was folded.
 
-    Example:
+    Examples:
         >>> norm = MahalanobisNorm(2, eps=0.0)
         >>> norm(torch.tensor([[3.0, 4.0]])).tolist()
         [[0.6000000238418579, 0.800000011920929]]

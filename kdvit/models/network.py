@@ -36,7 +36,7 @@ class Network(nn.Module):
             is built again from. A class that begins with a file of weights sets that argument to None here.
         spec: What a loaded network's file says of it, in plain types.
 
-    Example:
+    Examples:
         A network of one's own, usable in YAML by its class path::
 
             class MyNet(Network):
@@ -142,7 +142,7 @@ class Network(nn.Module):
         Raises:
             ValueError: If there is no such layer.
 
-        Example:
+        Examples:
             >>> network = Network(depth=12, image_format=None)
             >>> [network.resolve(layer) for layer in (0, -1, 0.5, 1.0)]
             [0, 11, 5, 11]

@@ -45,7 +45,7 @@ def find_object(path: str) -> Any:
         ImportError: If there is no such module.
         AttributeError: If the module does not have it.
 
-    Example:
+    Examples:
         >>> find_object("torch.nn.Linear.forward").__name__
         'forward'
     """
@@ -111,7 +111,7 @@ def class_paths(value: Any) -> list[str]:
 def plain_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the arguments of a constructor's call by name, in plain types; None where they are not plain.
 
-    Example:
+    Examples:
         >>> class Net:
         ...     def __init__(self, width, norm=nn.LayerNorm, **more): ...
         >>> plain_arguments(Net, (8,), {"norm": nn.LayerNorm, "grid": (2, 2)})

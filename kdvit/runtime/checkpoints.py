@@ -139,7 +139,7 @@ class StepCheckpoint(ModelCheckpoint):
 def better(monitor: str | None) -> str:
     """Returns which values of a metric are better, min or max.
 
-    Example:
+    Examples:
         >>> better("val/loss"), better("val/acc1_ema")
         ('min', 'max')
     """

@@ -33,7 +33,7 @@ class BoardLogger(TensorBoardLogger):
 def card(name: str) -> str:
     """Returns the name of a card in TensorBoard, which sorts by name: a number puts its group where it is read.
 
-    Example:
+    Examples:
         >>> [card(name) for name in ("val/acc1", "train/lift", "train/lift_weighted", "epoch", "teacher/acc1")]
         ['1_val/acc1', '2_train/lift', '3_weighted/lift_weighted', '4_data/epoch', 'teacher/acc1']
     """

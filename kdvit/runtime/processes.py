@@ -52,7 +52,7 @@ def require_all_processes(trainer: pl.Trainer) -> None:
 def planned_processes(devices: int | str | Sequence[int | str] | None, num_nodes: int) -> int | None:
     """Returns how many processes a Trainer's `devices` and `num_nodes` make; None where the machine of the run decides.
 
-    Example:
+    Examples:
         >>> [planned_processes(devices, num_nodes=2) for devices in (4, "4", "0,3", [0, 1, 3], "auto", -1, None)]
         [8, 8, 4, 6, None, None, None]
     """

@@ -47,7 +47,7 @@ class RunLength(NamedTuple):
 def limited(batches: int, limit: int | float | None) -> int:
     """Returns how many of the batches of an epoch `trainer.limit_train_batches` leaves, a number or a share.
 
-    Example:
+    Examples:
         >>> [limited(20, limit) for limit in (None, 5, 30, 0.25)]
         [20, 5, 20, 5]
     """
@@ -59,7 +59,7 @@ def limited(batches: int, limit: int | float | None) -> int:
 def planned_length(epochs: int, steps: int, an_epoch: int) -> RunLength:
     """Returns the length of a run that is given by epochs or, where those are below 1, by steps.
 
-    Example:
+    Examples:
         >>> planned_length(epochs=-1, steps=25, an_epoch=10)
         RunLength(epochs=3, steps=25, steps_an_epoch=10)
     """
@@ -178,7 +178,7 @@ class ScheduleOptions:
             lr: The highest.
             length: How long the run is.
 
-        Example:
+        Examples:
             >>> ScheduleOptions(warmup_epochs=2, warmup_lr=0.0, min_lr=0.0).rates(1.0, RunLength(4))
             [0.0, 0.5, 0.5, 0.14644660940672627]
         """

@@ -82,7 +82,7 @@ def analyze(
         memory: Gigabytes for tokens; with less, the images pass twice.
         trainer: How to run.
 
-    Example:
+    Examples:
         kdvit analyze --config demo/lift.yaml --images 200
     """
     ways = [bool(model), bool(teacher or student), bool(config)]

@@ -43,7 +43,7 @@ def benchmark(
         device: Where they are timed, such as cuda.
         out: A JSON file for the numbers, each round's included, and the machine.
 
-    Example:
+    Examples:
         kdvit benchmark deit_tiny_patch16_224 lift.yaml
     """
     files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}

@@ -18,7 +18,7 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
         runs: Run directories of `kdvit fit`, or exported students.
         out: Folder of comparison.html, comparison.md, comparison.json and curves.png.
 
-    Example:
+    Examples:
         kdvit compare runs/demo/lift runs/demo/plain
     """
     for each in runs:

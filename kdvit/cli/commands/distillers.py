@@ -8,7 +8,7 @@ from kdvit.tables import text_table
 def distillers() -> None:
     """List the objectives by their short names.
 
-    Example:
+    Examples:
         kdvit distillers
     """
     from kdvit.distillers.plugins import known_distillers, load_plugins

@@ -37,7 +37,7 @@ def export(
         dynamic_size: Whether the ONNX file takes images of other heights and widths, where the network can.
         images: Folder of images, or a data module by its class name, to compare the ONNX file on, beside noise.
 
-    Example:
+    Examples:
         kdvit export --ckpt runs/demo/lift/student --out students/lift --fold
     """
     if not Path(ckpt).exists():

@@ -19,7 +19,7 @@ def import_released(
         weights: The raw ones, which the paper reports, or their average.
         num_heads: Heads of the wide blocks, for a file that does not say them, where they are not 64 channels each.
 
-    Example:
+    Examples:
         kdvit import lift.pth --out students/lift
     """
     if not Path(checkpoint).is_file():

@@ -32,7 +32,7 @@ def init(
         labels: Whether folders are classes; by default they are, if there are two or more.
         out: The config.
 
-    Example:
+    Examples:
         kdvit init --images photographs --teacher runs/demo/teacher
     """
     file = Path(out)

@@ -47,7 +47,7 @@ def probe(
         num_workers: Processes that load images.
         trainer: How to run.
 
-    Example:
+    Examples:
         kdvit probe runs/demo/lift/student --data Digits
     """
     files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}

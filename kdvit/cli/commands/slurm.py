@@ -80,7 +80,7 @@ def slurm(
         rest: Options of `kdvit fit`.
         typed: All options.
 
-    Example:
+    Examples:
         kdvit slurm --config lift.yaml --gpus 4 --time 24:00:00 --dry_run
     """
     count = int(str(gpus).rpartition(":")[2])
