@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,45 @@ def test_the_page_of_images_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             _, *args = shlex.split(command)
             of_a_trainer = args[0] in ("fit", "test", "predict")
             main([*args, *(run if of_a_trainer else ["--pretrained", "false", "--num_workers", "0", "--k", "3"])])
+
+
+MOVING = (packaged_configs() / "MOVING.md").read_text()
+
+
+def short_keys(given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields every key of a config with those above it, without `init_args`, which the command line may leave out."""
+    for name, value in given.items():
+        key = prefix if name == "init_args" else f"{prefix}.{name}".strip(".")
+        yield key
+        yield from short_keys(value, key) if isinstance(value, dict) else ()
+
+
+def test_pages_for_newcomers_name_keys_and_classes_that_exist(capsys) -> None:
+    pages = MOVING + (packaged_configs().parent / "kdvit/cli/FAQ.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "lift.yaml", "--print_config"])
+    known = {*short_keys(yaml.safe_load(capsys.readouterr().out))}
+    named = re.findall(
+        r"`((?:trainer|data|model|ema|checkpoint|callbacks|schedule|teacher)\.[\w.]+|seed_everything)", pages
+    )
+    assert len(named) > 80
+    inside = {key.partition(".")[2] for key in known}  # as under `model`
+    assert {key.replace(".init_args", "") for key in named} - known - inside == set()
+    classes = {*re.findall(r"`(\w+Distiller)", pages)}
+    assert classes - {*kdvit.distillers.__all__} == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_config_of_those_who_come_from_deit_runs(capsys) -> None:
+    image_folder(Path("photographs"))
+    given = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", MOVING, re.DOTALL)[0])
+    given["model"]["teacher"]["init_args"]["arch"] = "vit_tiny_patch16_224"
+    tiny_networks(given)
+    for name in ("student", "teacher"):
+        given["model"][name]["init_args"]["num_classes"] = 2
+    Path("deit.yaml").write_text(yaml.safe_dump(given))
+    main(["check", "--config", "deit.yaml"])
+    assert "This config is ready for `kdvit fit`" in capsys.readouterr().out
 
 
 def test_the_recipe_for_contributors_runs(monkeypatch: pytest.MonkeyPatch) -> None:
