@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import shlex
 import tarfile
@@ -24,11 +25,6 @@ from tests.data.test_data_modules import image_folder
 from tests.runs import SHORT
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    each
-    for each in ROOT.rglob("*.md")
-    if not {"build", "runs"} & {*each.relative_to(ROOT).parts} and ".venv" not in str(each)
-]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 LOADING = re.findall(r"```python\n(.*?)```", (Path(kdvit.models.__file__).parent / "README.md").read_text(), re.DOTALL)[
@@ -43,10 +39,12 @@ def test_it_is_read_in_a_minute() -> None:
     assert max(map(len, README.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_links_to_is_there(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_its_badges_are_true() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    oldest = setup["options"]["python_requires"].removeprefix(">=")
+    badges = re.findall(r"img.shields.io/badge/(\w+)-(.*)-blue", README)
+    assert badges == [("python", f"%E2%89%A5{oldest}"), ("licence", setup["metadata"]["license"].replace("-", "--"))]
 
 
 @pytest.mark.slow
