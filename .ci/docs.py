@@ -7,7 +7,6 @@ from pathlib import Path
 PAGES = Path("build/pages")
 WRITTEN = ("README.md", "kdvit/*/*.md", "configs/**/*.md", "tests/bench/*.md", ".github/C*.md")
 ROOMS = ("analysis", "cache", "callbacks", "cli", "data", "distillers", "models", "structures", "testing", "training")
-
 HIDDEN = {"kdvit.distillers": ("dist", "dkd")}  # functions behind modules of the same name
 
 
@@ -20,7 +19,8 @@ shutil.rmtree(PAGES, ignore_errors=True)
 for page in (page for pattern in WRITTEN for page in Path().glob(pattern)):
     place(page).parent.mkdir(parents=True, exist_ok=True)
     place(page).write_text(re.sub(r"(\]\([./]*)\.github/", r"\1github/", page.read_text()))
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         file = (page.parent / target).resolve().relative_to(Path.cwd())
         if file.suffix != ".md":  # a picture, a config, or a file of code
             place(file).parent.mkdir(parents=True, exist_ok=True)
