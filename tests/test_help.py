@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.entry import OTHERS
-from kdvit.cli.help import SUMMARIES
+from kdvit.cli.help import OPTIONS, SUMMARIES
 from tests.data.test_data_modules import image_folder
 from tests.reference import reference_weights
 from tests.runs import SHORT
@@ -42,6 +43,46 @@ def test_the_list_of_commands_cuts_no_sentence(capsys) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(lines) == len(SUMMARIES) + len(OTHERS)
     assert [line for line in lines if not line.endswith(".") or len(line) > 120] == []
+
+
+def test_a_shell_completes_commands_options_and_values(capsys) -> None:
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+    Path("mine.yaml").touch()
+    words = [
+        *(
+            "''",
+            "comp",
+            "fit --conf",
+            "fit --config m",
+            "fit --config demo/lif",
+            "fit --model.compile ''",
+            "fit --data I",
+        ),
+        *("fit --model.compile = st", "predict --ckpt_path b", "export --fo", "export --precision ''", "completion ''"),
+        *(f"{command} {option.split()[0]}" for command in OPTIONS for option, _ in OPTIONS[command]),
+    ]
+    end = 'COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _kdvit; echo "${COMPREPLY[*]}"'
+    asked = "\n".join(f"COMP_WORDS=(kdvit {each}); {end}" for each in words)
+    told = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True, env={})
+    found = dict(zip(words, told.stdout.splitlines(), strict=True))
+    assert {*SUMMARIES, *OTHERS} <= {*found["''"].split()}
+    assert {each: found[each] for each in words[1:12]} == {
+        "comp": "compare completion",
+        "fit --conf": "--config",
+        "fit --config m": "mine.yaml",
+        "fit --config demo/lif": "demo/lift.yaml",
+        "fit --model.compile ''": "none student teacher both",
+        "fit --data I": "ImageFolder ImageTable Images",
+        "fit --model.compile = st": "student",
+        "predict --ckpt_path b": "best",
+        "export --fo": "--fold --format",
+        "export --precision ''": "float32 float16 int8",
+        "completion ''": "bash zsh",
+    }
+    assert [each for each in words[12:] if each.split()[1] not in found[each].split() and "NAME" not in each] == []
+    main(["completion", "zsh"])
+    assert capsys.readouterr().out.endswith(f"autoload -U +X bashcompinit && bashcompinit\n{script}")
 
 
 @pytest.mark.slow

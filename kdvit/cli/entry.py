@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from kdvit.cli.commands.analyze import analyze
 from kdvit.cli.commands.benchmark import benchmark
@@ -27,10 +27,30 @@ from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
 from kdvit.tables import text_table
 
+
+def completion(shell: Literal["bash", "zsh"]) -> None:
+    """Print the script by which a shell completes commands, options and values, at once and without Python.
+
+    For this shell: source <(kdvit completion bash). For all: write it into
+    ~/.local/share/bash-completion/completions/kdvit, or load it from ~/.zshrc; it takes some seconds to make. Make it
+    anew after an update.
+
+    Args:
+        shell: Which.
+
+    Examples:
+        kdvit completion bash
+    """
+    from kdvit.cli.completing import script
+
+    print(script(shell, OTHERS))
+
+
 OTHERS: dict[str, Callable[..., Any]] = {
     "analyze": analyze,
     "benchmark": benchmark,
     "compare": compare,
+    "completion": completion,
     "distillers": distillers,
     "export": export,
     "import": import_released,

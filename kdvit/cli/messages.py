@@ -189,14 +189,14 @@ def _no_class_path(text: str, match: re.Match[str]) -> str:
 
 
 def _unknown_argument(text: str, match: re.Match[str]) -> str:
-    known = _arguments(match[1])
+    known = arguments(match[1])
     return f"{text}.{nearest(match[2], known)} It takes: {', '.join(known)}."
 
 
 def _unknown_option(text: str, match: re.Match[str]) -> str:
     owners = {"model": "kdvit.training.DistillationModule", "trainer": "lightning.pytorch.Trainer"}
     group, _, option = match[1].partition(".")
-    known = _arguments(owners[group]) if group in owners else []
+    known = arguments(owners[group]) if group in owners else []
     return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help all` lists all."
 
 
@@ -210,7 +210,7 @@ ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {
 }
 
 
-def _arguments(class_path: str) -> list[str]:
+def arguments(class_path: str) -> list[str]:
     """Returns the names of a constructor's arguments, those behind **kwargs included."""
     module, _, name = class_path.rpartition(".")
     names: dict[str, None] = {}

@@ -35,6 +35,15 @@ class ReadFit(PlannedFit):
         return plain
 
 
+class OptionsCLI(ReadFit):
+    """The options of a command, as argparse has them, and nothing else of it."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses nothing, so that nothing is missing."""
+        self.options = self._parser(self.command)._actions
+        self.config = {"subcommand": None, "seed_everything": False}
+
+
 class HelpCLI(KdvitCLI):
     """Shows the help of a command, all of it or one group.
 

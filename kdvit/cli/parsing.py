@@ -32,7 +32,19 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
     Raises:
         ArgumentError: If a word is unknown, or a value has another type.
     """
-    parameters = inspect.signature(function).parameters
+    parameters, parser = inspect.signature(function).parameters, parser_of(function, name)
+    known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key not in PASSED}
+    first = next(iter(parameters.values()), None)
+    alone = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD and _item(known[first.name]) else None
+    own, rest = joined(args, known, alone, "rest" in parameters)
+    with options_known(name, parser._option_string_actions):
+        given = parser.instantiate(parser.parse_args(own))
+    passed = {"rest": rest, "typed": args}
+    return function(**given, **{key: passed[key] for key in PASSED if key in parameters})
+
+
+def parser_of(function: Callable[..., Any], name: str) -> ArgumentParser:
+    """Returns the parser of a function as a command; see `call`."""
     text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     parser = ArgumentParser(
         prog=f"kdvit {name}",
@@ -43,14 +55,7 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         allow_abbrev=False,
     )
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*PASSED})
-    known = {key: kind for key, kind in get_type_hints(function).items() if key in parameters and key not in PASSED}
-    first = next(iter(parameters.values()), None)
-    alone = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD and _item(known[first.name]) else None
-    own, rest = joined(args, known, alone, "rest" in parameters)
-    with options_known(name, parser._option_string_actions):
-        given = parser.instantiate(parser.parse_args(own))
-    passed = {"rest": rest, "typed": args}
-    return function(**given, **{key: passed[key] for key in PASSED if key in parameters})
+    return parser
 
 
 def without_imports(args: list[str]) -> list[str]:
