@@ -1,8 +1,19 @@
-"""Tables for the terminal, for Markdown and for LaTeX."""
+"""Tables for the terminal, for Markdown and for LaTeX, and sizes as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def as_size(count: float) -> str:
+    """Returns a number of bytes in the unit that suits it.
+
+    Example:
+        >>> [as_size(count) for count in (7, 4_200, 1.5e6, 2.5e12)]
+        ['7 bytes', '4.2 kB', '1.5 MB', '2,500.0 GB']
+    """
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    return next((f"{count / unit:,.1f} {name}" for name, unit in units.items() if count >= unit), f"{count:.0f} bytes")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -22,6 +22,7 @@ from kdvit.cache.store import CacheReader, append_records, encode, missing_shard
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 from kdvit.structures import Batch, SharedBasis, View, ViTOutput
+from kdvit.tables import as_size
 
 LoaderOf = Callable[["RowBatches"], DataLoader[Any]]
 Calibrate = Callable[[dict[str, SharedBasis]], dict[str, SharedBasis]]
@@ -227,8 +228,8 @@ def check_room(folder: Path, manifest: Manifest) -> tuple[int, int]:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CacheError(
-            f"The cache needs {needed / 1e9:,.3f} GB more, and the disk of {str(folder)!r} has {free / 1e9:,.3f} GB "
-            "free. Choose another --out, fewer --views, --store logits, or --topk."
+            f"The cache needs {as_size(needed)} more, and the disk of {str(folder)!r} has {as_size(free)} free. "
+            "Choose another --out, fewer --views, --store logits, or --topk."
         )
     return needed, free
 
@@ -243,17 +244,15 @@ def fill(trainer: pl.Trainer, writing: CacheWriting) -> str:
     check_begun(folder, manifest)
     needed, free = check_room(folder, manifest)
     record = record_type(manifest).itemsize
-    rank_zero_info(
-        f"{manifest.rows:,} records of {record:,} bytes: {needed / 1e9:,.3f} GB to write, {free / 1e9:,.3f} GB free."
-    )
+    rank_zero_info(f"{manifest.rows:,} records of {record:,} bytes: {as_size(needed)} to write, {as_size(free)} free.")
     if missing_shards(folder, manifest) or not Manifest.load(folder).complete:
         trainer.predict(writing, return_predictions=False)
     missing = len(missing_shards(folder, manifest))
     if missing:
         raise CacheError(f"{missing} shards of {str(folder)!r} are missing. The same command again goes on with them.")
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    written = sum(file.stat().st_size for file in folder.iterdir())
     return (
-        f"{folder}: {size / 1e9:,.3f} GB, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit "
+        f"{folder}: {as_size(written)}, {manifest.views} view(s) of {manifest.images:,} images. Next: kdvit fit "
         f"--config ... --data.init_args.cache {folder}"
     )
 

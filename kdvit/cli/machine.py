@@ -11,6 +11,7 @@ import torch
 from kdvit.models import Network
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.processes import planned_processes
+from kdvit.tables import as_size
 from kdvit.training.module import DistillationModule
 
 PROGRAM = 0.9e9
@@ -92,9 +93,12 @@ def beside_machine(module: DistillationModule, batch_size: int, workers: int, tr
         ours *= 0.6  # activations of half the size, weights as before
     needed = processes * (rest if on_gpus else ours + rest)
     there, running = memory(), processes * (1 + workers)
-    told = f"{processes} x (1 + {workers} workers) processes on {cores()} cores; about {_gb(needed)}"
-    told += f" of {_gb(there)}" if there else ""
-    told += f", and {_gb(ours)} on each GPU" if on_gpus else f", {_gb(needed / processes)} a process"
+    loading = processes * workers
+    told = f"{processes} training process{'es' * (processes > 1)}"
+    told += f" and {loading} that load{'s' * (loading == 1)} images" if loading else ", without others that load images"
+    told += f", on {cores()} cores; about {as_size(needed)}"
+    told += f" of {as_size(there)}" if there else ""
+    told += f", and {as_size(ours)} on each GPU" if on_gpus else f", {as_size(needed / processes)} a process"
     warnings = []
     if on_gpus and gpus < processes:
         warnings.append(f"{processes} GPUs are planned, and this machine has {gpus}: set --trainer.devices.")
@@ -106,13 +110,9 @@ def beside_machine(module: DistillationModule, batch_size: int, workers: int, tr
         )
     if there and needed > 0.9 * there:
         warnings.append(
-            f"it would take about {_gb(needed)}, and this machine has {_gb(there)}: lower --trainer.devices, "
+            f"it would take about {as_size(needed)}, and this machine has {as_size(there)}: lower --trainer.devices, "
             "--data.init_args.batch_size or --data.init_args.num_workers."
         )
     if on_gpus and gpus > 0 and ours > (card := torch.cuda.get_device_properties(0).total_memory):
-        warnings.append(f"a process would take about {_gb(ours)} of a GPU's {_gb(card)}: lower the batch_size.")
+        warnings.append(f"a process would take about {as_size(ours)} of a GPU's {as_size(card)}: lower the batch_size.")
     return told, warnings
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

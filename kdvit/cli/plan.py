@@ -12,6 +12,7 @@ from kdvit.errors import UserError
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.checkpoints import StepCheckpoint
 from kdvit.runtime.processes import planned_processes
+from kdvit.tables import as_size
 from kdvit.training.module import DistillationModule
 from kdvit.training.schedule import limited, planned_length
 
@@ -122,22 +123,24 @@ def _checkpoints(
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"trainer.default_root_dir: {str(root)!r} cannot be made or written to.")
     trained = parameter_count(module.student) + parameter_count(module.distillers)
-    megabytes = 3 * 4 * trained / 1e6  # the weights, and two moments of Adam's
+    a_file = 3 * 4 * trained  # bytes: the weights, and two moments of Adam's
     an_epoch = -(-(epoch or 1) // trainer.accumulate_grad_batches)
     length = planned_length(trainer.max_epochs or -1, trainer.max_steps, an_epoch)
     files = sum(each.files(length.epochs, length.epochs * an_epoch) for each in saved)
-    needed, free = (files + 1) * megabytes, disk_usage(there).free / 1e6
+    needed, free = (files + 1) * a_file, disk_usage(there).free
     told = (
-        f"{files} in {root / 'checkpoints'}, about {megabytes:,.1f} MB each; with one that is being written "
-        f"{needed:,.1f} MB"
+        f"{files} in {root / 'checkpoints'}, about {as_size(a_file)} each; with one that is being written "
+        f"{as_size(needed)}"
     )
-    short = f"the checkpoints need {needed:,.1f} MB, and {there} has {free:,.1f} MB free: lower checkpoint.save_top_k."
+    short = (
+        f"the checkpoints need {as_size(needed)}, and {there} has {as_size(free)} free: lower checkpoint.save_top_k."
+    )
     return told, [short] if needed > free else []
 
 
 def free_disk(root: Path) -> str:
     """Tells how much is free where a run is written."""
-    return f"{disk_usage(_there(root)).free / 1e6:,.0f} MB where the run is written"
+    return f"{as_size(disk_usage(_there(root)).free)} where the run is written"
 
 
 def _there(root: Path) -> Path:

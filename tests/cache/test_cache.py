@@ -239,7 +239,7 @@ def test_too_little_disk_is_said_before_anything_is_written(demo_teacher: str, m
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2_000_000))
     message = refusal(capsys, demo_teacher, run=cache)
-    assert "needs 0.003 GB more, and the disk of 'cache' has 0.002 GB free" in message
+    assert " MB more, and the disk of 'cache' has 2.0 MB free" in message
     assert not Path("cache").exists()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdvit.errors import UserError, shown
+from kdvit.tables import as_size
 
 COMPARED = 256
 """Images that an ONNX file is compared on, of those that are named."""
@@ -72,6 +73,6 @@ def export(
             file = folder / "model.onnx"
             compared = [] if images is None else batches(images, student.image_format, COMPARED)
             agreement = export_onnx(student, file, precision, dynamic_size, compared)
-            print(f"{file}, {precision}, {file.stat().st_size / 2**20:.1f} MiB: {agreement}.")
+            print(f"{file}, {precision}, {as_size(file.stat().st_size)}: {agreement}.")
         export_student(student, student.spec, folder)
         print(f"{type(student).__name__}, {parameter_count(student):,} parameters, {weights} weights, in {folder}.")
