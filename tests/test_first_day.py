@@ -90,7 +90,7 @@ def test_a_first_day(tmp_path: Path) -> None:
     )
     assert "This config is ready for `kdvit fit`." in kdvit("check", "--config", "kdvit.yaml")
     assert "Best val/acc1" in kdvit("fit", "--config", "kdvit.yaml", *SHORT)
-    assert "test/acc1" in kdvit("test", "--config", "runs/kdvit/config.yaml")
+    assert "Test on 20 images: accuracy " in kdvit("test", "--config", "runs/kdvit/config.yaml")
     kdvit("predict", "--config", "runs/kdvit/config.yaml")
     with (day / "runs/kdvit/predictions.csv").open() as stream:
         rows = list(csv.DictReader(stream))

@@ -311,8 +311,7 @@ def test_each_launcher_trains_one_run_in_one_folder(launcher: str, capsys: pytes
         (logged,) = (float(row["val/acc1"]) for row in csv.DictReader(stream) if row["val/acc1"])
     one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
     main(["validate", "--config", "run/config.yaml", "--ckpt_path", "last", *one])
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if " val/acc1 " in line)
-    assert float(line.split()[-1]) == pytest.approx(logged, abs=1e-6)
+    assert f" images: accuracy {logged:.2%}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -168,9 +169,9 @@ def test_a_split_student_is_tested_and_predicts_as_a_whole_one(
     root = Path("sharded/adamw")
     one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--ckpt_path", "last"]
     main(["validate", "--config", f"{root}/config.yaml", *one])
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if " val/loss " in line)
+    told = re.search(r"Validation on [\d,]+ images: .*loss ([\d.]+)\.$", capsys.readouterr().out)
     logged = [row["val/loss"] for row in _rows(root) if "val/loss" in row]
-    assert float(line.split()[-1]) == pytest.approx(logged[-1], abs=1e-5)
+    assert float(told[1]) == pytest.approx(logged[-1], rel=5e-4)
 
 
 @slow

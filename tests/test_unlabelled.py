@@ -119,16 +119,16 @@ def test_a_run_without_labels_is_validated_by_its_objectives_and_keeps_the_best_
     assert len(scores) == 4
     assert all(0 < score <= 1 for pair in scores for score in pair)
     assert len(rows("teacher/knn_acc1", "teacher/linear_acc1")) == 1
+    probe = "k-NN accuracy {:.2%}, linear accuracy {:.2%}".format(*scores[-1])
+    assert f"run/student holds the last ({probe} at the last probe): kdvit.load" in caplog.messages[-1]
 
     capsys.readouterr()
     main(["probe", "run/checkpoints/last.ckpt", "--data", "labelled", "--k", "3", "--num_workers", "0"])
     assert [f"{score:.2%}" for score in scores[-1]] == capsys.readouterr().out.split()[-2:]
     main(command("validate", *ALONE, *PROBE, "--probe.every_n_epochs", "3", "--ckpt_path", "last"))
-    told = capsys.readouterr().out
-    logged = [float(re.search(rf"val/{name}_acc1 +([\d.]+)", told)[1]) for name in ("knn", "linear")]
-    assert logged == pytest.approx(scores[-1])
+    assert capsys.readouterr().out.endswith(f", {probe}.\n")
     main(command("test", *ALONE, "--ckpt_path", "last"))
-    assert f"{losses[-1]:.6f}" in re.search(r"test/loss +(.*)", capsys.readouterr().out)[1]
+    assert f"Test on 6 images: loss {losses[-1]:.4g}, " in capsys.readouterr().out
     main(["compare", "run"])
     head, row = capsys.readouterr().out.splitlines()[:2]
     assert head.split()[-4:] == ["k-NN", "(%)", "linear", "(%)"]
@@ -145,9 +145,11 @@ def test_a_run_without_labels_is_validated_by_its_objectives_and_keeps_the_best_
 @pytest.mark.usefixtures("_photographs")
 def test_a_cache_a_resume_and_several_processes_work_without_labels(caplog, capsys) -> None:
     objectives = ("val/loss", "val/logit", "val/feature", "val/feature_cosine", "val/knn_acc1", "val/linear_acc1")
-    run = command("fit", *ALONE, *PROBE)
+    run = command("fit", *ALONE, *PROBE, "--trainer.enable_progress_bar", "true")
     main(run)
     alone = rows(*objectives)
+    (line,) = (each for each in caplog.messages if each.startswith("Epoch 1 "))
+    assert "val k-NN accuracy {:.2%}, val linear accuracy {:.2%}, ".format(*alone[-1][-2:]) in line
     main([*run, "--trainer.default_root_dir", "cut", "--trainer.max_steps", "3"])
     main([*run, "--trainer.default_root_dir", "cut"])
     assert rows(*objectives, root="cut") == alone
@@ -156,7 +158,9 @@ def test_a_cache_a_resume_and_several_processes_work_without_labels(caplog, caps
 
     main(command("cache", *ALONE, "--out", "cache", "--views", "2"))
     cached = [*run, "--trainer.default_root_dir", "cached", "--data.init_args.cache", "cache"]
+    caplog.clear()
     main([*cached, "--probe.every_n_epochs", "2"])
+    assert ["val k-NN" in each for each in caplog.messages if each.startswith("Epoch ")] == [False, True]
     assert len(rows("val/knn_acc1", root="cached")) == 1
     np.testing.assert_allclose(rows(*objectives[:4], root="cached"), [row[:4] for row in alone], rtol=2e-3)
     main(["analyze", "--model", "run/student", "--data", "images", "--images", "8", "--num_workers", "0"])

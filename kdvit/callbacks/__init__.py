@@ -2,7 +2,7 @@
 
 from kdvit.callbacks.bad_images import BadImages
 from kdvit.callbacks.ema import StudentEMA
-from kdvit.callbacks.epoch_lines import EpochLines, NetworkLine
+from kdvit.callbacks.epoch_lines import EpochLines, NetworkLine, ScoreLine
 from kdvit.callbacks.first_batch import FirstBatch
 from kdvit.callbacks.labelled_probe import LabelledProbe
 from kdvit.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteGuard",
     "PredictionWriter",
     "Preemption",
+    "ScoreLine",
     "StudentEMA",
     "StudentExport",
     "TeacherScores",

@@ -8,13 +8,34 @@ from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.callbacks.labelled_probe import LabelledProbe
 from kdvit.models.cost import parameter_count
 from kdvit.structures import as_batch
 
 SHARES = 10  # lines of a prediction
+NAMES = {
+    "acc1": "accuracy",
+    "acc5": "top-5 accuracy",
+    "knn_acc1": "k-NN accuracy",
+    "linear_acc1": "linear accuracy",
+}
+PROBED = ("val/knn_acc1", "val/linear_acc1")
+
+
+def in_words(name: str, value: float) -> str:
+    """Returns a score as it is read.
+
+    Example:
+        >>> in_words("val/knn_acc1", 0.51239), in_words("test/loss", 2.34567), in_words("test/acc1_ema", 0.5)
+        ('k-NN accuracy 51.24%', 'loss 2.346', 'accuracy (EMA) 50.00%')
+    """
+    score, average, _ = name.rpartition("/")[2].partition("_ema")
+    text = f"{value:.2%}" if "acc" in score else f"{value:.4g}"
+    return f"{NAMES.get(score, score)}{' (EMA)' * bool(average)} {text}"
 
 
 class NetworkLine(ModelSummary):
@@ -74,8 +95,10 @@ class EpochLines(ProgressBar):
         """Says the line."""
         epoch, epochs = trainer.current_epoch, trainer.max_epochs or -1
         scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        shown = {"train/loss": "train loss {:.3f}", "val/loss": "val loss {:.3f}", "val/acc1": "val accuracy {:.2%}"}
-        told = [text.format(scores[name]) for name, text in shown.items() if name in scores]
+        probed = any(isinstance(each, LabelledProbe) and each.is_due(epoch) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        validated = ["val/loss", "val/acc1", *PROBED * probed] * bool(self._validated)
+        shown = [name for name in ("train/loss", *validated) if name in scores]  # the others may be of an earlier epoch
+        told = [f"{name.partition('/')[0]} {in_words(name, scores[name])}" for name in shown]
         told.append(f"{self._images / max(time.perf_counter() - self._since - self._validated, 1e-9):,.0f} images/s")
         if epochs > 0 and trainer.num_training_batches != float("inf"):
             left = (epochs - epoch - 1) * trainer.num_training_batches
@@ -91,3 +114,28 @@ class EpochLines(ProgressBar):
         done = batch_idx + 1
         if total != float("inf") and done * SHARES // total > batch_idx * SHARES // total and total >= SHARES:
             rank_zero_info(f"{done:,} of {total:,} batches.")
+
+
+class ScoreLine(pl.Callback):
+    """Says in one line what a validation or a test has found, and on how many images."""
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts to count."""
+        self._images = 0
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Counts the images."""
+        self._images += len(as_batch(batch).image)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Says the line."""
+        images = trainer.strategy.reduce(torch.tensor(self._images, device=pl_module.device), reduce_op="sum")
+        found = sorted(trainer.callback_metrics.items(), key=lambda each: each[0].endswith("_ema"))
+        scores = [in_words(name, float(value)) for name, value in found]
+        if trainer.is_global_zero:
+            stage = "Test" if trainer.testing else "Validation"
+            print(f"{stage} on {int(images):,} images: {', '.join(scores)}.")
+
+    on_validation_start, on_validation_batch_end, on_validation_end = on_test_start, on_test_batch_end, on_test_end

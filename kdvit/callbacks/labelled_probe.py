@@ -80,12 +80,16 @@ class LabelledProbe(pl.Callback):
             return
         before = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING and not before
-        if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
+        if fitting and not self.is_due(trainer.current_epoch):
             return
         scores = ProbeScores(0.0, 0.0, 0, 0, 0)
         if not before:
             scores = self._probe(trainer, pl_module, self._data, pl_module.student, pl_module.student)
-        pl_module.log_dict({f"val/{name}": value for name, value in named(scores).items()})
+        pl_module.log_dict({f"val/{name}": value for name, value in named(scores).items()}, prog_bar=True)
+
+    def is_due(self, epoch: int) -> bool:
+        """Tells whether the student is probed in an epoch."""
+        return self.images is not None and (epoch + 1) % self.every_n_epochs == 0
 
     @torch.no_grad()
     def _probe(

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from kdvit.callbacks.epoch_lines import PROBED, in_words
 from kdvit.callbacks.nonfinite import NonFiniteError
 from kdvit.errors import UserError
 from kdvit.models import export_student
@@ -34,7 +35,7 @@ class Best(NamedTuple):
     content: dict[str, Any]
 
     def __str__(self) -> str:
-        score = f"{self.score:.2%}" if "acc" in self.monitor else f"{self.score:.4g}"
+        score = in_words(self.monitor, self.score).rpartition(" ")[2]
         return f"Best {self.monitor} {score}, of epoch {self.content['epoch']}, in {self.file}."
 
 
@@ -118,6 +119,8 @@ class StudentExport(pl.Callback):
         kind = spec["class"].rpartition(".")[0]
         own = f", imports=[{kind!r}]" if kind else ""
         score = f"{found} " if found is not None else ""
+        probed = [in_words(name, spec["run"][name]) for name in PROBED if name in spec["run"]]
+        which += f" ({', '.join(probed)} at the last probe)" if probed else ""
         rank_zero_info(f"{score}{folder} holds the {which}: kdvit.load_student({str(folder)!r}{own}) loads it.")
 
     def _seconds(self) -> float:

@@ -19,6 +19,7 @@ from kdvit.analysis.published import PUBLISHED
 from kdvit.analysis.report import NetworkReport
 from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.save import save
+from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.analyze import Processes
 from kdvit.cli.config_files import find_config
 from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
@@ -148,7 +149,9 @@ class Analysis:
 def process_trainer(processes: Processes) -> pl.Trainer:
     """Returns the Trainer of a measurement, and refuses what would go wrong in its processes."""
     require_all_tasks(planned_processes(processes.devices, processes.num_nodes))
-    trainer = analysis_trainer(**{key: each for key, each in asdict(processes).items() if each is not None})
+    given = {key: each for key, each in asdict(processes).items() if each is not None}
+    silent = {} if in_terminal() else {"callbacks": [], "enable_progress_bar": False}
+    trainer = analysis_trainer(**given, **silent)
     require_whole_networks(trainer)
     require_all_processes(trainer)
     return trainer

@@ -69,7 +69,10 @@ NOISE = (
 )
 
 
-UNSAID = ("💡 Tip:", "TPU available:")  # of Lightning's own lines: advertisements, and what concerns nobody
+UNSAID = (
+    *("💡 Tip:", "TPU available:"),  # of Lightning's own lines: advertisements, and what concerns nobody
+    *("Restoring states from", "Restored all states from", "Loaded model weights from"),  # `find_start` has said it
+)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -236,6 +236,7 @@ class KdvitCLI(LightningCLI):
         used.insert(0, SameCheckpoint(self.start.checkpoint))
         shown = _shown(given.trainer, used)
         if self.command != "fit":
+            used += [callbacks.ScoreLine()] * (self.command in ("validate", "test"))
             return {"logger": False, "callbacks": used, **shown}
         epochs, steps = given.trainer.max_epochs or -1, given.trainer.max_steps
         used.insert(0, RunEnd(steps if steps > 0 else None, has_epochs=epochs > 0))

@@ -61,6 +61,7 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
                 "choose another --trainer.default_root_dir."
             )
         if command != "fit":
+            rank_zero_info(f"The student is that of {named}.")
             return Start(str(named), class_names=trained_class_names(named))
         return _go_on(named, config, parser if own else None)
     if command != "fit":

@@ -34,6 +34,14 @@ class Trainer(pl.Trainer):
         with shown((MisconfigurationException, ModuleNotFoundError, BatchError)):
             super().fit(*args, **kwargs)
 
+    def validate(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run Lightning's own, whose table `callbacks.ScoreLine` replaces."""
+        return super().validate(**kwargs, verbose=False)
+
+    def test(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run Lightning's own, whose table `callbacks.ScoreLine` replaces."""
+        return super().test(**kwargs, verbose=False)
+
     def check(
         self, model: DistillationModule, datamodule: pl.LightningDataModule, images_per_second: float | None = None
     ) -> None:
