@@ -100,6 +100,7 @@ def test_what_is_not_there_is_one_message(digits: str, capsys) -> None:
     for arguments, expected in (
         (["--images", "nothing", "--teacher", "vit_tiny_patch16_224"], "--images: there is no folder "),
         (["--images", digits, "--teacher", "vit_tiny_patch16_22"], "Did you mean vit_tiny_patch16_224?"),
+        (["--images", digits, "--teacher", "no/folder"], "/no/folder', nor a network of that name in timm."),
         (["--images", digits, "--teacher", digits], "is neither an exported folder nor a run with a folder student."),
         (["--images", digits, "--teacher", "vit_tiny_patch16_224", "--student", "resnet18"], "LiftViT is for timm's"),
     ):

@@ -24,6 +24,8 @@ from tests.runs import QUIET, demo_fit
 
 STEPS = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1"]
 
+LIFT = ["--config", "demo/lift.yaml", "--model.teacher.init_args.arch"]
+
 
 def fit(*more: str) -> None:
     main(demo_fit("plain", "", *STEPS, *more))
@@ -85,6 +87,16 @@ def misplaced(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["export", "--ckpt", "runs/lift", "--out", "x"], "Did you mean 'runs/lift/student'?"),
+        (["analyze", "--teacher", "runs/lift", "--student", "x"], "Did you mean 'runs/lift/student'?"),
+        (["probe", "runs/lift", "--data", "Digits"], "Did you mean 'runs/lift/student'?"),
+        (["check", *LIFT, "local-dir:runs/lift"], "Did you mean 'runs/lift/student'?"),
+        (["check", *LIFT, "runs/lift/student"], "is a path: expected timm's name, or local-dir:FOLDER"),
+        (["check", *LIFT, "lift.ckpt"], "/lift.ckpt', nor a network of that name in timm."),
+        (["benchmark", "runs/lifd/student"], "/runs/lifd/student', nor a network of that name in timm."),
+        (
+            ["check", "--config", "demo/plain.yaml", "--model.student.init_args.checkpoint", "runs/lift"],
+            "model.safetensors'. Did you mean 'runs/lift/student'?",
+        ),
         (
             ["export", "--ckpt", "runs/lift/checkpoints", "--out", "x"],
             "Did you mean 'runs/lift/checkpoints/best.ckpt'?",

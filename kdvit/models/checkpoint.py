@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdvit.errors import own_errors
 from kdvit.files import write_whole
-from kdvit.models.layouts import CONFIG, read_spec, read_weights_only
+from kdvit.models.layouts import CONFIG, meant, read_spec, read_weights_only
 from kdvit.models.module_network import ModuleNetwork
 from kdvit.models.network import Network
 from kdvit.models.own import as_plain, class_path, class_paths, find_trusted, import_packages
@@ -173,12 +173,8 @@ def _timm_config(spec: dict[str, Any]) -> dict[str, Any]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = folder / CONFIG
     if not config.is_file() or not (folder / WEIGHTS).is_file():
-        found = [
-            each for each in ("student", "checkpoints/best.ckpt", "best.ckpt", "last.ckpt") if (folder / each).exists()
-        ]
-        meant = f" Did you mean {str(folder / found[0])!r}?" if found else ""
         raise FileNotFoundError(
-            f"{str(folder.absolute())!r} is no exported student: expected {CONFIG} and {WEIGHTS} in it.{meant}"
+            f"{str(folder.absolute())!r} is no exported student: expected {CONFIG} and {WEIGHTS} in it.{meant(folder)}"
         )
     spec = json.loads(config.read_text()).get("kdvit")
     if spec is None:

@@ -42,6 +42,12 @@ PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
 """DINOv3's MLP, with a gate and without."""
 
 
+def meant(folder: Path, names: Collection[str] = ("student", "checkpoints/best.ckpt", "best.ckpt", "last.ckpt")) -> str:
+    """Returns " Did you mean X?" for the first of these that a folder holds, such as that of a run; or nothing."""
+    found = [str(folder / each) for each in names if (folder / each).exists()]
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def read_weights_only(path: Path) -> dict[str, Any]:
     """Reads a checkpoint that holds tensors and plain options, and runs no code that a file may bring.
 

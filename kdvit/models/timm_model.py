@@ -17,10 +17,13 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from kdvit.errors import nearest
+from kdvit.models.layouts import meant
 from kdvit.models.loading import load_checkpoint, load_weights
 
 WEIGHTS = "model.safetensors"
 """The weights in an exported folder."""
+FILES = (".ckpt", ".pth", ".pt", ".safetensors")
+"""Endings of names that are of no network."""
 PATIENCE = 5.0
 """Seconds to wait for the hub."""
 
@@ -100,7 +103,9 @@ def start_from(model: nn.Module, arch: str, checkpoint: str, new_head: bool = Tr
 def _weights_file(arch: str, checkpoint: str) -> str:
     file = str(Path(checkpoint) / WEIGHTS) if Path(checkpoint).is_dir() else checkpoint
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{arch}: there is no checkpoint file {str(Path(file).absolute())!r}.")
+        raise FileNotFoundError(
+            f"{arch}: there is no checkpoint file {str(Path(file).absolute())!r}.{meant(Path(checkpoint))}"
+        )
     return file
 
 
@@ -169,7 +174,7 @@ def _check_arch(arch: str) -> None:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(
                 f"There is no exported network in {str(Path(folder).absolute())!r}: expected config.json and "
-                "model.safetensors there. Train it first, or correct the path in `arch`."
+                f"{WEIGHTS} there.{meant(Path(folder), ['student']) or ' Train it first, or correct the path.'}"
             )
         if "architecture" not in json.loads((Path(folder) / "config.json").read_text()):
             raise ValueError(
@@ -177,4 +182,8 @@ def _check_arch(arch: str) -> None:
                 f"kdvit.load_student` and `init_args: {{path: {folder}}}`."
             )
     elif not source and not timm.is_model(arch.split(".")[0]):
+        if Path(arch).exists():
+            raise ValueError(f"{arch!r} is a path: expected timm's name, or local-dir:FOLDER of an exported network.")
+        if "/" in arch or arch.endswith(FILES):
+            raise FileNotFoundError(f"There is no {str(Path(arch).absolute())!r}, nor a network of that name in timm.")
         raise ValueError(f"timm has no model {arch!r}.{nearest(arch, timm.list_models())} timm.list_models() has all.")
