@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from kdvit import load_student
 from tests.wheel import build_wheel, install
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -106,7 +109,18 @@ def test_a_first_day(tmp_path: Path) -> None:
 
     exported = ["--ckpt", "runs/kdvit/student", "--out", "leaves", "--format", "onnx", "--images", "photographs"]
     assert "images get the same class" in kdvit("export", *exported)
-    assert predicted(day / "leaves/model.onnx", day / "photographs" / rows[0]["path"]) in NAMES
+    student, by_timm = (
+        load_student(day / "runs/kdvit/student"),
+        timm.create_model(f"local-dir:{day}/leaves", True).eval(),
+    )
+    images = torch.stack([student.transform(Image.open(day / "photographs" / row["path"])) for row in rows])
+    with torch.no_grad():
+        logits = student(images).logits.numpy()
+        np.testing.assert_allclose(by_timm(images).numpy(), logits, atol=1e-5)
+    told, by_onnx = read_onnx(day / "leaves/model.onnx", images.numpy())
+    np.testing.assert_allclose(by_onnx, logits, atol=1e-4)
+    assert [told["class_names"][i] for i in by_onnx.argmax(1)] == [row["class"] for row in rows]
+    assert (told["size"], told["mean"], told["std"]) == tuple(map(list, student.image_format[:3]))
 
     (day / "my_net.py").write_text(MY_NET)
     config = yaml.safe_load((day / "kdvit.yaml").read_text())
@@ -126,14 +140,10 @@ def test_a_first_day(tmp_path: Path) -> None:
     assert "runs/teacher/student" in kdvit("probe", "runs/teacher/student", "--data", "photographs")
 
 
-def predicted(file: Path, image: Path) -> str:
-    """Returns the name of the class of an image by an ONNX file and its metadata alone."""
+def read_onnx(file: Path, images: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns what the metadata of an ONNX file tell, and its logits of images, one after the other."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
     told = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
-    pixels = np.asarray(Image.open(image).convert("RGB").resize(told["size"][::-1]), np.float32) / 255
-    values = ((pixels - told["mean"]) / told["std"]).transpose(2, 0, 1)[None].astype(np.float32)
-    (logits,) = session.run(["logits"], {"image": values})
-    name: str = told["class_names"][int(logits.argmax())]
-    return name
+    return told, np.concatenate([session.run(["logits"], {"image": each[None]})[0] for each in images])
