@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def as_size(count: float) -> str:
     """Returns a number of bytes in the unit that suits it.
 
-    Example:
+    Examples:
         >>> [as_size(count) for count in (7, 4_200, 1.5e6, 2.5e12)]
         ['7 bytes', '4.2 kB', '1.5 MB', '2,500.0 GB']
     """

@@ -29,7 +29,7 @@ PROBED = ("val/knn_acc1", "val/linear_acc1")
 def in_words(name: str, value: float) -> str:
     """Returns a score as it is read.
 
-    Example:
+    Examples:
         >>> in_words("val/knn_acc1", 0.51239), in_words("test/loss", 2.34567), in_words("test/acc1_ema", 0.5)
         ('k-NN accuracy 51.24%', 'loss 2.346', 'accuracy (EMA) 50.00%')
     """
