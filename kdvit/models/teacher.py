@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.errors import UserError
+from kdvit.models.casting import cast_once
 from kdvit.models.checkpoint import known_class_names
 from kdvit.models.network import Network
 from kdvit.models.talking_heads import use_fast_talking_heads
@@ -93,8 +94,8 @@ class FrozenTeacher:
 
     It is no `nn.Module`, so the network is in no `state_dict`, no checkpoint and no `train()` call of the module that
     owns the holder; a deep copy (as EMA callbacks make) is the holder itself. The network is frozen and in eval from
-    the start, and follows the device of its input. Images arrive as the student sees them, and are converted to the
-    teacher's own size and normalisation by values fixed here.
+    the start, and follows the device of its input; under autocast, a copy does (`kdvit.models.casting`). Images arrive
+    as the student sees them, and are converted to the teacher's own size and normalisation by values fixed here.
 
     Args:
         network: The teacher.
@@ -105,7 +106,7 @@ class FrozenTeacher:
     def __init__(self, network: Network, image_format: ImageFormat | None = None, label: str = "teacher") -> None:
         self.network, self.label = network.eval().requires_grad_(False), label
         self.image_format = image_format or network.image_format
-        self._device = torch.device("cpu")
+        self._running, self._place, self._compiled = network, (torch.device("cpu"), torch.float32), False
         theirs, ours = network.image_format, self.image_format
         if len(theirs.mean) < len(ours.mean):
             raise ValueError(
@@ -130,10 +131,13 @@ class FrozenTeacher:
             layers: Layers whose output is wanted.
             logits: Whether logits are wanted; without them the teacher stops after the last layer needed.
         """
-        if image.device != self._device:
-            self._move(image.device)
-        output: ViTOutput = self.network(self.convert(image), layers, logits)
+        output: ViTOutput = self._network_for(image.device)(self.convert(image), layers, logits)
         return output
+
+    def compile(self) -> None:
+        """Lets torch.compile translate what runs."""
+        self._compiled = True
+        self.network.compile()
 
     def convert(self, image: Tensor) -> Tensor:
         """Returns images ``[B, C, H, W]`` in the teacher's own size, values, channels and precision."""
@@ -165,9 +169,16 @@ class FrozenTeacher:
         """Measures the shapes of the teacher's output; see `Network.output_shapes`."""
         return self.network.output_shapes(layers, logits)
 
-    def _move(self, device: torch.device) -> None:
-        self.network.to(device)
-        self._scale, self._shift, self._device = self._scale.to(device), self._shift.to(device), device
+    def _network_for(self, device: torch.device) -> Network:
+        """Returns the network on a device; under autocast, the copy whose weights are cast."""
+        half = torch.is_autocast_enabled(device.type) and isinstance(self.network, TimmNetwork)
+        place = device, torch.get_autocast_dtype(device.type) if half else torch.float32
+        if place != self._place:
+            self._scale, self._shift, self._place = self._scale.to(device), self._shift.to(device), place
+            self._running = (cast_once(self.network, place[1]) if half else self.network).to(device)
+            if half and self._compiled:
+                self._running.compile()
+        return self._running
 
 
 def freeze_teachers(

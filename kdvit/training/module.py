@@ -104,7 +104,7 @@ class DistillationModule(pl.LightningModule):
         if self.compiled in ("student", "both"):
             self.student.compile()
         for teacher in self.teachers.values() if self.compiled in ("teacher", "both") else ():
-            teacher.network.compile()
+            teacher.compile()
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns the student's logits ``[B, K]``: the deployed path."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit.models import FrozenTeacher, TimmTeacher, export_student
 from kdvit.models.checkpoint import student_spec
@@ -75,3 +77,55 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch, tmp_path) ->
         RuntimeError, match=r"weights of cait_xxs24_224 cannot be fetched.*pass the file as `checkpoint`"
     ):
         TimmTeacher("cait_xxs24_224")
+
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+TEACHERS = {
+    "deit_tiny_patch16_224": {**SMALL, "patch_size": 4},
+    "cait_xxs24_224": {**SMALL, "patch_size": 4, "init_values": 0.1},
+    "beit_base_patch16_224": {**SMALL, "patch_size": 4, "init_values": 0.1},
+    "vit_small_patch16_dinov3": {**SMALL, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 5},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1), "num_heads": (3, 3), "window_size": 4},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)},
+    "resnetv2_50": {"layers": (1, 1, 1, 1), "width_factor": 0.125},
+}
+
+
+class Casts(TorchDispatchMode):
+    """Notes the shape of every tensor that is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", TEACHERS)
+def test_under_autocast_weights_are_cast_once_and_no_bit_changes(arch: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    size = None if "convnext" in arch or "resnet" in arch else 32
+    network = TimmTeacher(arch, pretrained=False, img_size=size, model_args=TEACHERS[arch])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # no bias is zero, no norm one
+    weights, image, layers = copy.deepcopy(network.state_dict()), torch.randn(2, 3, 32, 32), [-1, 0]
+    network.image_format = network.image_format._replace(size=(32, 32))
+    holder = FrozenTeacher(network, network.image_format._replace(mean=(0.1, 0.2, 0.3)))
+    before = holder(image, layers)
+    with torch.autocast("cpu", dtype):
+        expected = network(holder.convert(image), layers)
+        holder(image)
+        with Casts() as casts:
+            output = holder(image, layers)
+    assert torch.equal(output.logits, expected.logits)
+    assert all(map(torch.equal, output.features, expected.features))
+    assert not {tuple(m.weight.shape) for m in network.modules() if isinstance(m, torch.nn.Linear)} & set(casts.shapes)
+    for name, value in network.state_dict().items():
+        assert value.dtype == weights[name].dtype
+        assert torch.equal(value, weights[name])
+    assert torch.equal(holder(image, layers).logits, before.logits)  # float32 again, behind a run in half precision
