@@ -10,16 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit import DistillationModule, load_student
-from kdvit.callbacks import FirstBatch, NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
+from kdvit.callbacks import BadImages, FirstBatch, NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import avoid_slow_attention
 from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
-from tests.tiny import FORMAT, TinyData, student, teacher, trainer
+from tests.tiny import FORMAT, SizedData, TinyData, student, teacher, trainer
 
 WAITING = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "allclose")
 OBJECTIVES = {
@@ -42,52 +42,73 @@ def _module(remedy: str | None = "lift", **more: Any) -> DistillationModule:
 
 
 class Calls(TorchDispatchMode):
-    """Notes the name of every operation."""
+    """Notes the name of every operation on what a GPU would hold: all but numbers, and what is made of them alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        name, given = func.overloadpacket.__name__, [each for each in args if isinstance(each, torch.Tensor)]
+        on_host = name == "lift_fresh" or (given and all(hasattr(each, "on_host") for each in given))
+        result = func(*args, **(kwargs or {}))
+        if on_host and isinstance(result, torch.Tensor):
+            result.on_host = True
+        if not on_host:
+            self.names.append(name)
+        return result
 
 
-class Start(pl.Callback):
-    """Starts a list of operations with each step; stands before all other callbacks."""
+class Steps(pl.Callback):
+    """Lists the operations of each step, from its start to that of the next: progress bar, logs and the next batch."""
+
+    def __init__(self) -> None:
+        self.calls: list[Calls] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.calls = Calls().__enter__()
+        self.on_validation_start()
+        self.calls.append(Calls().__enter__())
+
+    def on_validation_start(self, *_: Any) -> None:
+        if self.calls:
+            self.calls[-1].__exit__(None, None, None)
 
 
-class End(pl.Callback):
-    """Ends the list; stands behind all other callbacks."""
+class MixedData(SizedData):
+    """Batches that Mixup mixes."""
 
-    def __init__(self, start: Start) -> None:
-        self.start = start
-        self.steps: list[list[str]] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.start.calls.__exit__(None, None, None)
-        self.steps.append(self.start.calls.names)
+    def __init__(self, batch_size: int, size: int) -> None:
+        super().__init__(size, batch_size=batch_size, mixup=0.8, mean=FORMAT.mean, std=FORMAT.std)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("remedy", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("remedy", "data"), [(None, TinyData), ("lift", TinyData), ("wide_last", TinyData), ("wide_last", MixedData)]
+)
 def test_only_logged_steps_may_wait_for_the_device(
-    remedy: str | None, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remedy: str | None, data: Any, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nonfinite, "FREE_TO_READ", ())  # as on a GPU
-    start = Start()
-    end = End(start)
-    callbacks = [start, Throughput(), StudentEMA(0.9), NonFiniteGuard(), end]
-    run = trainer(tmp_path, callbacks=callbacks, log_every_n_steps=4, precision=precision)
-    run.fit(_module(remedy), datamodule=TinyData())
-    assert len(end.steps) == 5
-    for step in (end.steps[i] for i in (0, 1, 2, 4)):
+    log = pl.LightningModule.log
+
+    def logged(module: Any, name: str, value: Any, prog_bar: bool = False, **more: Any) -> None:
+        assert isinstance(value, torch.Tensor) or not prog_bar, name  # Lightning moves numbers to the device
+        log(module, name, value, prog_bar, **more)
+
+    monkeypatch.setattr(pl.LightningModule, "log", logged)
+    steps = Steps()
+    callbacks = [steps, Throughput(), StudentEMA(0.9), NonFiniteGuard(skip_steps=1), BadImages()]
+    logging = {"logger": CSVLogger(tmp_path), "enable_progress_bar": True, "log_every_n_steps": 4}
+    run = trainer(tmp_path, callbacks=callbacks, precision=precision, limit_val_batches=0, **logging)
+    run.fit(_module(remedy), datamodule=data(batch_size=16, size=112))
+    steps.on_validation_start()
+    names = [each.names for each in steps.calls]
+    assert len(names) == 7
+    for step in (names[i] for i in (0, 1, 2, 4, 5, 6)):
         assert "_fused_adamw_" in step
         assert {"convolution", "convolution_backward"} <= set(step)
         assert [name for name in step if name in WAITING] == []
+    assert "_local_scalar_dense" in names[3]  # which may
 
 
 def test_no_parameter_is_without_gradient() -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from kdvit.structures import as_batch
 
@@ -26,5 +27,5 @@ class Throughput(pl.Callback):
         every = trainer.log_every_n_steps
         if every > 0 and trainer.global_step % every == 0:
             rate = self._images * trainer.world_size / (time.perf_counter() - self._since)
-            pl_module.log("train/images_per_second", rate, prog_bar=True)
+            pl_module.log("train/images_per_second", torch.tensor(rate), prog_bar=True)  # see `log_means`
             self.on_train_start(trainer, pl_module)

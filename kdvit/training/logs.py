@@ -34,9 +34,12 @@ def log_step(module: Any, target: Tensor, student: ViTOutput, teachers: Mapping[
 
 
 def log_means(module: Any, more: Mapping[str, Any]) -> None:
-    """Logs what `log_step` has noted of a step, as means over its batches and all ranks, and more beside it."""
+    """Logs what `log_step` has noted of a step, as means over its batches and all ranks, and more beside it.
+
+    As tensors of the host: Lightning reads what stands in the progress bar in every step that follows.
+    """
     for name, value in {**module.step_means.take(module.trainer.world_size), **more}.items():
-        module.log(f"train/{name}", value, prog_bar=name in ("loss", "acc1"))
+        module.log(f"train/{name}", torch.as_tensor(value), prog_bar=name in ("loss", "acc1"))
 
 
 @torch.no_grad()

@@ -45,8 +45,8 @@ class StepMeans:
         """Adds a batch; each has the same names."""
         self._parts.append(values)
 
-    def take(self, ranks: int) -> dict[str, Tensor]:
-        """Returns the means, and starts anew; all ranks call it together."""
+    def take(self, ranks: int) -> dict[str, float]:
+        """Returns the means, in one read of the device, and starts anew; all ranks call it together."""
         parts, self._parts = self._parts, []
         if not parts:
             return {}
@@ -54,7 +54,7 @@ class StepMeans:
         if ranks > 1:
             dist.all_reduce(means)
             means /= ranks
-        return dict(zip(parts[0], means.unbind(), strict=True))
+        return dict(zip(parts[0], means.tolist(), strict=True))
 
 
 def classification_scores(num_classes: int) -> MetricCollection:
