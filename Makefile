@@ -65,7 +65,7 @@ coverage: install  ## Run the fast tests, list the lines that they miss, and wri
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench: export MALLOC_TOP_PAD_ = 268435456
-bench: install  ## Measure the step and the teacher against plain PyTorch and timm (15 minutes); BENCH="NAMES --rounds N"
+bench: install  ## Measure the step and the teacher against plain PyTorch and timm (15 minutes; 8 on a GPU); BENCH="NAMES --rounds N"
 	@mkdir -p runs
 	$(BIN)/python -m tests.bench $(BENCH) --out runs/bench.json
 

@@ -53,7 +53,7 @@ class Calls(TorchDispatchMode):
         on_host = name == "lift_fresh" or (given and all(hasattr(each, "on_host") for each in given))
         result = func(*args, **(kwargs or {}))
         if on_host and isinstance(result, torch.Tensor):
-            result.on_host = True
+            result.on_host = True  # type: ignore[attr-defined]
         if not on_host:
             self.names.append(name)
         return result

@@ -106,7 +106,8 @@ class FrozenTeacher:
     def __init__(self, network: Network, image_format: ImageFormat | None = None, label: str = "teacher") -> None:
         self.network, self.label = network.eval().requires_grad_(False), label
         self.image_format = image_format or network.image_format
-        self._running, self._place, self._compiled = network, (torch.device("cpu"), torch.float32), False
+        self._running, self._place = network, (torch.device("cpu"), torch.float32)
+        self._compiling: dict[str, Any] | None = None
         theirs, ours = network.image_format, self.image_format
         if len(theirs.mean) < len(ours.mean):
             raise ValueError(
@@ -134,10 +135,10 @@ class FrozenTeacher:
         output: ViTOutput = self._network_for(image.device)(self.convert(image), layers, logits)
         return output
 
-    def compile(self) -> None:
-        """Lets torch.compile translate what runs."""
-        self._compiled = True
-        self.network.compile()
+    def compile(self, **options: Any) -> None:
+        """Lets torch.compile translate what runs, with its options."""
+        self._compiling = options
+        self.network.compile(**options)
 
     def convert(self, image: Tensor) -> Tensor:
         """Returns images ``[B, C, H, W]`` in the teacher's own size, values, channels and precision."""
@@ -176,8 +177,8 @@ class FrozenTeacher:
         if place != self._place:
             self._scale, self._shift, self._place = self._scale.to(device), self._shift.to(device), place
             self._running = (cast_once(self.network, place[1]) if half else self.network).to(device)
-            if half and self._compiled:
-                self._running.compile()
+            if half and self._compiling is not None:
+                self._running.compile(**self._compiling)
         return self._running
 
 

@@ -12,7 +12,8 @@ import torch
 from kdvit.analysis import Options, analyze, channel_spectrum, moments, pca_energy, shared_basis, svd_energy
 from kdvit.analysis.run import analysis_trainer
 from kdvit.models import TimmTeacher
-from tests.bench.rounds import Row, interleave, row, speed_up, timed
+from tests.bench.device import timed
+from tests.bench.rounds import Row, interleave, row, speed_up
 
 LEVELS = (0.8, 0.9, 0.95, 0.99)
 ARCH, BATCH, MAPS, IMAGES = "cait_s24_224", 16, 128, 48

@@ -25,8 +25,8 @@ def rows(rounds: int) -> list[Row]:
 def _rows(remedy: str, rounds: int) -> list[Row]:
     module, alone, batch = build(remedy), build(remedy, with_teacher=False), images(BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        reader = _stored(module, batch, Path(folder), "auto")
-        cached = step(module, batch, lambda: reader.read(VIEWS, batch.index))
+        reader = stored(module, batch, Path(folder), "auto")
+        cached = step(module, batch, lambda: reader.read(views(batch), batch.index))
         against_none = interleave(cached, step(alone, batch), rounds)
         against_online = interleave(cached, step(module, batch), rounds)
     return [
@@ -40,27 +40,29 @@ def _projected(rounds: int) -> Row:
     axes = torch.linalg.qr(torch.randn(384, 384, dtype=torch.float64)).Q
     module.distillers["map"].calibrate([SharedBasis(torch.linspace(2, 0.1, 384).double(), axes, torch.zeros(384))])
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        targets, maps = _stored(module, batch, Path(one), "auto"), _stored(module, batch, Path(other), "both")
+        targets, maps = stored(module, batch, Path(one), "auto"), stored(module, batch, Path(other), "both")
         pairs = interleave(
-            step(module, batch, lambda: targets.read(VIEWS, batch.index)),
-            step(module, batch, lambda: maps.read(VIEWS, batch.index)),
+            step(module, batch, lambda: targets.read(views(batch), batch.index)),
+            step(module, batch, lambda: maps.read(views(batch), batch.index)),
             rounds,
         )
     return row("cached step, phi_s: stored targets, share of a step on stored maps", pairs, cost, "s", "<= 1.05")
 
 
-VIEWS = [View(i) for i in range(BATCH)]
+def views(batch: Batch) -> list[View]:
+    """Returns the first view of each image."""
+    return [View(i) for i in batch.index.tolist()]
 
 
-def _stored(module: DistillationModule, batch: Batch, folder: Path, store: Stored) -> CacheReader:
-    """Writes the teacher's outputs for a batch as `kdvit cache` does."""
+def stored(module: DistillationModule, batch: Batch, folder: Path, store: Stored) -> CacheReader:
+    """Writes the teacher's outputs for a batch, numbered from 0, as `kdvit cache` does."""
     teacher, objectives = module.teacher, module.distillers
     assert teacher is not None
     asked = objectives.only_request()
-    wanted, data = (asked.maps, asked.logits), {"images": BATCH, "repeats": 1}
+    wanted, data = (asked.maps, asked.logits), {"images": len(batch.index), "repeats": 1}
     manifest = plan(teacher, wanted, data, views=1, store=store, topk=None, precision="bf16-mixed")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(batch.image.device.type, torch.bfloat16):
         output = teacher(batch.image, manifest.layers, asked.logits)
-    stored = objectives.as_stored(output.at_least_float32(), manifest.maps)
-    append_records(folder, manifest, range(BATCH), encode(batch.index, stored, manifest))
+    kept = objectives.as_stored(output.at_least_float32(), manifest.maps)
+    append_records(folder, manifest, batch.index.tolist(), encode(batch.index, kept, manifest))
     return CacheReader(folder, manifest, manifest.maps, asked.logits)

@@ -33,11 +33,11 @@ def rows(rounds: int) -> list[Row]:
 def _rows(folder: Path, rounds: int) -> list[Row]:
     full, prepared = [], []
     for i in range(PHOTOGRAPHS):
-        photograph = _photograph(i)
+        whole = photograph(i)
         full.append((str(folder / f"{i}.jpg"), 0))
         prepared.append((str(folder / f"{i}_256.jpg"), 0))
-        photograph.save(full[-1][0], quality=90)
-        photograph.resize((341, 256), Image.Resampling.BICUBIC).save(prepared[-1][0], quality=90)
+        whole.save(full[-1][0], quality=90)
+        whole.resize((341, 256), Image.Resampling.BICUBIC).save(prepared[-1][0], quality=90)
     transform = train_transform(ImageFormat((224, 224), MEAN, STD), "rand-m9-mstd0.5-inc1", 0.4, 0.25)
     sets = [FolderImages(samples, transform, seed=0) for samples in (full, prepared)]
     decode = interleave(lambda: _each(sets[0].__getitem__), lambda: _each(lambda i: read_image(full[i][0])), rounds)
@@ -62,7 +62,7 @@ def _each(read: object) -> float:
     return (time.perf_counter() - start) / PHOTOGRAPHS
 
 
-def _photograph(seed: int) -> Image.Image:
+def photograph(seed: int) -> Image.Image:
     """Returns smooth colours with a little noise, some 60 kB as JPEG, like a photograph of ImageNet's usual size."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(

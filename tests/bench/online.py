@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import Any
 
 import timm
 import torch
@@ -19,11 +20,13 @@ from torch.nn import functional as F
 from kdvit import DistillationModule
 from kdvit.callbacks import StudentEMA, Throughput
 from kdvit.distillers import LiftDistiller, LogitDistiller
-from kdvit.models import LiftViT, TimmTeacher
+from kdvit.models import LiftViT, TimmTeacher, WideLastViT
 from kdvit.structures import Batch
 from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
+from tests.bench.device import CPU
 from tests.bench.fit import WARM, batches, seconds_a_step
+from tests.bench.plain_step import PUBLISHED, Pair
 from tests.bench.rounds import Row, interleave, row, speed_up
 
 BATCH, STEPS = 16, 3
@@ -32,26 +35,45 @@ BATCH, STEPS = 16, 3
 class ReferenceLift(nn.Module):
     """DeiT-Tiny with a projector behind its last block; its own norm and head stay, unused."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: Pair) -> None:
         super().__init__()
-        self.base_model = timm.create_model("deit_tiny_patch16_224")
-        self.projection = nn.Linear(192, 384, bias=False)
-        self.layer_norm = nn.LayerNorm(384)
-        self.head = nn.Linear(384, 1000)
+        self.base_model = timm.create_model(**model_arguments(pair.student))
+        self.projection = nn.Linear(self.base_model.embed_dim, pair.width, bias=False)
+        self.layer_norm = nn.LayerNorm(pair.width)
+        self.head = nn.Linear(pair.width, self.base_model.num_classes)
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         maps = self.base_model.forward_intermediates(image, intermediates_only=True)
         tokens = self.layer_norm(self.projection(maps[-1].flatten(2).transpose(1, 2)))
-        lifted = tokens.transpose(1, 2).reshape(len(image), 384, 14, 14)
+        lifted = tokens.transpose(1, 2).reshape(len(image), -1, *maps[-1].shape[2:])
         return self.head(tokens.mean(dim=1)), [*maps[:-1], lifted]
+
+
+class ReferenceWideLast(nn.Module):
+    """DeiT-Tiny whose last block is wide: kdvit's modules, for the authors' are the same."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.model = WideLastViT(**pair.student, width=pair.width).model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        end, maps = self.model.forward_intermediates(image)
+        return self.model.forward_head(end), maps
+
+
+def model_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of timm's `create_model` for those of kdvit's networks."""
+    args = {**given, **given.get("model_args", {})}
+    args.pop("model_args", None)
+    return {"model_name": args.pop("arch"), **args}
 
 
 class ReferenceLoop:
     """One step of the authors' loop."""
 
-    def __init__(self) -> None:
-        self.student = ReferenceLift().train()
-        self.teacher = timm.create_model("cait_s24_224").eval()
+    def __init__(self, student: nn.Module, pair: Pair = PUBLISHED, on: torch.device = CPU) -> None:
+        self.student = student.to(on).train()
+        self.teacher = timm.create_model(**model_arguments(pair.teacher)).to(on).eval()
         decayed = [p for p in self.student.parameters() if p.ndim > 1]
         others = [p for p in self.student.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -59,7 +81,7 @@ class ReferenceLoop:
         self.average = ModelEma(self.student, decay=0.99996)
 
     def step(self, image: Tensor, target: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(image.device.type, torch.bfloat16):
             with torch.no_grad():
                 end, theirs = self.teacher.forward_intermediates(image)
                 wanted = self.teacher.forward_head(end)
@@ -78,7 +100,7 @@ class ReferenceLoop:
 def rows(rounds: int) -> list[Row]:
     """Measures steps under Lightning, with the weight average, against steps of the plain loop."""
     torch.manual_seed(0)
-    reference = ReferenceLoop()
+    reference = ReferenceLoop(ReferenceLift(PUBLISHED))
     student = LiftViT("deit_tiny_patch16_224", width=384)
     teacher = TimmTeacher("cait_s24_224", pretrained=False)
     images = Batch(torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,)), torch.arange(BATCH))

@@ -1,10 +1,9 @@
-"""kdvit's step without a Trainer: forward, losses, backward, optimizer, under bfloat16 autocast."""
+"""kdvit's step without a Trainer: forward, losses, backward, optimizer, under bfloat16 autocast; on CPU or GPU."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,13 +12,28 @@ from kdvit.distillers import Distiller, FeatureDistiller, LiftDistiller, LogitDi
 from kdvit.models import LiftViT, Network, TimmStudent, TimmTeacher, WideLastViT, avoid_slow_attention
 from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.optim import OptimizerOptions, parameter_groups
+from kdvit.training.schedule import ScheduleOptions
+from tests.bench.device import CPU, timed
 
-STUDENT, TEACHER = "deit_tiny_patch16_224", "cait_s24_224"
-PAIRS: dict[str, tuple[Callable[..., Network], Callable[[float], Distiller]]] = {
-    "Lift": (partial(LiftViT, width=384), LiftDistiller),
-    "WideLast": (partial(WideLastViT, width=384), WideLastDistiller),
-    "phi_s": (TimmStudent, partial(FeatureDistiller, projector="phi_s")),
-}
+
+class Pair(NamedTuple):
+    """Networks to measure: arguments of student and teacher, and the teacher's width."""
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+    width: int
+
+
+PUBLISHED = Pair({"arch": "deit_tiny_patch16_224"}, {"arch": "cait_s24_224"}, 384)
+
+
+def student_of(method: str, pair: Pair = PUBLISHED) -> tuple[Network, Distiller]:
+    """Returns the student of a method, and the distiller of its map."""
+    if method == "Lift":
+        return LiftViT(**pair.student, width=pair.width), LiftDistiller(0.2)
+    if method == "WideLast":
+        return WideLastViT(**pair.student, width=pair.width), WideLastDistiller(0.2)
+    return TimmStudent(**pair.student), FeatureDistiller(0.2, projector="phi_s")
 
 
 def image_format(size: int) -> ImageFormat:
@@ -34,18 +48,27 @@ class Unlogged(DistillationModule):
         return False
 
 
-def build(method: str, with_teacher: bool = True, size: int = 224, depth: int = 24) -> Unlogged:
-    """Returns the published pair with random weights: soft KD and the method's map; or the student on labels."""
+def build(
+    method: str,
+    with_teacher: bool = True,
+    size: int = 224,
+    pair: Pair = PUBLISHED,
+    on: torch.device = CPU,
+    kind: type[DistillationModule] = Unlogged,
+) -> DistillationModule:
+    """Returns a pair with random weights: soft KD and the method's map; or the student on labels."""
     torch.manual_seed(0)
-    network, objective = PAIRS[method]
-    student = network(STUDENT, img_size=size)
-    avoid_slow_attention(student, torch.device("cpu"), torch.bfloat16)
-    teacher = (
-        TimmTeacher(TEACHER, pretrained=False, img_size=size, model_args={"depth": depth}) if with_teacher else None
-    )
-    distillers = {"logit": LogitDistiller(0.9), "map": objective(0.2)} if with_teacher else None
-    module = Unlogged(student, teacher, distillers, label_smoothing=0.1, image_format=image_format(size))
-    return module.train()
+    student, distiller = student_of(method, pair._replace(student={**pair.student, "img_size": size}))
+    avoid_slow_attention(student, on, torch.bfloat16)
+    teacher = TimmTeacher(**{"pretrained": False, "img_size": size, **pair.teacher}) if with_teacher else None
+    distillers = {"logit": LogitDistiller(0.9), "map": distiller} if with_teacher else None
+    options: dict[str, Any] = {
+        "label_smoothing": 0.1,
+        "image_format": image_format(size),
+        "optimizer": OptimizerOptions(lr_base_batch=None),
+        "schedule": ScheduleOptions(warmup_epochs=0),
+    }
+    return kind(student, teacher, distillers, **options).train().to(on)
 
 
 def images(count: int, size: int = 224) -> Batch:
@@ -69,17 +92,15 @@ def step(
         stored: Reads the teacher's outputs, within the time of the step; None lets the teacher run.
         share: Averages the gradients over processes.
     """
-    optimizer = OptimizerOptions(lr_base_batch=None).build(parameter_groups([module], 0.05), 1, fused=True)
+    optimizer = module.optimizer_options.build(parameter_groups([module], 0.05), 1, fused=True)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def run() -> None:
         given = batch if stored is None else batch._replace(teacher=stored())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(batch.image.device.type, torch.bfloat16):
             loss = module.training_step(given, 0)
         optimizer.zero_grad()
         loss.backward()
         share()
         optimizer.step()
-        return time.perf_counter() - start
 
-    return run
+    return timed(run, batch.image.device)

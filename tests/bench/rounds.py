@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ class Row(NamedTuple):
         result: What is compared with the goal: a ratio or a difference of the two sides in one round; its median.
         spread: Smallest and largest of the rounds.
         goal: The goal for `result`, in words.
+        images: Images behind one time, for images/s; 0 where there are none, or not as many on both sides.
+        peak_gb: Memory of a GPU that one time takes at most, beside what was taken before: kdvit's and the other's.
     """
 
     what: str
@@ -28,6 +29,8 @@ class Row(NamedTuple):
     result: float
     spread: tuple[float, float]
     goal: str
+    images: int = 0
+    peak_gb: tuple[float, float] | None = None
 
 
 def interleave(kdvit: Callable[[], float], other: Callable[[], float], rounds: int) -> list[tuple[float, float]]:
@@ -45,17 +48,6 @@ def interleave(kdvit: Callable[[], float], other: Callable[[], float], rounds: i
             ours = kdvit()
             pairs.append((ours, other()))
     return pairs
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """Returns a function that runs the work and returns its seconds."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return run
 
 
 def row(

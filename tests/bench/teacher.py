@@ -6,7 +6,8 @@ import timm
 import torch
 
 from kdvit.models import FrozenTeacher, TimmTeacher
-from tests.bench.rounds import Row, interleave, row, speed_up, timed
+from tests.bench.device import timed
+from tests.bench.rounds import Row, interleave, row, speed_up
 
 ARCH, BATCH = "cait_s24_224", 16
 
