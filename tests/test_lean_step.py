@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit import DistillationModule, load_student
 from kdvit.callbacks import BadImages, FirstBatch, NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
+from kdvit.cli.machine import saved_bytes
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
-from kdvit.models import avoid_slow_attention
+from kdvit.models import TimmStudent, WideLastViT, avoid_slow_attention
 from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, SizedData, TinyData, student, teacher, trainer
@@ -29,7 +30,7 @@ OBJECTIVES = {
 }
 
 
-def _module(remedy: str | None = "lift", **more: Any) -> DistillationModule:
+def _module(remedy: str | None = "lift", grad_checkpointing: bool = False, **more: Any) -> DistillationModule:
     torch.manual_seed(0)
     given = {
         "optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None),
@@ -37,7 +38,7 @@ def _module(remedy: str | None = "lift", **more: Any) -> DistillationModule:
         "image_format": FORMAT,
         **more,
     }
-    network = student(remedy, drop_path_rate=0.2)
+    network = student(remedy, drop_path_rate=0.2, grad_checkpointing=grad_checkpointing)
     return DistillationModule(network, teacher=teacher(), distillers=copy.deepcopy(OBJECTIVES[remedy]), **given)
 
 
@@ -188,9 +189,14 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
-@pytest.mark.parametrize(("compile", "graphs"), [("none", 0), ("student", 1), ("teacher", 1), ("both", 2)])
-def test_compiled_networks_train_as_others_do(compile: Any, graphs: int, eager: list[Any], tmp_path: Path) -> None:
-    expected, module = _module(), _module(compile=compile)
+@pytest.mark.parametrize(
+    ("compile", "graphs", "again"),
+    [("none", 0, False), ("student", 1, False), ("student", 1, True), ("teacher", 1, False), ("both", 2, False)],
+)
+def test_compiled_networks_train_as_others_do(
+    compile: Any, graphs: int, again: bool, eager: list[Any], tmp_path: Path
+) -> None:
+    expected, module = _module(), _module(compile=compile, grad_checkpointing=again)
     for each in (expected, module):
         drawing = {"callbacks": [FirstBatch(4)], "logger": TensorBoardLogger(tmp_path)}
         trainer(tmp_path, limit_val_batches=0, **drawing).fit(each, datamodule=TinyData())
@@ -230,6 +236,45 @@ def test_inductor_compiles_both_networks(tmp_path: Path) -> None:
         trainer(tmp_path, limit_val_batches=0).fit(each, datamodule=TinyData())
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("remedy", OBJECTIVES)
+def test_activations_computed_again_change_no_gradient_and_no_file(remedy: str | None) -> None:
+    found = []
+    for again in (False, True):
+        module = _module(remedy, grad_checkpointing=again).double()
+        module.trainer = trainer(".", log_every_n_steps=10**9)
+        batch = next(iter(TinyData().train_dataloader()))
+        torch.manual_seed(1)  # of stochastic depth
+        module.training_step(batch._replace(image=batch.image.double()), 0).backward()
+        found.append(({name: each.grad for name, each in module.named_parameters()}, module.spec(), module.student))
+    (kept, spec, one), (again, same, other) = found
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-10, atol=1e-14)
+    assert spec == same
+    assert saved_bytes(other) < 0.4 * saved_bytes(one)
+
+
+def test_rotary_positions_reach_blocks_that_are_computed_again() -> None:
+    sizes = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    networks = [
+        WideLastViT("vit_small_patch16_dinov3", 64, img_size=16, model_args=sizes, grad_checkpointing=again).double()
+        for again in (False, True)
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for network in networks:
+        network(image, ["wide_last", 0], logits=False).features[0].square().sum().backward()
+    one, other = (dict(network.named_parameters()) for network in networks)
+    for name, each in one.items():
+        torch.testing.assert_close(other[name].grad, each.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_network_that_cannot_compute_activations_again_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"grad_checkpointing: timm cannot compute the activations of crossvit_tiny_240"
+    ):
+        TimmStudent("crossvit_tiny_240", grad_checkpointing=True)
 
 
 def test_compiling_a_teacher_that_is_not_there_is_refused() -> None:

@@ -23,7 +23,7 @@ from kdvit.runtime.loggers import boards
 
 FIXED = ("model", "data", "seed_everything")
 """Parts of a config that say which run it is."""
-SAID = ("data.init_args.batch_size", "model.compile")
+SAID = ("data.init_args.batch_size", "model.compile", "model.student.init_args.grad_checkpointing")
 """What of them may change, and the log says so, as of all other parts."""
 UNSAID = (
     *("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error"),

@@ -109,9 +109,11 @@ class TimmStudent(TimmNetwork):
         in_chans: Channels of the images; 1 for grey ones.
         mean: Mean of each channel that is subtracted, where the data do not say it.
         std: Standard deviation of each channel that is divided by, where the data do not say it.
+        grad_checkpointing: In training, keep the input of each block alone, and compute the rest again in backward. No
+            file of a trained student has it.
 
     Raises:
-        ValueError: If timm does not know the architecture or an argument.
+        ValueError: If timm does not know the architecture or an argument, or cannot compute activations again.
         FileNotFoundError: If the checkpoint is not there.
     """
 
@@ -127,6 +129,7 @@ class TimmStudent(TimmNetwork):
         in_chans: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
         sizes: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate}
         args = {"arch": arch, **sizes, "model_args": model_args, **({"in_chans": in_chans} if in_chans else {})}
@@ -134,6 +137,15 @@ class TimmStudent(TimmNetwork):
         super().__init__(model, stated_format(model, img_size, mean, std))
         self.init_args = args | without_folder(arch, self.model, model_args)
         self.states_values = bool(mean or std)
+        if grad_checkpointing:
+            _checkpoint_gradients(model, arch)
+
+
+def _checkpoint_gradients(model: Any, arch: str) -> None:
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"grad_checkpointing: timm cannot compute the activations of {arch} again.") from error
 
 
 def stated_format(
