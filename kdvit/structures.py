@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -63,16 +63,71 @@ class ViTOutput(NamedTuple):
         return ViTOutput(logits, tuple(at_least_float32(feature) for feature in self.features))
 
 
+class Rectangle(NamedTuple):
+    """A rectangle of an image that random erasing has filled.
+
+    Attributes:
+        image: Which of the batch.
+        top: Its first row.
+        left: Its first column.
+        height: Its rows.
+        width: Its columns.
+        values: How many values fill it: one a channel, or one a channel and pixel.
+    """
+
+    image: int
+    top: int
+    left: int
+    height: int
+    width: int
+    values: int
+
+
+class Pixels(NamedTuple):
+    """What makes normalised images of uint8 pixels ``[B, H, W, C]``: all draws are made, and arithmetic is left.
+
+    Attributes:
+        mean: ``[C]``, float32.
+        std: ``[C]``, float32.
+        erased: The rectangles that are filled after normalisation.
+        values: With what, one after another, ``[n]``, float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+    erased: tuple[Rectangle, ...]
+    values: Tensor
+
+    @classmethod
+    def of_batch(cls, images: Sequence[Pixels]) -> Pixels:
+        """Returns what makes a batch of what makes each image."""
+        erased = [each._replace(image=i) for i, image in enumerate(images) for each in image.erased]
+        return cls(*images[0][:2], tuple(erased), torch.cat([image.values for image in images]))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Returns images ``[B, C, H, W]``, by the operations of torchvision's ToTensor and Normalize in their order."""
+        image = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        image.sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
+        filled = torch.split(self.values, [each.values for each in self.erased])
+        for (number, top, left, height, width, _), values in zip(self.erased, filled, strict=True):
+            one = len(values) == image.shape[1]
+            shape = (-1, 1, 1) if one else (-1, height, width)
+            image[number, :, top : top + height, left : left + width] = values.view(shape)
+        return image
+
+
 class Batch(NamedTuple):
     """What every data module yields.
 
     Attributes:
-        image: Normalised images, ``[B, C, H, W]`` with the channels of the `ImageFormat`, float32.
+        image: Normalised images, ``[B, C, H, W]`` with the channels of the `ImageFormat`, float32; uint8 pixels
+            ``[B, H, W, C]`` on their way to a GPU.
         target: Class indices ``[B]``, int64, -1 where the images have no labels; class probabilities ``[B, K]`` once
             Mixup or CutMix has run.
         index: Position of each image in its data set, ``[B]``, int64.
         teacher: What the distillers want of the teacher, where a cache has it; else None.
         bad: Of each image that could not be read and in whose place another came, what is wrong with it.
+        pixels: How pixels become images, which `as_batch` does; None where they are.
     """
 
     image: Tensor
@@ -80,6 +135,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
     teacher: ViTOutput | None = None
     bad: tuple[str, ...] = ()
+    pixels: Pixels | None = None
 
 
 ONE_CLASS = (
@@ -110,13 +166,13 @@ def image_and_target(item: Any) -> tuple[Any, Any] | None:
 
 
 def as_batch(batch: Any) -> Batch:
-    """Returns a batch of any data module as a Batch, its target or index -1 where it has none.
+    """Returns a batch of any data module as a Batch of images, its target or index -1 where it has none.
 
     Raises:
         BatchError: If it is neither a Batch nor a pair or mapping of images and targets.
     """
     if isinstance(batch, Batch):
-        return batch
+        return batch if batch.pixels is None else batch._replace(image=batch.pixels.normalise(batch.image), pixels=None)
     image, target = image_and_target(batch) or (None, None)
     if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 4):
         parts = (

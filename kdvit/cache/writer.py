@@ -21,7 +21,7 @@ from kdvit.cache.manifest import FILE, CacheError, Manifest, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
-from kdvit.structures import Batch, SharedBasis, View, ViTOutput
+from kdvit.structures import Batch, SharedBasis, View, ViTOutput, as_batch
 from kdvit.tables import as_size
 
 LoaderOf = Callable[["RowBatches"], DataLoader[Any]]
@@ -98,6 +98,7 @@ class TeacherPass(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Runs the teacher on one batch."""
+        batch = as_batch(batch)
         output = self.teacher(batch.image, self.manifest.layers, self.manifest.classes is not None)
         if self.manifest.targets:
             with torch.autocast(self.device.type, enabled=False):

@@ -24,7 +24,7 @@ from kdvit.data.cached import ViewBatches, collate
 from kdvit.data.sampling import ResumableLoader, ShareError, ViewSampler
 from kdvit.data.workers import FORK, start_worker
 from kdvit.seeding import mixed_seed, seeded
-from kdvit.structures import Batch, ImageFormat, SharedBasis, View
+from kdvit.structures import Batch, ImageFormat, SharedBasis, View, as_batch
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -208,8 +208,9 @@ class ImageDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels.
 
-        `number_classes` is applied to others.
+        Pixels become images before; `number_classes` is applied to other batches.
         """
+        batch = as_batch(batch)
         if self._numbers is not None:
             return batch._replace(target=self._numbers.to(batch.target.device)[batch.target])
         trainer = self.trainer

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdvit.cache import CacheReader
-from kdvit.structures import Batch, View
+from kdvit.structures import Batch, Pixels, View
 
 
 class ViewBatches(Dataset[Any]):
@@ -41,9 +40,13 @@ class ViewBatches(Dataset[Any]):
     __getitems__ = __getitem__
 
 
-def collate(samples: Batch | list[tuple[Tensor, int, int]]) -> Batch:
-    """Stacks samples into a Batch; a Batch passes through."""
+def collate(samples: Batch | list[tuple[Any, int, int]]) -> Batch:
+    """Stacks samples into a Batch, of images or of pixels with `Pixels`; a Batch passes through."""
     if isinstance(samples, Batch):
         return samples
     images, targets, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))
+    pixels = None
+    if isinstance(images[0], tuple):
+        images, each = zip(*images, strict=True)
+        pixels = Pixels.of_batch(each)
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), pixels=pixels)

@@ -18,7 +18,7 @@ from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
 from kdvit.data.splits import SPLIT_SEED, VAL_SHARE
-from kdvit.data.transforms import ErasingMode, Transform, train_transform
+from kdvit.data.transforms import ErasingMode, PixelTransform, Transform, train_transform
 from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
@@ -105,8 +105,13 @@ class ListedImages(ImageDataModule):
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split; of val for test where there are none for it."""
         if split == "train":
-            return self.read(split, self.train_transform, self.seed)
+            transform = PixelTransform(self.train_transform) if self.sends_pixels() else self.train_transform
+            return self.read(split, transform, self.seed)
         return self.plain_dataset(split)
+
+    def sends_pixels(self) -> bool:
+        """Tells whether training images travel as uint8, to be normalised and erased on their device: to GPUs."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def plain_dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split as an evaluation shows them."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
-from kdvit.structures import ImageFormat
+from kdvit.structures import ImageFormat, Pixels, Rectangle
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image], Any]
 ErasingMode = Literal["pixel", "rand", "const"]
 
 
@@ -47,6 +50,53 @@ def train_transform(
     )
     _replace_posterize(transform)
     return transform  # type: ignore[no-any-return]
+
+
+class PixelTransform:
+    """A training transform up to its uint8 pixels, with all draws: the arithmetic that is left is `Pixels`.
+
+    Args:
+        transform: Of `train_transform`.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        steps = transform.transforms
+        tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        self.transform, self._before, self._erasing = transform, steps[:tensor], steps[tensor + 2 :]
+        self._mean, self._std = torch.as_tensor(steps[tensor + 1].mean), torch.as_tensor(steps[tensor + 1].std)
+
+    def __repr__(self) -> str:
+        return repr(self.transform)
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Pixels]:
+        """Returns pixels ``[H, W, C]``, and how they become an image."""
+        for step in self._before:
+            image = step(image)
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+        erased = _Erased(pixels.shape)
+        for step in self._erasing:
+            step(erased)
+        return pixels, Pixels(self._mean, self._std, tuple(erased.places), torch.cat(erased.values))
+
+
+class _Erased:
+    """Stands for a float image ``[C, H, W]`` that timm's random erasing writes into, and notes what it writes."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = torch.Size((shape[2], *shape[:2]))
+        self.places: list[Rectangle] = []
+        self.values = [torch.empty(0)]
+
+    def size(self) -> torch.Size:
+        return self._shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        self.places.append(Rectangle(0, rows.start, columns.start, height, width, values.numel()))
+        self.values.append(values.flatten())
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:

@@ -450,7 +450,8 @@ def test_labels_are_read_off_labels_too() -> None:
 
 def test_a_stream_of_ones_own_is_for_one_process_unless_it_says_that_it_divides_evenly() -> None:
     data = Images(Stream(), val=Pairs(), classes=2, **FOUND)
-    data.trainer = SimpleNamespace(world_size=2, current_epoch=0)
+    on_cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(world_size=2, current_epoch=0, strategy=on_cpu)
     with pytest.raises(UserError, match=r"which then waits for ever: set --trainer\.devices 1"):
         data.train_dataloader()
     data.divides_evenly = True
