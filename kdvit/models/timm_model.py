@@ -23,7 +23,7 @@ from kdvit.models.loading import load_checkpoint, load_weights
 WEIGHTS = "model.safetensors"
 """The weights in an exported folder."""
 FILES = (".ckpt", ".pth", ".pt", ".safetensors")
-"""Endings of names that are of no network."""
+"""Endings of files of weights, which are no names of networks."""
 PATIENCE = 5.0
 """Seconds to wait for the hub."""
 
