@@ -58,6 +58,9 @@ def test_a_shell_completes_commands_options_and_values(capsys) -> None:
             "fit --config demo/lif",
             "fit --model.compile ''",
             "fit --data I",
+            "fit --data Li",
+            "fit --model.student Ti",
+            "fit --model.teacher Ti",
         ),
         *("fit --model.compile = st", "predict --ckpt_path b", "export --fo", "export --precision ''", "completion ''"),
         *(f"{command} {option.split()[0]}" for command in OPTIONS for option, _ in OPTIONS[command]),
@@ -67,20 +70,23 @@ def test_a_shell_completes_commands_options_and_values(capsys) -> None:
     told = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True, env={})
     found = dict(zip(words, told.stdout.splitlines(), strict=True))
     assert {*SUMMARIES, *OTHERS} <= {*found["''"].split()}
-    assert {each: found[each] for each in words[1:12]} == {
+    assert {each: found[each] for each in words[1:15]} == {
         "comp": "compare completion",
         "fit --conf": "--config",
         "fit --config m": "mine.yaml",
         "fit --config demo/lif": "demo/lift.yaml",
         "fit --model.compile ''": "none student teacher both",
         "fit --data I": "ImageFolder ImageTable Images",
+        "fit --data Li": "",
+        "fit --model.student Ti": "TimmStudent",
+        "fit --model.teacher Ti": "TimmStudent TimmTeacher",
         "fit --model.compile = st": "student",
         "predict --ckpt_path b": "best",
         "export --fo": "--fold --format",
         "export --precision ''": "float32 float16 int8",
         "completion ''": "bash zsh",
     }
-    assert [each for each in words[12:] if each.split()[1] not in found[each].split() and "NAME" not in each] == []
+    assert [each for each in words[15:] if each.split()[1] not in found[each].split() and "NAME" not in each] == []
     main(["completion", "zsh"])
     assert capsys.readouterr().out.endswith(f"autoload -U +X bashcompinit && bashcompinit\n{script}")
 

@@ -15,7 +15,8 @@ from kdvit.cli.messages import arguments
 from kdvit.cli.parsed import OptionsCLI
 from kdvit.cli.parsing import parser_of
 from kdvit.data import ImageDataModule
-from kdvit.models import Network
+from kdvit.data.listed import ListedImages
+from kdvit.models import Network, TimmNetwork, TimmTeacher
 from kdvit.structures import subclasses
 
 INIT_ARGS = {
@@ -75,12 +76,14 @@ def script(shell: str, others: Mapping[str, Callable[..., Any]]) -> str:
     for name, function in others.items():
         actions[name] = parser_of(function, name)._actions + (actions["fit"] if name in of_a_trainer else [])
     brought = [file.relative_to(packaged_configs()).as_posix() for file in sorted(packaged_configs().rglob("*.yaml"))]
+    networks = {*subclasses(Network)} - {TimmNetwork.__name__}
     kinds = {
         **KINDS,
         "--config": brought,
         "-c": brought,
-        "--data": sorted(subclasses(ImageDataModule)),
-        **dict.fromkeys(("--model.student", "--model.teacher"), sorted(subclasses(Network))),
+        "--data": sorted({*subclasses(ImageDataModule)} - {ListedImages.__name__}),
+        "--model.student": sorted(networks - {TimmTeacher.__name__}),
+        "--model.teacher": sorted(networks),
     }
     options, values = "", dict[str, list[str]]()
     for command, found in actions.items():
