@@ -32,10 +32,14 @@ def in_words(name: str, value: float) -> str:
     Examples:
         >>> in_words("val/knn_acc1", 0.51239), in_words("test/loss", 2.34567), in_words("test/acc1_ema", 0.5)
         ('k-NN accuracy 51.24%', 'loss 2.346', 'accuracy (EMA) 50.00%')
+        >>> in_words("test/acc1/dataloader_idx_1", 0.5), in_words("test/accumulated", 12.5)
+        ('accuracy (dataloader_idx_1) 50.00%', 'accumulated 12.5')
     """
+    name, _, loader = name.partition("/dataloader_idx_")
     score, average, _ = name.rpartition("/")[2].partition("_ema")
-    text = f"{value:.2%}" if "acc" in score else f"{value:.4g}"
-    return f"{NAMES.get(score, score)}{' (EMA)' * bool(average)} {text}"
+    text = f"{value:.2%}" if score in NAMES else f"{value:.4g}"
+    of = " (EMA)" * bool(average) + f" (dataloader_idx_{loader})" * bool(loader)
+    return f"{NAMES.get(score, score)}{of} {text}"
 
 
 class NetworkLine(ModelSummary):
