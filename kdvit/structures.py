@@ -105,15 +105,20 @@ class Pixels(NamedTuple):
         return cls(*images[0][:2], tuple(erased), torch.cat([image.values for image in images]))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Returns images ``[B, C, H, W]``, by the operations of torchvision's ToTensor and Normalize in their order."""
-        image = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        image.sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
-        filled = torch.split(self.values, [each.values for each in self.erased])
+        """Returns images ``[B, C, H, W]``, by the operations of torchvision's ToTensor and Normalize in their order.
+
+        They are computed in float32 and have the type of the mean, which a true precision such as bf16-true has cast.
+        """
+        mean, std = (each.to(torch.float32).view(-1, 1, 1) for each in self[:2])
+        image = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        image.div_(torch.full_like(mean, 255))  # by a number, CUDA would multiply with its reciprocal
+        image.sub_(mean).div_(std)
+        filled = torch.split(self.values.to(torch.float32), [each.values for each in self.erased])
         for (number, top, left, height, width, _), values in zip(self.erased, filled, strict=True):
             one = len(values) == image.shape[1]
             shape = (-1, 1, 1) if one else (-1, height, width)
             image[number, :, top : top + height, left : left + width] = values.view(shape)
-        return image
+        return image.to(self.mean.dtype)
 
 
 class Batch(NamedTuple):

@@ -18,7 +18,7 @@ from kdvit.data.base import ImageDataModule, Split
 from kdvit.data.cached import collate
 from kdvit.data.reading import DamagedImage, read_image
 from kdvit.data.splits import SPLIT_SEED, VAL_SHARE
-from kdvit.data.transforms import ErasingMode, PixelTransform, Transform, train_transform
+from kdvit.data.transforms import ErasingMode, PixelTransform, Transform, leaves_arithmetic, train_transform
 from kdvit.models.network import eval_transform
 from kdvit.seeding import mixed_seed, seeded
 from kdvit.structures import Batch, View
@@ -105,7 +105,9 @@ class ListedImages(ImageDataModule):
     def dataset(self, split: Split) -> Dataset[Any]:
         """Returns the images of a split; of val for test where there are none for it."""
         if split == "train":
-            transform = PixelTransform(self.train_transform) if self.sends_pixels() else self.train_transform
+            transform = self.train_transform
+            if self.sends_pixels() and leaves_arithmetic(transform):
+                transform = PixelTransform(transform)
             return self.read(split, transform, self.seed)
         return self.plain_dataset(split)
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor
+from torchvision.transforms import Normalize
 
 from kdvit.structures import ImageFormat, Pixels, Rectangle
 
@@ -52,11 +54,17 @@ def train_transform(
     return transform  # type: ignore[no-any-return]
 
 
+def leaves_arithmetic(transform: Any) -> bool:
+    """Tells whether a transform ends as timm's, whose last steps `Pixels` can take; one of a user's own need not."""
+    kinds = [type(step) for step in getattr(transform, "transforms", ()) if not isinstance(step, RandomErasing)]
+    return kinds[-2:] == [MaybeToTensor, Normalize]
+
+
 class PixelTransform:
     """A training transform up to its uint8 pixels, with all draws: the arithmetic that is left is `Pixels`.
 
     Args:
-        transform: Of `train_transform`.
+        transform: One that `leaves_arithmetic`.
     """
 
     def __init__(self, transform: Any) -> None:
