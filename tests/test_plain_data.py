@@ -18,7 +18,7 @@ from kdvit.structures import Batch, BatchError, as_batch
 from kdvit.training.batches import TargetError, read_batch
 from tests.data.test_forms import config
 from tests.runs import QUIET
-from tests.tiny import FORMAT, Blobs
+from tests.tiny import FORMAT, Blobs, SizedData
 
 MULTI_HOT = torch.tensor([1.0, 1.0])
 
@@ -54,6 +54,10 @@ def _mapping(image: Any, label: int) -> Any:
 
 def _multi_hot(image: Any, label: int) -> Any:
     return image, MULTI_HOT
+
+
+def _one_below(image: Any, label: int) -> Any:
+    return image, label - 1
 
 
 def _image(image: Any, label: int) -> Any:
@@ -95,6 +99,19 @@ class Alone(Plain):
     form = staticmethod(_image)
 
 
+class PairsOfASubclass(SizedData):
+    """Makes its batches itself, and the labels of training begin at -1."""
+
+    class_names = list("ab")
+    image_format = property(lambda self: FORMAT, lambda self, _: None)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Samples(_one_below), batch_size=4)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Samples(_pair), batch_size=4)
+
+
 def command(name: str, kind: str, *more: str) -> list[str]:
     return [name, "--config", config({"class_path": f"tests.test_plain_data.{kind}"}), *QUIET, *more]
 
@@ -131,6 +148,7 @@ def test_a_plain_module_is_checked_measured_in_training_and_analysed() -> None:
             "MultiHot",
             r"Expected class indices \[4\], got torch.float32 \[4, 2\]. kdvit trains classifiers of one class",
         ),
+        ("PairsOfASubclass", "Expected labels of 0 to 1, for 2 classes; got -1 to 0."),
         ("Alone", r"Expected a kdvit.Batch, a pair .* or a mapping.*got Tensor"),
     ],
 )

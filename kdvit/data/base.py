@@ -205,18 +205,21 @@ class ImageDataModule(pl.LightningDataModule):
         """Returns this rank's batches of `plain_dataset`, each image on one rank."""
         return self._eval_loader(self.plain_dataset(split))
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mixes a training batch, if Mixup or CutMix is on; its target becomes ``[B, K]``, if there are labels.
 
-        Pixels become images before; `number_classes` is applied to other batches.
+        Pixels become images before; `number_classes` is applied to other batches. What a subclass's own loader yields
+        is left as it is, unless one of these is to be applied: the module looks at the labels of what is no Batch.
         """
-        batch = as_batch(batch)
+        if isinstance(batch, Batch):
+            batch = as_batch(batch)
         if self._numbers is not None:
+            batch = as_batch(batch)
             return batch._replace(target=self._numbers.to(batch.target.device)[batch.target])
         trainer = self.trainer
         if not (self.mixup or self.cutmix) or trainer is None or not trainer.training:
             return batch
-        classes = self.num_classes or 1
+        batch, classes = as_batch(batch), self.num_classes or 1
         mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=classes)  # type: ignore[no-untyped-call]
         with seeded(mixed_seed(self.seed, trainer.fit_loop.total_batch_idx + 1, trainer.global_rank)):
             image, target = mix(batch.image, batch.target.clamp(min=0))
