@@ -138,7 +138,8 @@ class FrozenTeacher:
     def compile(self, **options: Any) -> None:
         """Lets torch.compile translate what runs, with its options."""
         self._compiling = options
-        self.network.compile(**options)
+        for network in {self.network, self._running}:
+            network.compile(**options)
 
     def convert(self, image: Tensor) -> Tensor:
         """Returns images ``[B, C, H, W]`` in the teacher's own size, values, channels and precision."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -129,3 +130,20 @@ def test_under_autocast_weights_are_cast_once_and_no_bit_changes(arch: str, dtyp
         assert value.dtype == weights[name].dtype
         assert torch.equal(value, weights[name])
     assert torch.equal(holder(image, layers).logits, before.logits)  # float32 again, behind a run in half precision
+
+
+def test_what_runs_is_compiled_also_behind_a_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    holder = FrozenTeacher(teacher())
+    with torch.autocast("cpu", torch.bfloat16):
+        holder(torch.zeros(2, 3, 16, 16))
+        holder.compile()
+        holder(torch.zeros(2, 3, 16, 16))
+    assert len(graphs) == 1
