@@ -23,10 +23,8 @@ from tests.replication.claims import (
     paired,
     shown,
 )
-from tests.replication.figure import draw_arms
+from tests.replication.figure import SHOWN, draw_arms, draw_claim, gains
 from tests.replication.stages import RECIPE, WEIGHTS
-
-FIGURE = "arms.png"
 
 
 def write_report(results: Path, report: Path) -> None:
@@ -45,7 +43,9 @@ def write_report(results: Path, report: Path) -> None:
         text, count = re.subn(pattern, lambda part, block=block: f"{part[1]}{block}\n{part[2]}", text, flags=re.DOTALL)
         if not count:
             raise RuntimeError(f"{report} has no part <!-- {name} --> ... <!-- end --> to fill in.")
-    draw_arms(found, report.parent / FIGURE)
+    draw_arms(found, report.parent / "arms.png")
+    width = own_layer(next(iter(found["plain"].values())))["width"]
+    draw_claim(own_layer(files[TEACHER]), width, gains(found, SHOWN), report.parent / "claim.png")
     report.write_text(text)
     print(f"{report} tells the results of {results}.")
 

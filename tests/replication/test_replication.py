@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_data_modules import fashion_root
-from tests.replication import stages
+from tests.replication import demo, stages
 from tests.replication.__main__ import main
 from tests.replication.arms import ARMS
 from tests.replication.test_report import PAGE
@@ -58,7 +58,7 @@ def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_i
     assert plain["geometry"][0]["images"] == 20
     assert not list(Path("runs").glob("cache_seed_*")) + list(Path("runs").rglob("*.ckpt"))
     assert "| `lift_soft_mse` | Lift + soft KD + MSE |" in Path("page.md").read_text()
-    assert {file.name for file in Path().glob("*.png")} == {"arms.png", "ranks.png", "sep.png"}
+    assert {file.name for file in Path().glob("*.png")} == {"arms.png", "claim.png", "ranks.png", "sep.png"}
 
     shutil.rmtree("runs/teacher")  # as in a fresh clone with results
     main(["--seeds", "0", *where])
@@ -68,3 +68,15 @@ def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_i
     Path("over.yaml").write_text(OVER.replace("batch_size: 8", "batch_size: 4"))
     with pytest.raises(RuntimeError, match="is a result of other settings than the configs and choices"):
         main(["recipe", *where])
+
+
+def test_the_demo_trains_compares_and_draws(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "METHODS", {"plain": "plain", "fixed_target": "phi_s"})
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    monkeypatch.setattr(demo, "QUIET", (*demo.QUIET, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"))
+    demo.main()
+    said = capsys.readouterr().out
+    assert "fixed_target - plain      2" in said
+    assert {"comparison.html", "demo.png", "teacher", "plain", "fixed_target"} <= {
+        each.name for each in demo.FOLDER.iterdir()
+    }
