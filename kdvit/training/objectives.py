@@ -97,7 +97,7 @@ class Objectives(nn.ModuleDict):
             distiller.build(_named(ours, self._class_names), _named(theirs, teacher.network.class_names))
         except ValueError as error:
             raise ValueError(f"distillers.{name}: {error}") from error
-        if [shape[1:] for shape in ours.features] != [shape[1:] for shape in theirs.features]:
+        if any(a[1:] != b[1:] for a, b in zip(ours.features, theirs.features, strict=False)):
             shapes = f"distillers.{name}: {ours.features} and {theirs.features}"
             self.conversions.append(f"Of maps with unequal grids, the finer is resized. [C, H, W] in {shapes}.")
         self.conversions += [f"distillers.{name}: {each}" for each in distiller.conversions()]
