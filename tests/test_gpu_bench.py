@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,16 @@ TINY = gpu.Sizes(
     steps=2,
     workers=0,
 )
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """The bench silences Lightning, which later tests of this process listen to."""
+    logger = logging.getLogger("lightning.pytorch")
+    level, threads = logger.level, torch.get_num_threads()
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
