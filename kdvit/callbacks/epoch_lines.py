@@ -35,11 +35,20 @@ def in_words(name: str, value: float) -> str:
         >>> in_words("test/acc1/dataloader_idx_1", 0.5), in_words("test/accumulated", 12.5)
         ('accuracy (dataloader_idx_1) 50.00%', 'accumulated 12.5')
     """
+    score, of = _score(name)
+    return f"{NAMES.get(score, score)}{of} {in_figures(name, value)}"
+
+
+def in_figures(name: str, value: float) -> str:
+    """Returns the value of a score as it is read: a share of images in per cent."""
+    return f"{value:.2%}" if _score(name)[0] in NAMES else f"{value:.4g}"
+
+
+def _score(name: str) -> tuple[str, str]:
+    """Returns the score of a metric's name, and in words of which weights and loader it is."""
     name, _, loader = name.partition("/dataloader_idx_")
     score, average, _ = name.rpartition("/")[2].partition("_ema")
-    text = f"{value:.2%}" if score in NAMES else f"{value:.4g}"
-    of = " (EMA)" * bool(average) + f" (dataloader_idx_{loader})" * bool(loader)
-    return f"{NAMES.get(score, score)}{of} {text}"
+    return score, " (EMA)" * bool(average) + f" (dataloader_idx_{loader})" * bool(loader)
 
 
 class NetworkLine(ModelSummary):

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from kdvit.callbacks.epoch_lines import PROBED, in_words
+from kdvit.callbacks.epoch_lines import PROBED, in_figures, in_words
 from kdvit.callbacks.nonfinite import NonFiniteError
 from kdvit.errors import UserError
 from kdvit.models import export_student
@@ -35,7 +35,7 @@ class Best(NamedTuple):
     content: dict[str, Any]
 
     def __str__(self) -> str:
-        score = in_words(self.monitor, self.score).rpartition(" ")[2]
+        score = in_figures(self.monitor, self.score)
         return f"Best {self.monitor} {score}, of epoch {self.content['epoch']}, in {self.file}."
 
 

@@ -38,8 +38,8 @@ def main() -> None:
     print("$ kdvit fit --config configs/demo/teacher.yaml", flush=True)
     in_processes(FOLDER / "logs", [_fit("teacher", "teacher", 0)], 1)
     print("$ kdvit fit --config configs/demo/METHOD.yaml --seed_everything SEED --data.init_args.seed SEED", flush=True)
-    runs = [f"{name}/seed_{seed}" for name in METHODS for seed in SEEDS]
-    in_processes(FOLDER / "logs", [_fit(run.split("/")[0], run, int(run[-1])) for run in runs], 2)
+    runs = {f"{name}/seed_{seed}": (name, seed) for name in METHODS for seed in SEEDS}
+    in_processes(FOLDER / "logs", [_fit(name, run, seed) for run, (name, seed) in runs.items()], 2)
     print("$ kdvit compare runs/demo/*/seed_* --out runs/demo", flush=True)
     command(["compare", *(str(FOLDER / run) for run in runs), "--out", str(FOLDER)])
     draw()
