@@ -54,6 +54,12 @@ class LayerGeometry(nn.Module):
         self.shape = (0, width)
         self._kept: list[Part] = []
 
+    def curve_bytes(self, tokens: int) -> int:
+        """Returns the bytes that are kept of an image with so many tokens, without the tokens."""
+        width, variants = self.shape[1], len(self.names)
+        numbers = variants * (min(tokens, width) + width + 3) + width // 2 + 1 + 4
+        return 8 * (numbers + (0 if self.permuted is None else len(BANDWIDTH_LEVELS)))
+
     @torch.no_grad()
     def update(self, tokens: Tensor, keep: bool = False, numbers: Tensor | None = None) -> None:
         """Adds images by their tokens ``[B, N, D]``; in a second pass, for what needs all images again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -89,7 +90,7 @@ class AnalysisModule(pl.LightningModule):
         image_format: How the images arrive; each network gets them in its own size and normalisation.
         layers: See `chosen_layers`. A name that only some of the networks have is one for those.
         options: What to measure.
-        memory: Gigabytes that a process may keep of tokens, so that one pass is enough.
+        memory: See `analyze`.
         compared: See `analyze`.
 
     Raises:
@@ -109,7 +110,7 @@ class AnalysisModule(pl.LightningModule):
         options.check()
         names = {name for network in networks.values() for name in network.named_layers()}
         self.measured: list[Measured] = []
-        self.bytes_an_image = 0
+        self.token_bytes = self.curve_bytes = 0  # an image
         for name, network in networks.items():
             others = names - set(network.named_layers())
             own = layers if isinstance(layers, str) or layers is None else [x for x in layers if x not in others]
@@ -118,7 +119,9 @@ class AnalysisModule(pl.LightningModule):
             face = [network.resolve(x) for x in chosen].index(network.resolve(compared.get(name, chosen[-1])))
             geometries = [LayerGeometry(width, options, i == face) for i, (width, _, _) in enumerate(shapes)]
             self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, face, geometries))
-            self.bytes_an_image += sum(4 * width * height * across for width, height, across in shapes)
+            for (width, height, across), geometry in zip(shapes, geometries, strict=True):
+                self.token_bytes += 4 * width * height * across
+                self.curve_bytes += geometry.curve_bytes(height * across)
         self.orders = [CatMetric(), CatMetric()]
         self.parts = nn.ModuleList([*self.orders, *(part for each in self.measured for part in each.geometries)])
         self.memory, self.options = memory, options
@@ -131,7 +134,13 @@ class AnalysisModule(pl.LightningModule):
         self.passes += 1
         self.seen = 0
         if self.passes == 1:
-            fits = self.bytes_an_image * _images(self.trainer.test_dataloaders) <= self.memory * 1e9
+            images, allowed = _images(self.trainer.test_dataloaders), self.memory * 1e9
+            if isfinite(images) and self.curve_bytes * images > allowed > 0:
+                rank_zero_warn(
+                    f"The curves of {images:,.0f} images take {self.curve_bytes * images / 1e9:.2g} GB a process, and "
+                    f"are kept in any case; memory is {self.memory:g}. Take fewer images or layers if that is too much."
+                )
+            fits = (self.curve_bytes + self.token_bytes) * images <= allowed
             self.keep = self.trainer.strategy.reduce_boolean_decision(fits, all=True)
             if self.options.subspaces and not self.keep:
                 raise ValueError(
@@ -255,10 +264,10 @@ def analyze(
         image_format: How the images arrive; by default as the first network wants them.
         data: A name for the images, for the report.
         trainer: Where to run: devices, precision. By default one process, on the GPU if there is one.
-        memory: Gigabytes that a process may keep of tokens. The energy in the axes that all images share needs all
-            images again once the axes are known; with less, they pass through the networks a second time. (The curves
-            of each image and layer, min(N, D) + 1.5 D numbers, are kept in any case; of the last, five times, and the
-            tokens of 64 images.)
+        memory: Gigabytes that a process may keep of the images. The energy in the axes that all of them share needs all
+            tokens again once the axes are known; if they do not fit, the images pass through the networks a second
+            time. The curves of each image and layer, min(N, D) + 1.5 D numbers of 8 bytes, for the compared layer five
+            times min(N, D) + D and 0.5 D, are counted, and kept in any case.
         compared: By the name of a network, the layer that a feature-map objective compares, which is measured best and
             advised upon; by default the last one, or the map of a remedy.
 

@@ -12,8 +12,10 @@ import pytest
 import timm
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from kdvit.analysis import Options, Report, analyze, as_tokens, measure, p99
+from kdvit.analysis.geometry import LayerGeometry
 from kdvit.analysis.run import analysis_trainer, chosen_layers
 from kdvit.analysis.save import save
 from kdvit.models import TimmNetwork
@@ -66,6 +68,27 @@ def test_without_memory_the_images_pass_twice_and_no_number_changes() -> None:
     assert [[network.passes for network in report.networks] for report in (kept, twice)] == [[1, 1], [2, 2]]
     for name, curve in kept.curves().items():
         np.testing.assert_array_equal(twice.curves()[name], curve)
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_memory_counts_every_number_that_is_kept_of_an_image(robust: bool) -> None:
+    geometry = LayerGeometry(12, FEW, robust)
+    geometry.update(torch.randn(200, 7, 12))
+    geometry.find_axes()
+    geometry.update(torch.randn(200, 7, 12))
+    metrics = [(name, each) for name, each in geometry.named_modules() if isinstance(each, Metric)]
+    kept = [
+        part.nbytes
+        for name, metric in metrics
+        for state in metric.metric_state.values()
+        for part in (state if isinstance(state, list) and name != "shuffled" else [])
+    ]
+    assert sum(kept) == 200 * geometry.curve_bytes(7)
+
+
+def test_curves_beyond_the_memory_are_told_beforehand() -> None:
+    with pytest.warns(UserWarning, match=r"The curves of 12 images take .*e-05 GB a process, and are kept in any"):
+        analyze(teacher(), _loader(torch.randn(12, 3, 16, 16)), options=FEW, memory=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Your `test_dataloader`'s sampler has shuffling enabled")

@@ -79,7 +79,7 @@ def analyze(
         out: Folder of the report.
         batch_size: Images at once.
         num_workers: Processes that load images.
-        memory: Gigabytes for tokens; with less, the images pass twice.
+        memory: Gigabytes for tokens and curves of a process; with less, the images pass twice.
         trainer: How to run.
 
     Examples:
