@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +182,14 @@ def test_the_short_help_names_twenty_options_that_are_there(capsys) -> None:
         told = capsys.readouterr().out
         assert ("kdvit.data.FashionMNIST" if "data" in group else "--model.optimizer.lr ") in told
         assert "--trainer." not in told
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdvit", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as ended:
+        assert ended.stdout is not None
+        assert ended.stderr is not None
+        ended.stdout.close()
+        assert ended.stderr.read() == b""
+    assert ended.returncode == 1

@@ -95,6 +95,10 @@ def main(args: list[str] | None = None) -> None:
     explanation = ""
     try:
         run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough: `kdvit check --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         explanation = explain(error) or ""
         if not explanation or os.environ.get("KDVIT_TRACEBACK"):
