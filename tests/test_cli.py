@@ -66,7 +66,7 @@ def test_every_imagenet_config_goes_through_a_step_on_tiny_stand_ins(name: str, 
     main(["check", "--config", f"configs/{name}.yaml", *given])
     shown = capsys.readouterr().out
     assert " 16 = 4 images x 4 processes x 1" in shown
-    assert "A training and a validation batch of at most 8 images went through" in shown
+    assert "A training and a validation batch of at most 4 images went through" in shown
 
 
 def _text(events: EventAccumulator, name: str) -> str:

@@ -23,7 +23,7 @@ from kdvit.structures import BatchError
 from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
 
-CHECKED_IMAGES = 8
+CHECKED_IMAGES = 4
 
 
 class Trainer(pl.Trainer):
