@@ -179,4 +179,4 @@ class FixedProjection(nn.Module):
                 )
             self._checked = True
         bias = -(self.weight @ self.mean)
-        return F.conv2d(feature, self.weight[:, :, None, None], bias)
+        return F.conv2d(feature.to(bias.dtype), self.weight[:, :, None, None], bias)
