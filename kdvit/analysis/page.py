@@ -12,10 +12,10 @@ from kdvit.pages import render
 
 SOURCES = (
     "features in a file",
-    "each went through the network once",
-    "each went through the network twice, as the tokens did not fit into the memory that was allowed",
+    "each went through the network once, in {}",
+    "each went through the network twice, in {}, as the tokens did not fit into the memory that was allowed",
 )
-"""How images reached a network, by its passes."""
+"""How images reached a network, by its passes; with its precision."""
 
 
 def page(report: Report, pictures: Mapping[str, Path]) -> str:
@@ -32,7 +32,10 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         "spread": "{0[participation]:.3f}",
         "in shared axes": "{0[participation_shared]:.3f}",
     }
-    sources = [f"{each.face.images:,} images of {each.data}: {SOURCES[each.passes]}." for each in report.networks]
+    sources = [
+        f"{each.face.images:,} images of {each.data}: {SOURCES[each.passes].format(each.precision)}."
+        for each in report.networks
+    ]
     return render(
         Path(__file__).with_name("page.html.jinja"),
         pictures,

@@ -44,6 +44,7 @@ class NetworkReport(NamedTuple):
         passes: How often they went through the network: twice where memory forbade to keep their tokens; 0 for features
             in a file.
         compared: Place in `layers` of the one that a feature-map objective compares.
+        precision: In which the network ran, by Lightning's name.
     """
 
     name: str
@@ -57,6 +58,7 @@ class NetworkReport(NamedTuple):
     data: str
     passes: int
     compared: int = -1
+    precision: str = "32-true"
 
     @property
     def published(self) -> Published | None:

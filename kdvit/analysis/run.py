@@ -183,7 +183,7 @@ class AnalysisModule(pl.LightningModule):
 
 
 def describe_network(
-    network: Network, measured: Measured, layers: list[LayerReport], data: str, passes: int
+    network: Network, measured: Measured, layers: list[LayerReport], data: str, passes: int, precision: str
 ) -> NetworkReport:
     """Returns a network's report: which it was, what it costs, and what was measured."""
     return NetworkReport(
@@ -198,6 +198,7 @@ def describe_network(
         compared=measured.face,
         data=data,
         passes=passes,
+        precision=precision,
     )
 
 
@@ -291,7 +292,9 @@ def analyze(
     if not module.reports:
         raise ValueError("There is no image to analyse.")
     reports = [
-        describe_network(wrapped[each.name], each, module.reports[each.name], data, module.passes)
+        describe_network(
+            wrapped[each.name], each, module.reports[each.name], data, module.passes, str(trainer.precision)
+        )
         for each in module.measured
     ]
     count = reports[0].face.images
@@ -301,6 +304,16 @@ def analyze(
             f"percentile is nearly the maximum. The paper has 1,000."
         )
     return Report(reports, options)
+
+
+def fast_precision(accelerator: str | None = None) -> str:
+    """Returns "bf16-mixed" where the accelerator computes in it and not by emulation, else "32-true"."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return "bf16-mixed" if fast else "32-true"
 
 
 def analysis_trainer(**given: Any) -> pl.Trainer:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, distilled_layer, measure, read_features
 from kdvit.analysis.published import PUBLISHED
 from kdvit.analysis.report import NetworkReport
-from kdvit.analysis.run import analysis_trainer
+from kdvit.analysis.run import analysis_trainer, fast_precision
 from kdvit.analysis.save import save
 from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.analyze import Processes
@@ -130,7 +130,7 @@ class Analysis:
             first: Any = list(islice(images.dataset, self.images))
             images = images._replace(dataset=first)
         numbers = choose(images, self.images, self.options.seed)
-        trainer = process_trainer(self.processes)
+        trainer = process_trainer(self.processes, fast_precision(self.processes.accelerator))
         rank_zero_info(f"{len(numbers)} images of {images.name}; {', '.join(networks)}.")
         with shown((ValueError, TypeError)):
             return analyze(
@@ -146,12 +146,17 @@ class Analysis:
             )
 
 
-def process_trainer(processes: Processes) -> pl.Trainer:
-    """Returns the Trainer of a measurement, and refuses what would go wrong in its processes."""
+def process_trainer(processes: Processes, precision: str = "32-true") -> pl.Trainer:
+    """Returns the Trainer of a measurement, and refuses what would go wrong in its processes.
+
+    Args:
+        processes: What the user asks for.
+        precision: If the user asks for none.
+    """
     require_all_tasks(planned_processes(processes.devices, processes.num_nodes))
     given = {key: each for key, each in asdict(processes).items() if each is not None}
     silent = {} if in_terminal() else {"callbacks": [], "enable_progress_bar": False}
-    trainer = analysis_trainer(**given, **silent)
+    trainer = analysis_trainer(**{"precision": precision, **given}, **silent)
     require_whole_networks(trainer)
     require_all_processes(trainer)
     return trainer

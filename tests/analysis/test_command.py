@@ -323,3 +323,16 @@ def test_a_config_is_read_as_fit_reads_it(change: dict[str, Any]) -> None:
     main(["check", "--config", "own.yaml"])
     main(["analyze", "--config", "own.yaml", *QUICK])
     assert _report()["networks"][0]["images"] == 12
+
+
+def test_the_command_takes_bfloat16_where_the_machine_computes_in_it_and_says_so(monkeypatch) -> None:
+    ranks, exported = {}, _exported("student", student())
+    for able, precision in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        main(["analyze", "--model", exported, "--data", "Digits", *QUICK, "--images", "20", "--out", precision])
+        network = json.loads(Path(precision, "report.json").read_text())["networks"][0]
+        assert network["precision"] == precision
+        assert f"went through the network once, in {precision}." in Path(precision, "report.html").read_text()
+        ranks[precision] = network["layers"][-1]["svd_rank"]["0.95"]["p99"]
+    assert ranks["bf16-mixed"] == pytest.approx(ranks["32-true"], abs=1)

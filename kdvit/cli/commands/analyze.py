@@ -21,14 +21,14 @@ class Processes:
         devices: Processes that share the images.
         num_nodes: Machines.
         strategy: For several processes.
-        precision: Of the networks.
+        precision: Of the networks; by default 32-true, and for `analyze` bf16-mixed where this machine computes in it.
     """
 
     accelerator: str | None = None
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
     strategy: str = "auto"
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
 
 
 def analyze(
