@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,24 +32,41 @@ def rows(rounds: int) -> list[Row]:
         ("teacher of 12 blocks", step(build("Lift", pair=shallow), images(BATCH))),
     ):
         found.append(row(f"step, {name}: share of batch 8 at 224", interleave(other, usual, rounds), cost, "s", "none"))
-    pairs = interleave(lambda: processes(2), lambda: processes(1), rounds)
+    pairs = interleave(lambda: processes(2, 2, 1).wall, lambda: processes(1, 1, 2).wall, rounds)
     found.append(row("step, 2 processes of 4 images, a thread each: share of 1 process", pairs, cost, "s", "none"))
+    for count in (2, 4):
+        pairs = interleave(lambda count=count: processes(count, 2, 1).cpu, lambda: processes(1, 2, 1).cpu, rounds)
+        name = f"processor time of a step of 4 images, {count} processes of a thread: share of that of 1 process"
+        found.append(row(name, pairs, cost, "s", "none"))
     return found
 
 
-def processes(count: int) -> float:
-    """Returns the median seconds of a step of `BATCH` images shared out to processes, two threads in all."""
+class Seconds(NamedTuple):
+    """What a step takes: elapsed, and of a process's processor (with cores for all, the two are alike)."""
+
+    wall: float
+    cpu: float
+
+
+def processes(count: int, shares: int, threads: int) -> Seconds:
+    """Returns the median seconds of a step in each of several processes, with the gradients summed over them.
+
+    Args:
+        count: Processes.
+        shares: How many of them share `BATCH` images; more have as many each.
+        threads: Of each.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_worker, (count, port, results), nprocs=count)
-    return float(results.get())
+    mp.spawn(_worker, (count, BATCH // shares, threads, port, results), nprocs=count)
+    return Seconds(*results.get())
 
 
-def _worker(rank: int, count: int, port: int, results: Any) -> None:
+def _worker(rank: int, count: int, batch: int, threads: int, port: int, results: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(2 // count)
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", rank=rank, world_size=count)
     module = build("Lift")
 
@@ -56,8 +74,12 @@ def _worker(rank: int, count: int, port: int, results: Any) -> None:
         flat = torch.cat([weight.grad.flatten() for weight in module.parameters() if weight.grad is not None])
         dist.all_reduce(flat)
 
-    run = step(module, images(BATCH // count), share=share if count > 1 else lambda: None)
-    times = [run() for _ in range(4)]
+    run = step(module, images(batch), share=share if count > 1 else lambda: None)
+    walls, cpus = [], []
+    for _ in range(4):
+        before = time.process_time()
+        walls.append(run())
+        cpus.append(time.process_time() - before)
     if rank == 0:
-        results.put(statistics.median(times[1:]))
+        results.put((statistics.median(walls[1:]), statistics.median(cpus[1:])))
     dist.destroy_process_group()
