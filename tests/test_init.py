@@ -86,6 +86,16 @@ def test_classes_decide_what_is_distilled(digits: str, demo_teacher: str, capsys
     assert "They are typically 8 x 8 pixels, and scaled far up to 224 x 224 for the student." in told
 
 
+def test_a_student_wider_than_a_teacher_of_other_classes_learns_its_maps(digits: str, demo_teacher: str) -> None:
+    for digit in range(10):
+        Path(digits, str(digit)).rename(Path(digits, f"other{digit}"))
+    teacher = demo_teacher.removeprefix("local-dir:")
+    main(["init", "--images", digits, "--teacher", teacher, "--remedy", "none", "--out", "wider.yaml"])
+    distillers = yaml.safe_load(Path("wider.yaml").read_text())["model"]["distillers"]
+    assert distillers["feature"]["init_args"]["projector"] == "linear"
+    main(["check", "--config", "wider.yaml"])
+
+
 def test_a_checkpoint_of_a_run_is_a_teacher(digits: str, demo_teacher: str) -> None:
     run = Path(demo_teacher.removeprefix("local-dir:")).parent
     main(["init", "--images", digits, "--teacher", str(run / "checkpoints/last.ckpt"), "--out", "own.yaml"])

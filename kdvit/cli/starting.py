@@ -32,6 +32,7 @@ TIMED = 8
 """Images of the step that is timed."""
 STUDENTS: dict[str, type[TimmStudent]] = {"lift": LiftViT, "wide_last": WideLastViT, "none": TimmStudent}
 OBJECTIVES = {"lift": "LiftDistiller", "wide_last": "WideLastDistiller"}
+PHI_S = "phi_s", "the teacher's leading axes, evened out"
 
 
 class Machine(NamedTuple):
@@ -95,7 +96,7 @@ def first_config(
     epochs = max(FEWEST, min(EPOCHS, int(3600 * HOURS["GPU" if machine.gpu else "CPU"] / seconds)))
     minutes = epochs * seconds / 60
     takes = f"about {minutes / 60:.0f} hours" if minutes > 90 else f"about {math.ceil(minutes)} minutes"
-    distillers, why = _objectives(remedy, network, data)
+    distillers, why = _objectives(remedy, own, network, data)
     height, width = own.image_format.size
     batch = machine.batch_size(count)
     seen = f"Images: {data.summary()}. {_sizes(data, (height, width))}"
@@ -210,7 +211,9 @@ def _image_seconds(student: Network, teacher: Network, gpu: bool) -> float:
     return (time.perf_counter() - start) / TIMED
 
 
-def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[list[tuple[str, str, str, str]], str]:
+def _objectives(
+    remedy: str, student: Network, teacher: TimmTeacher, data: ImageFolder
+) -> tuple[list[tuple[str, str, str, str]], str]:
     """Returns name, class, arguments and comment of each distiller, the one of logits first, and why it is there."""
     classes = teacher.output_shapes().classes
     names = teacher.class_names or known_class_names(teacher.init_args["arch"], True, None)
@@ -230,8 +233,9 @@ def _objectives(remedy: str, teacher: TimmTeacher, data: ImageFolder) -> tuple[l
     if remedy in OBJECTIVES:
         found.append((remedy, OBJECTIVES[remedy], "{weight: 0.2}", "the published weight"))
     elif not logit:
-        basis = "{weight: 1.0, projector: phi_s}"
-        found.append(("feature", "FeatureDistiller", basis, "the teacher's leading axes, evened out"))
+        ours, theirs = (each.output_shapes([-1], logits=False).features[0][0] for each in (student, teacher))
+        projector, is_so = ("linear", "dropped after training") if ours > theirs else PHI_S
+        found.append(("feature", "FeatureDistiller", f"{{weight: 1.0, projector: {projector}}}", is_so))
     return found, why
 
 
