@@ -37,7 +37,7 @@ fashion-mnist: install  ## A larger teacher and student on Fashion-MNIST (about 
 replication: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 replication: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 replication: export MALLOC_TOP_PAD_ = 268435456
-replication: install  ## The paper on Fashion-MNIST with seeds and intervals (hours; goes on where it stopped); REPLICATION="OPTIONS"
+replication: install  ## What helps a small student, with seeds and intervals (hours; goes on where it stopped); REPLICATION="OPTIONS"
 	$(BIN)/python -m tests.replication $(REPLICATION)
 
 lint: install  ## Check style and spelling

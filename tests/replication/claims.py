@@ -1,4 +1,10 @@
-"""The paper's claims, each with the rule of its verdict. Written down before any result."""
+"""The questions, each with its comparisons and the rule of the verdicts. (What came when: the page's "History".)
+
+A comparison is the mean over seeds of the difference, in points of test accuracy, between two runs of one seed. Its
+interval is Student's, 95 %. Its p-value is that of the two-sided paired t-test, corrected within its question by Holm's
+method. It is **more** or **less** if the corrected p-value is below 0.05, **alike** if the whole interval is within
+LITTLE of zero, and else **undecided**.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +15,49 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as students_t
 
-from tests.replication.arms import SEEDS
-
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+MORE, LESS, ALIKE = "more", "less", "alike"
+LEVEL = 0.05
 LITTLE = 0.5  # points of accuracy: what counts as little
 DIAGONAL = 0.03  # the most that the paper's models are off the diagonal
-RESAMPLES = 10_000
 Result = dict[str, Any]
 Results = dict[str, dict[int, Result]]  # by arm and seed
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its bootstrap 95 % interval.
+    """A mean over seeds with Student's 95 % interval.
 
     Attributes:
         mean: Of all seeds.
-        low: 2.5th percentile of the means of resampled seeds.
-        high: 97.5th percentile.
+        low: Lower end of the interval.
+        high: Upper end.
+        p: Of the two-sided t-test against zero, uncorrected.
         values: One each seed.
     """
 
     mean: float
     low: float
     high: float
+    p: float
     values: tuple[float, ...]
 
 
-def bootstrap(values: Sequence[float]) -> Estimate:
-    """Returns the mean with its percentile interval, seeds drawn with replacement; always the same draws."""
-    array = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.percentile(array[draws].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(array.mean()), float(low), float(high), tuple(map(float, array)))
+def estimate(values: Sequence[float]) -> Estimate:
+    """Returns the mean of two values or more, with its interval."""
+    mean, freedom = float(np.mean(values)), len(values) - 1
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(students_t.ppf(0.975, freedom)) * error
+    p = 2 * float(students_t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+    return Estimate(mean, mean - half, mean + half, p, tuple(map(float, values)))
 
 
-def students_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean by Student's t, which for few seeds is wider than the bootstrap's."""
-    half = students_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+def holm(p: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number (Holm, 1979, Scand. J. Statist. 6:65)."""
+    corrected, largest = [1.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def above(low: float, high: float, bound: float = 0.0) -> str:
@@ -74,53 +85,81 @@ def accuracy(result: Result) -> float:
     return 100 * float(result["scores"]["test/acc1"])
 
 
-class Paired(NamedTuple):
-    """A claim on two arms, by the differences between runs of one seed.
+class Question(NamedTuple):
+    """What is asked, and the comparisons that answer it.
 
     Attributes:
-        text: The claim.
-        arm: The one that is said to gain, or not to.
-        other: What it is compared with.
-        little: Whether it is said to gain at most a little, instead of something.
+        text: The question.
+        comparisons: What each one tells, the arm, and what it is compared with.
     """
 
     text: str
-    arm: str
-    other: str
-    little: bool = False
-
-    @property
-    def rule(self) -> str:
-        """The rule of the verdict."""
-        return f"difference of at most {LITTLE:g} points" if self.little else "difference above 0"
-
-    def verdict(self, estimate: Estimate) -> str:
-        """Returns the verdict on a difference in points."""
-        return at_most(estimate.low, estimate.high, LITTLE) if self.little else above(estimate.low, estimate.high)
+    comparisons: tuple[tuple[str, str, str], ...]
 
 
-CLAIMS = (  # written down before any result
-    Paired("Naive feature KD gains little", "naive", "plain", little=True),
-    Paired("A train-only projector does not repair it", "projector", "plain", little=True),
-    Paired("Lift + MSE gains more than naive feature KD", "lift_mse", "naive"),
-    Paired("WideLast + MSE gains more than naive feature KD", "wide_last_mse", "naive"),
-    Paired("WideLast + MSE gains more than Lift + MSE", "wide_last_mse", "lift_mse"),
-    Paired("WideLast + soft KD gains more than Lift + soft KD", "wide_last_soft_mse", "lift_soft_spectral"),
-    Paired("Lift gains without a teacher", "lift_none", "plain"),
-    Paired("WideLast gains without a teacher", "wide_last_none", "plain"),
-    Paired("Lift's gain is not only parameters", "lift_none", "uniform_lift"),
-    Paired("WideLast's gain is not only parameters", "wide_last_none", "uniform_wide_last"),
-    Paired("Wider than the teacher does not help", "lift_wider", "lift_none", little=True),
-)
-BESIDE = (  # added when the results were known, so without a verdict
-    ("The train-only projector against naive", "projector", "naive"),
-    ("Lift + SpectralKD against naive", "lift_spectral", "naive"),
-    ("What distillation adds to Lift", "lift_mse", "lift_none"),
-    ("What distillation adds to WideLast", "wide_last_mse", "wide_last_none"),
-    ("WideLast + MSE against its size without a teacher", "wide_last_mse", "uniform_wide_last"),
-    ("Naive against WideLast's size without a teacher", "naive", "uniform_wide_last"),
-)
-NEARER = (  # likewise, of distances to the teacher's geometry
+QUESTIONS = {
+    "a": Question(
+        "Does Lift help through its pooling, its norm, its parametrisation or its loss?",
+        (
+            ("mean pooling for the class token", "plain_mean", "plain"),
+            ("... then the folded norm and head, from the start", "folded_none", "plain_mean"),
+            ("... then the lift as parameters of its own", "lift_none", "folded_none"),
+            ("... then the feature loss", "lift_mse", "lift_none"),
+            ("all together", "lift_mse", "plain"),
+        ),
+    ),
+    "b": Question(
+        "Does a fixed basis repair feature distillation at no cost at inference?",
+        (
+            ("pooled channels", "pool", "plain"),
+            ("a random orthogonal basis", "random", "plain"),
+            ("the leading axes, pca", "pca", "plain"),
+            ("the leading axes in balance, phi_s", "phi_s", "plain"),
+            ("a trained orthogonal projector", "orthogonal", "plain"),
+            ("a trained linear projector", "linear", "plain"),
+            ("Lift + MSE", "lift_mse", "plain"),
+            ("WideLast + MSE", "wide_last_mse", "plain"),
+            ("phi_s against pooled channels", "phi_s", "pool"),
+            ("phi_s against a random basis", "phi_s", "random"),
+            ("phi_s against Lift + MSE", "phi_s", "lift_mse"),
+            ("WideLast + MSE against phi_s", "wide_last_mse", "phi_s"),
+        ),
+    ),
+    "c": Question(
+        "What does a feature term add to soft KD?",
+        (
+            ("soft KD itself", "soft_kd", "plain"),
+            ("pooled channels, to soft KD", "pool_soft", "soft_kd"),
+            ("phi_s, to soft KD", "phi_s_soft", "soft_kd"),
+            ("Lift, to soft KD", "lift_soft", "soft_kd"),
+            ("MSE, to Lift + soft KD", "lift_soft_mse", "lift_soft"),
+            ("the lift, to its folded form + soft KD", "lift_soft", "folded_soft"),
+            ("WideLast, to soft KD", "wide_last_soft", "soft_kd"),
+            ("MSE, to WideLast + soft KD", "wide_last_soft_mse", "wide_last_soft"),
+        ),
+    ),
+    "d": Question(
+        "Is WideLast better than a uniformly wide student of its size with as much distillation?",
+        (
+            ("without a teacher", "wide_last_none", "uniform_none"),
+            ("with soft KD", "wide_last_soft", "uniform_soft"),
+            ("with soft KD and a feature term (MSE or phi_s)", "wide_last_soft_mse", "uniform_soft_phi_s"),
+            ("the same, at one rate for both", "wide_last_soft_mse_fast", "uniform_soft_phi_s"),
+        ),
+    ),
+    "e": Question(
+        "What lasts when training is four times as long?",
+        (
+            ("longer training of the plain student", "plain_long", "plain"),
+            ("soft KD", "soft_kd_long", "plain_long"),
+            ("soft KD + phi_s, to soft KD", "phi_s_soft_long", "soft_kd_long"),
+            ("Lift + soft KD + MSE, to soft KD", "lift_soft_mse_long", "soft_kd_long"),
+            ("WideLast + soft KD + MSE, to soft KD", "wide_last_soft_mse_long", "soft_kd_long"),
+            ("WideLast + soft KD + MSE, to its size with soft KD", "wide_last_soft_mse_long", "uniform_soft_long"),
+        ),
+    ),
+}
+NEARER = (  # distances to the teacher's geometry, without a verdict
     ("How much nearer to the teacher Lift is by itself", "plain", "lift_none"),
     ("... and by distillation", "lift_none", "lift_mse"),
     ("How much nearer WideLast is by itself", "plain", "wide_last_none"),
@@ -134,17 +173,17 @@ def paired(results: Results, arm: str, other: str, measure: Callable[[Result], f
     seeds = sorted(set(ours) & set(theirs))
     if len(seeds) < 2:
         return None
-    return bootstrap([measure(ours[seed]) - measure(theirs[seed]) for seed in seeds])
+    return estimate([measure(ours[seed]) - measure(theirs[seed]) for seed in seeds])
 
 
 class Finding(NamedTuple):
-    """A claim with what was found.
+    """Something asked or claimed, with what was found.
 
     Attributes:
         claim: The claim.
         rule: The rule of the verdict.
         found: The numbers, as text.
-        verdict: holds, does not hold, or undecided.
+        verdict: In a word or two.
     """
 
     claim: str
@@ -153,51 +192,50 @@ class Finding(NamedTuple):
     verdict: str
 
 
-def accuracy_findings(results: Results) -> list[Finding]:
-    """Returns what was found on the claims of accuracy; those that have no two seeds yet are undecided."""
-    findings = []
-    for claim in CLAIMS:
-        estimate = paired(results, claim.arm, claim.other)
-        rule = f"`{claim.arm}` - `{claim.other}`: {claim.rule}"
-        findings.append(_judged(claim.text, rule, estimate, claim.verdict, _told))
-    return findings
+class Answer(NamedTuple):
+    """A comparison with what was found.
+
+    Attributes:
+        text: What it tells.
+        arms: The two arms.
+        found: The difference in points.
+        p: Corrected within the question.
+        verdict: more, less, alike or undecided.
+    """
+
+    text: str
+    arms: tuple[str, str]
+    found: Estimate
+    p: float
+    verdict: str
+
+
+def answers(results: Results, question: Question) -> list[Answer]:
+    """Returns what was found on a question's comparisons, of those that have two seeds."""
+    pairs = [(text, arm, other, paired(results, arm, other)) for text, arm, other in question.comparisons]
+    tried = [(text, (arm, other), found) for text, arm, other, found in pairs if found is not None]
+    corrected = holm([found.p for *_, found in tried])
+    return [Answer(*each, p, verdict(each[2], p)) for each, p in zip(tried, corrected, strict=True)]
+
+
+def verdict(found: Estimate, p: float) -> str:
+    """Returns the verdict by the rule that stands above."""
+    if p < LEVEL:
+        return MORE if found.mean > 0 else LESS
+    return ALIKE if found.low >= -LITTLE and found.high <= LITTLE else UNDECIDED
 
 
 def beside(results: Results, teacher: Result) -> list[tuple[str, str, str]]:
-    """Returns what to read beside the claims: what is compared, the arms, the difference."""
-    measures = [(BESIDE, accuracy, "points"), (NEARER, distance(teacher), "of distance")]
+    """Returns distances to the teacher's geometry: what is compared, the arms, the difference."""
     found = [
-        (text, f"`{arm}` - `{other}`", unit, paired(results, arm, other, measure))
-        for rows, measure, unit in measures
-        for text, arm, other in rows
+        (text, f"`{arm}` - `{other}`", paired(results, arm, other, distance(teacher))) for text, arm, other in NEARER
     ]
-    return [(text, arms, f"{shown(each)} {unit}") for text, arms, unit, each in found if each is not None]
+    return [(text, arms, f"{shown(each)} of distance") for text, arms, each in found if each is not None]
 
 
-def _judged(
-    claim: str,
-    rule: str,
-    estimate: Estimate | None,
-    verdict: Callable[[Estimate], str],
-    told: Callable[[Estimate], str],
-) -> Finding:
-    """Returns what was found on a difference; it is undecided as long as seeds are missing."""
-    if estimate is None:
-        return Finding(claim, rule, "not enough seeds", UNDECIDED)
-    complete = len(estimate.values) >= len(SEEDS)
-    return Finding(claim, rule, told(estimate), verdict(estimate) if complete else UNDECIDED)
-
-
-def _told(estimate: Estimate) -> str:
-    more = sum(value > 0 for value in estimate.values)
-    low, high = students_interval(estimate.values)
-    interval = f"by Student's t [{low:+.2f}, {high:+.2f}]"
-    return f"{shown(estimate)} points, {interval}; above 0 in {more} of {len(estimate.values)} seeds"
-
-
-def shown(estimate: Estimate) -> str:
+def shown(found: Estimate) -> str:
     """Returns a difference and its interval as text."""
-    return f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 # The geometry: the teacher's by intervals over images, the students' by distances over seeds
@@ -251,9 +289,10 @@ def geometry_findings(results: Results, teacher: Result, student_width: int) -> 
         _diagonal("... and Gaussian noise", layer, _controls(layer, "gaussian", "gaussian")),
     ]
     for title, arm in MOVED.items():
-        estimate = paired(results, "plain", arm, distance(teacher))
+        moved = paired(results, "plain", arm, distance(teacher))
         claim, rule = f"{title} moves the student's geometry to the teacher's", f"`plain` - `{arm}`: distance above 0"
-        findings.append(_judged(claim, rule, estimate, lambda found: above(found.low, found.high), shown))
+        if moved is not None:
+            findings.append(Finding(claim, rule, shown(moved), above(moved.low, moved.high)))
     return findings
 
 

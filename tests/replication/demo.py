@@ -14,14 +14,13 @@ from kdvit.cli.lookup import build
 from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
 from kdvit.runtime.loggers import read_table
-from tests.replication.claims import Estimate, students_interval
+from tests.replication.claims import estimate
 from tests.replication.figure import Gain, draw_claim
 from tests.replication.geometry import measured_layers
-from tests.replication.runs import QUIET, Job, in_processes, kdvit
+from tests.replication.runs import QUIET, SELDOM, Job, in_processes, kdvit
 
 FOLDER = Path("runs/demo")  # where the configs look for the teacher
 SEEDS = (0, 1, 2)
-SELDOM = ("--last_checkpoint.every_n_epochs", "20")
 METHODS = {
     "plain": "plain",
     "soft_kd": "soft KD",
@@ -56,9 +55,9 @@ def draw() -> None:
     """Draws the mismatch beside the gains, of the last epoch."""
     teacher = {"teacher": load_student(FOLDER / "teacher" / "student")}
     data = build("data", ImageDataModule, parse_fit(["--config", str(FOLDER / "teacher" / "config.yaml")]).data)
-    last = {name: [_last_accuracy(FOLDER / name / f"seed_{seed}") for seed in SEEDS] for name in METHODS}
+    last = {name: [last_accuracy(FOLDER / name / f"seed_{seed}") for seed in SEEDS] for name in METHODS}
     found = [
-        Gain(METHODS[name], True, _estimate([100 * (a - b) for a, b in zip(scores, last["plain"], strict=True)]))
+        Gain(METHODS[name], True, estimate([100 * (a - b) for a, b in zip(scores, last["plain"], strict=True)]))
         for name, scores in last.items()
         if name != "plain"
     ]
@@ -66,11 +65,7 @@ def draw() -> None:
     draw_claim(measured_layers(teacher, data)[0], width, found, FOLDER / "demo.png")
 
 
-def _estimate(values: list[float]) -> Estimate:
-    return Estimate(sum(values) / len(values), *students_interval(values), tuple(values))
-
-
-def _last_accuracy(run: Path) -> float:
+def last_accuracy(run: Path) -> float:
     return [row["val/acc1"] for row in read_table(run / "metrics.csv") if "val/acc1" in row][-1]
 
 

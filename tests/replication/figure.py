@@ -12,7 +12,10 @@ from kdvit.analysis.plots import BLUE, GREY, ORANGE
 from tests.replication.arms import ARMS
 from tests.replication.claims import Estimate, Results, paired
 
-SHOWN = ("uniform_wide_last", "soft_kd", "naive", "lift_mse", "lift_soft_mse", "wide_last_mse", "wide_last_soft_mse")
+SHOWN = (
+    *("soft_kd", "pool", "phi_s", "lift_mse", "pool_soft", "phi_s_soft"),
+    *("lift_soft_mse", "wide_last_soft_mse", "uniform_soft_phi_s"),
+)
 
 
 class Gain(NamedTuple):
@@ -37,7 +40,7 @@ def gains(results: Results, names: Iterable[str]) -> list[Gain]:
 
 def draw_arms(results: Results, file: Path) -> None:
     """Draws the gain of each arm, ranked: mean, interval, and a small dot for each seed."""
-    found = gains(results, [name for name in ARMS if name != "plain"])
+    found = gains(results, [name for name, arm in ARMS.items() if name != "plain" and not arm.long])
     figure = Figure(figsize=(7, 1.2 + 0.27 * len(found)), layout="constrained")
     _draw_gains(figure.add_subplot(), found)
     figure.savefig(file, dpi=160)

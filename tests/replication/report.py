@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from tests.replication.arms import ARMS, SELECTION_SEED, TEACHER, TUNED
+from tests.replication import advice
+from tests.replication.arms import ARMS, EPOCHS, LONGER, TEACHER
 from tests.replication.claims import (
+    QUESTIONS,
+    Answer,
     Result,
     Results,
     accuracy,
-    accuracy_findings,
+    answers,
     beside,
     distance,
     geometry_findings,
@@ -25,6 +28,8 @@ from tests.replication.claims import (
 )
 from tests.replication.figure import SHOWN, draw_arms, draw_claim, gains
 from tests.replication.stages import RECIPE, WEIGHTS
+
+SECOND = "glyphs"  # folder of the second data set's results
 
 
 def write_report(results: Path, report: Path) -> None:
@@ -56,10 +61,10 @@ def read_results(folder: Path) -> dict[str, Result]:
     return {str(file.relative_to(folder).with_suffix("")): json.loads(file.read_text()) for file in files}
 
 
-def by_arm(files: dict[str, Result]) -> Results:
+def by_arm(files: dict[str, Result], folder: str = "") -> Results:
     """Returns the results of all arms, by arm and seed."""
     return {
-        arm: {each["seed"]: each for name, each in files.items() if re.fullmatch(rf"{arm}_seed_\d+", name)}
+        arm: {each["seed"]: each for name, each in files.items() if re.fullmatch(rf"{folder}{arm}_seed_\d+", name)}
         for arm in ARMS
     }
 
@@ -68,15 +73,54 @@ def blocks(files: dict[str, Result]) -> dict[str, str]:
     """Returns the text of each marked part."""
     results, teacher = by_arm(files), files[TEACHER]
     student_width = own_layer(next(iter(results["plain"].values())))["width"]
-    findings = [*geometry_findings(results, teacher, student_width), *accuracy_findings(results)]
+    findings = geometry_findings(results, teacher, student_width)
     return {
+        "questions": questions(results, by_arm(files, f"{SECOND}/")),
         "claims": table(("claim", "rule", "found", "verdict"), [(*f[:3], f"**{f.verdict}**") for f in findings]),
         "beside": table(("read beside them", "difference", "found"), beside(results, teacher)),
+        "length": length(files[RECIPE], results),
         "arms": arms_table(results, teacher),
         "geometry": geometry_table(results, teacher),
+        "advice": judged([pair for name, pair in files.items() if name.startswith("advice/")]),
         "choices": choices(files[RECIPE], files[WEIGHTS]),
         "cost": cost(files.values(), results),
     }
+
+
+def questions(results: Results, second: Results) -> str:
+    """Returns every question with the answers of both data sets."""
+    parts = []
+    for letter, question in QUESTIONS.items():
+        there = {answer.text: answer for answer in answers(second, question)}
+        header = ("what", "arms", "points", "p", "verdict", "glyphs, points", "seeds above 0")
+        rows = [
+            (
+                answer.text,
+                " - ".join(f"`{arm}`" for arm in answer.arms),
+                *_told(answer),
+                *_direction(there.get(answer.text)),
+            )
+            for answer in answers(results, question)
+        ]
+        if not there:
+            header, rows = header[:5], [row[:5] for row in rows]
+        seeds = sorted({len(answer.found.values) for answer in answers(results, question)})
+        about = f"{' or '.join(map(str, seeds))} seeds" if seeds else "not trained yet"
+        parts += [f"**({letter}) {question.text}** ({about})", "", *([table(header, rows)] if rows else []), ""]
+    return "\n".join(parts).strip()
+
+
+def _direction(answer: Answer | None) -> tuple[str, str]:
+    """Returns what the second data set says: its seeds are too few for a verdict."""
+    if answer is None:
+        return ("", "")
+    values = answer.found.values
+    return shown(answer.found), f"{sum(value > 0 for value in values)} of {len(values)}"
+
+
+def _told(answer: Answer) -> tuple[str, str, str]:
+    p = f"{answer.p:.3f}" if answer.p >= 0.001 else "< 0.001"
+    return (shown(answer.found), p, f"**{answer.verdict}**")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int | None = None) -> str:
@@ -88,14 +132,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int | Non
 def arms_table(results: Results, teacher: dict[str, Any]) -> str:
     """Returns accuracy and gain of every arm."""
     about = ("arm", "", "parameters", "feature weight", "seeds")
-    header = (*about, "test top-1 (%)", "gain on plain, paired", "held out (%)")
-    rows = [("`teacher`", "on all images", f"{teacher['parameters']:,}", "", "1", f"{accuracy(teacher):.2f}", "", "")]
+    header = (*about, "test top-1 (%)", "gain on plain, paired")
+    rows = [("`teacher`", "on all images", f"{teacher['parameters']:,}", "", "1", f"{accuracy(teacher):.2f}", "")]
     for name, arm in ARMS.items():
         runs = list(results[name].values())
         if not runs:
             continue
         gain = None if name == "plain" else paired(results, name, "plain")
-        validation = [100 * run["scores"]["val/acc1"] for run in runs]
         weight = runs[0]["weight"]
         rows.append(
             (
@@ -106,7 +149,6 @@ def arms_table(results: Results, teacher: dict[str, Any]) -> str:
                 str(len(runs)),
                 _spread([accuracy(run) for run in runs]),
                 "" if gain is None else shown(gain),
-                _spread(validation),
             )
         )
     return table(header, rows, 2)
@@ -142,29 +184,42 @@ def _geometry_row(name: str, layers: list[dict[str, Any]], distances: list[float
     )
 
 
+def judged(pairs: Sequence[dict[str, Any]]) -> str:
+    """Returns how the advice fared: the rules, the correlations, then each pair."""
+    if not pairs:
+        return "No pair has been tried yet."
+    methods = [f"gain, {name}" for name in advice.METHODS if name != "soft_kd"]
+    header = ("teacher", "channels", "shared axes", "of one image", "held (%)", "advice", *methods, "best")
+    parts = [
+        table(("rule", "mean gain over soft KD, points", "names the best"), advice.record(pairs), 1),
+        table(("predicted by", "gain of", "rank correlation (leaving a teacher out)"), advice.correlations(pairs)),
+        table(header, advice.rows(pairs), 1),
+    ]
+    return "\n\n".join(parts)
+
+
 def choices(recipe: dict[str, Any], weights: dict[str, Any]) -> str:
     """Returns what was chosen on the held out images, with all candidates."""
-    rates = [
-        f"{each['learning_rate']:g} and {each['weight_decay']:g}: {100 * each['validation_acc1']:.2f}"
-        for each in recipe["candidates"]
-    ]
-    chosen = recipe["chosen"]
-    lines = [
-        f"Learning rate and weight decay of the plain student, seed {SELECTION_SEED}, accuracy on held out images (%): "
-        f"{'; '.join(rates)}. Chosen, for all arms: **{chosen['learning_rate']:g} and {chosen['weight_decay']:g}**.",
-        "",
-    ]
-    grid = [f"{each['weight']:g}" for each in next(iter(weights.values()))["candidates"]]
-    rows = [
-        (
-            f"`{arm}`",
-            *(f"{100 * each['validation_acc1']:.2f}" for each in weights[arm]["candidates"]),
-            f"**{weights[arm]['chosen']['weight']:g}**",
-        )
-        for arm in TUNED
-        if arm in weights
-    ]
-    return "\n".join([*lines, table(("feature weight", *grid, "chosen"), rows, 1)])
+    return "\n\n".join([_grid("learning rate", "rate", recipe), _grid("feature weight", "weight", weights)])
+
+
+def _grid(title: str, key: str, found: dict[str, Any]) -> str:
+    values = sorted({each[key] for of in found.values() for each in of["candidates"]})
+    rows = []
+    for arm, of in found.items():
+        tried = {each[key]: _spread([100 * score for score in each["validation_acc1"]]) for each in of["candidates"]}
+        rows.append((f"`{arm}`", *(tried.get(value, "") for value in values), f"**{of['chosen'][key]:g}**"))
+    return table((title, *(f"{value:g}" for value in values), "chosen"), rows, 1)
+
+
+def length(recipe: dict[str, Any], results: Results) -> str:
+    """Returns how flat the plain student's curve is at its end."""
+    curves = recipe["plain"]["curves"]
+    points = [f"{epoch}: {100 * float(np.mean([curve[epoch] for curve in curves])):.1f}" for epoch in curves[0]]
+    longer = paired(results, "plain_long", "plain")
+    beyond = "" if longer is None else f" {LONGER * EPOCHS} epochs in place of {EPOCHS} give {shown(longer)} points."
+    about = f"Accuracy on held out images (%) after so many epochs, mean of {len(curves)} seeds"
+    return f"{about}: {'; '.join(points)}.{beyond}"
 
 
 def cost(contents: Iterable[Result], results: Results) -> str:
@@ -180,7 +235,7 @@ def cost(contents: Iterable[Result], results: Results) -> str:
     return (
         f"{len(timed)} trainings and caches, {hours / 2:.1f} hours of two cores; they "
         f"computed for {computed:.1f} core hours, {computed / 2:.1f} hours of two. "
-        f"Seeds {', '.join(map(str, seeds))}; choices by seed {SELECTION_SEED}. {hardware}."
+        f"Seeds {', '.join(map(str, seeds))}. {hardware}."
     )
 
 

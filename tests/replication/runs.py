@@ -32,13 +32,10 @@ from tests.replication.geometry import measured_layers
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
+WEIGHTS_FILE = "model.safetensors"
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
-UNSCORED = (
-    "--trainer.limit_val_batches",
-    "0",
-    "--last_checkpoint.save_on_train_epoch_end",
-    "true",
-)  # scored at the end
+UNSCORED = ("--trainer.limit_val_batches", "0", "--last_checkpoint.save_on_train_epoch_end", "true")  # but at the end
+SELDOM = ("--last_checkpoint.every_n_epochs", "25")  # of many short epochs
 
 
 class Place(NamedTuple):
@@ -47,11 +44,13 @@ class Place(NamedTuple):
     Attributes:
         runs: Folder of the run directories and caches.
         results: Folder of the JSON files.
+        teacher: Folder of the teacher, as `kdvit fit` exports a student.
         over: Configs that are laid over each of configs/replication: other data, other lengths.
     """
 
     runs: Path
     results: Path
+    teacher: Path
     over: tuple[str, ...] = ()
 
     def result(self, name: str) -> Path:
@@ -76,16 +75,16 @@ class Place(NamedTuple):
         """Returns the options that name them."""
         return [word for file in self.files(config) for word in ("--config", file)]
 
-    def teacher(self) -> tuple[str, ...]:
+    def taught(self) -> tuple[str, ...]:
         """Returns the options that name the teacher."""
-        return ("--model.teacher.init_args.arch", f"local-dir:{self.runs / 'teacher' / 'student'}")
+        return ("--model.teacher.init_args.arch", f"local-dir:{self.teacher}")
 
-    def planned(self, config: str) -> Any:
+    def planned(self, config: str, changes: tuple[str, ...] = ()) -> Any:
         """Returns a config as a fit would take it."""
         root = ("--trainer.default_root_dir", str(self.runs / "planned"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-            return parse_fit([*self.configs(config), *root])
+            return parse_fit([*self.configs(config), *changes, *root])
 
 
 class Run(NamedTuple):
@@ -99,6 +98,7 @@ class Run(NamedTuple):
         about: What the result tells of it.
         commands: The commands that score it: validate, test.
         geometry: Whether its features are analysed.
+        curve: Whether it is validated on its way, by which its length is judged.
     """
 
     name: str
@@ -108,17 +108,20 @@ class Run(NamedTuple):
     about: dict[str, Any]
     commands: tuple[str, ...] = ("validate",)
     geometry: bool = False
+    curve: bool = False
 
 
 def options(place: Place, run: Run) -> list[str]:
-    """Returns a run's options as they are anywhere: with RUNS for the folder of runs."""
-    return [each.replace(str(place.runs), "RUNS") for each in run.changes]
+    """Returns a run's options as they are anywhere: with RUNS and TEACHER for the folders of these."""
+    return [each.replace(str(place.runs), "RUNS").replace(str(place.teacher), "TEACHER") for each in run.changes]
 
 
 def settings(place: Place, run: Run) -> str:
     """Returns a digest of all that a run's numbers follow from, but for machine, libraries and where files lie."""
     configs = [yaml.safe_load(Path(find_config(file)).read_text()) for file in place.files(run.config)]
-    facts = [configs, options(place, run), run.seed]
+    learns = any(str(place.teacher) in each for each in run.changes)
+    teacher = hashlib.sha256((place.teacher / WEIGHTS_FILE).read_bytes()).hexdigest() if learns else None
+    facts = [configs, options(place, run), run.seed, teacher]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,10 +130,8 @@ def train(place: Place, run: Run) -> None:
     root = place.runs / run.name
     seeds = ("--seed_everything", str(run.seed), "--data.init_args.seed", str(run.seed))
     where = ("--trainer.default_root_dir", str(root))
-    kdvit("fit", *place.configs(run.config), *run.changes, *seeds, *where, *UNSCORED, *QUIET)
-    if not run.commands:
-        cpu_seconds(root)
-        return
+    rest = (*(() if run.curve else UNSCORED), *(() if run.config == "teacher" else SELDOM), *QUIET)
+    kdvit("fit", *place.configs(run.config), *run.changes, *seeds, *where, *rest)
     scores: dict[str, float] = {}
     trained = time.perf_counter()
     for command in run.commands:
@@ -150,6 +151,9 @@ def train(place: Place, run: Run) -> None:
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }
+    if run.curve:
+        rows = read_table(root / "metrics.csv")
+        result["curve"] = {row["epoch"] + 1: row["val/acc1"] for row in rows if "val/acc1" in row}
     if run.geometry:
         result["geometry"] = measured_layers({run.name: student}, cli.datamodule)
     result["seconds"] = student.spec["run"]["seconds"] + time.perf_counter() - trained
@@ -158,14 +162,16 @@ def train(place: Place, run: Run) -> None:
     shutil.rmtree(root / "checkpoints")
 
 
-def store(place: Place, folder: str, config: str, seed: int, changes: tuple[str, ...]) -> None:
+def store(place: Place, name: str, config: str, seed: int, changes: tuple[str, ...]) -> None:
     """Stores the teacher's outputs for all epochs of a seed, so that a student sees no view twice."""
     start = time.perf_counter()
-    epochs = place.planned(config).trainer.max_epochs
-    shape = ("--out", folder, "--views", str(epochs), "--data.init_args.seed", str(seed))
-    kdvit("cache", *place.configs(config), *changes, *place.teacher(), *shape, *QUIET)
-    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-    place.write(f"cache_seed_{seed}", {"seed": seed, **seconds, "machine": machine()})
+    epochs = place.planned(config, changes).trainer.max_epochs
+    shape = ("--out", str(place.runs / name), "--views", str(epochs), "--data.init_args.seed", str(seed))
+    kdvit("cache", *place.configs(config), *changes, *place.taught(), *shape, *QUIET)
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
+    before = place.read(name) or {}  # it is stored again for each new run that needs it
+    seconds = {key: value + before.get(key, 0.0) for key, value in spent.items()}
+    place.write(name, {"seed": seed, **seconds, "machine": machine()})
 
 
 def cpu_seconds(root: Path) -> float:

@@ -1,4 +1,4 @@
-"""Bootstrap and verdicts on cases whose answer is known."""
+"""Intervals and verdicts on cases whose answer is known."""
 
 from __future__ import annotations
 
@@ -7,24 +7,41 @@ import pytest
 
 from tests.replication import claims
 from tests.replication.arms import ARMS
-from tests.replication.claims import FAILS, HOLDS, UNDECIDED, above, at_most, bootstrap, paired, together, within
+from tests.replication.claims import (
+    ALIKE,
+    FAILS,
+    HOLDS,
+    LESS,
+    MORE,
+    UNDECIDED,
+    Question,
+    above,
+    answers,
+    at_most,
+    estimate,
+    holm,
+    paired,
+    together,
+    within,
+)
 
 
 def scored(*accuracies: float) -> dict[int, dict]:
     return {seed: {"scores": {"test/acc1": value}} for seed, value in enumerate(accuracies)}
 
 
-def test_the_interval_of_equal_values_is_a_point() -> None:
-    assert bootstrap([1.5] * 5) == (1.5, 1.5, 1.5, (1.5,) * 5)
+def test_an_interval_is_students_by_a_table() -> None:
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776 * np.sqrt(2.5 / 5)  # the 97.5 % quantile of four degrees of freedom
+    assert found[:3] == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
+    assert found.p == pytest.approx(0.0133, abs=1e-4)  # t = 4.243
+    assert estimate([1.5] * 5) == (1.5, 1.5, 1.5, 0.0, (1.5,) * 5)
 
 
-def test_the_interval_is_that_of_the_resampled_means_and_always_the_same() -> None:
-    values = np.random.default_rng(1).normal(2.0, 1.0, 200)
-    found = bootstrap(values)
-    error = 1.96 * values.std() / np.sqrt(200)  # of the normal approximation, close for 200 values
-    assert found.mean == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.02)
-    assert found == bootstrap(values)
+def test_holms_correction_is_that_of_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 @pytest.mark.parametrize(
@@ -44,7 +61,7 @@ def test_the_interval_is_that_of_the_resampled_means_and_always_the_same() -> No
         (together([HOLDS, HOLDS]), HOLDS),
     ],
 )
-def test_a_verdict_needs_the_whole_interval(verdict: str, expected: str) -> None:
+def test_a_verdict_on_the_geometry_needs_the_whole_interval(verdict: str, expected: str) -> None:
     assert verdict == expected
 
 
@@ -56,32 +73,27 @@ def test_differences_are_between_runs_of_one_seed() -> None:
     assert paired({"a": scored(0.8), "b": scored(0.7)}, "a", "b") is None
 
 
-def test_a_claim_that_does_not_reappear_is_said_not_to_hold() -> None:
-    plain, naive = (0.80, 0.81, 0.82, 0.81, 0.80), (0.83, 0.84, 0.85, 0.84, 0.83)
-    results = {"plain": scored(*plain), "naive": scored(*naive), "lift_mse": scored(*[0.7] * 5)}
-    verdicts = {finding.claim: finding.verdict for finding in claims.accuracy_findings(results)}
-    assert verdicts["Naive feature KD gains little"] == FAILS
-    assert verdicts["Lift + MSE gains more than naive feature KD"] == FAILS
-    assert verdicts["WideLast gains without a teacher"] == UNDECIDED
-    few = {"plain": scored(*plain[:4]), "naive": scored(*naive[:4])}
-    assert claims.accuracy_findings(few)[0].verdict == UNDECIDED
+def test_a_question_is_answered_by_its_rule_and_a_missing_arm_is_left_out() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.001, (5, 8))
+    means = {"plain": 0.80, "more": 0.83, "less": 0.77, "alike": 0.80, "wild": 0.80}
+    results = {name: scored(*(mean + noise[i])) for i, (name, mean) in enumerate(means.items())}
+    results["wild"] = scored(*(0.80 + 20 * noise[4]))
+    asked = Question("?", tuple((name, name, "plain") for name in ("more", "less", "alike", "wild", "missing")))
+    found = {answer.text: answer for answer in answers(results, asked)}
+    assert {name: answer.verdict for name, answer in found.items()} == {
+        "more": MORE,
+        "less": LESS,
+        "alike": ALIKE,
+        "wild": UNDECIDED,
+    }
+    assert found["more"].p > found["more"].found.p
+    assert found["more"].found.mean == pytest.approx(3.0, abs=0.2)
 
 
-def test_students_interval_is_that_of_a_table() -> None:
-    low, high = claims.students_interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    half = 2.776 * np.sqrt(2.5 / 5)  # the 97.5 % quantile of four degrees of freedom
-    assert (low, high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
-
-
-def test_what_is_read_beside_the_claims_has_no_verdict() -> None:
-    results = {"projector": scored(*[0.8] * 5), "naive": scored(*[0.79] * 5)}
-    rows = claims.beside(results, {"geometry": [layer(16, 48)]})
-    assert rows == [("The train-only projector against naive", "`projector` - `naive`", "+1.00 [+1.00, +1.00] points")]
-
-
-def test_every_claim_is_about_arms_that_are_trained() -> None:
-    assert {name for claim in claims.CLAIMS for name in (claim.arm, claim.other)} <= set(ARMS)
-    assert {name for _, *arms in (*claims.BESIDE, *claims.NEARER) for name in arms} <= set(ARMS)
+def test_every_question_and_distance_is_about_arms_that_are_trained() -> None:
+    asked = [each for question in claims.QUESTIONS.values() for each in question.comparisons]
+    assert {name for _, *arms in (*asked, *claims.NEARER) for name in arms} == set(ARMS)
+    assert all(ARMS[name].geometry for _, *arms in claims.NEARER for name in arms)
     assert all(ARMS[name].geometry for name in ("plain", *claims.MOVED.values()))
 
 
@@ -102,7 +114,8 @@ def test_geometry_is_judged_by_the_students_width_the_diagonal_and_the_way_to_th
     plain = {seed: {"geometry": [layer(8, 12)]} for seed in range(5)}
     results = {"plain": plain, "lift_mse": {seed: {"geometry": [layer(16, 24)]} for seed in range(5)}}
     verdicts = [finding.verdict for finding in claims.geometry_findings(results, teacher, 24)]
-    assert verdicts == [HOLDS, HOLDS, HOLDS, HOLDS, HOLDS, HOLDS, UNDECIDED]
+    assert verdicts == [HOLDS] * 6
     assert claims.distance(teacher)(plain[0]) == pytest.approx(1.5 * np.log(2))
     narrow = claims.geometry_findings({}, {"geometry": [layer(30, 20, off=0.1)]}, 24)
     assert [finding.verdict for finding in narrow[:3]] == [FAILS, FAILS, FAILS]
+    assert claims.beside(results | {"lift_none": results["plain"]}, teacher)[1][2] == "+0.69 [+0.69, +0.69] of distance"
