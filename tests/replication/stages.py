@@ -33,13 +33,20 @@ RECIPE, WEIGHTS = "chosen_recipe", "chosen_weights"
 
 
 def train_teacher(place: Place) -> None:
-    """Trains the teacher, tests and analyses it, and copies it to where it is committed."""
+    """Trains the teacher, tests and analyses it, and copies it to where it is committed.
+
+    Raises:
+        RuntimeError: If another teacher is there.
+    """
     _perform(place, _training(place, [Run(TEACHER, "teacher", 0, (), {"arm": TEACHER}, ("test",), geometry=True)]))
+    trained = place.runs / TEACHER / "student"
     if not place.teacher.is_dir():
         part = place.teacher.with_name(f"{place.teacher.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(place.runs / TEACHER / "student", part)
+        shutil.copytree(trained, part)
         part.rename(place.teacher)
+    elif trained.is_dir() and (trained / WEIGHTS_FILE).read_bytes() != (place.teacher / WEIGHTS_FILE).read_bytes():
+        raise RuntimeError(f"{trained} is another teacher than {place.teacher}, from which students learn: remove one.")
 
 
 def choose_recipe(place: Place) -> None:

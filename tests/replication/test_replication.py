@@ -74,6 +74,10 @@ def test_a_replication_on_other_data_goes_on_where_it_was_stopped_and_fills_in_i
     kept.unlink()
     main(["arms", *where])
     assert json.loads(kept.read_text())["scores"] == lift["scores"]
+    shutil.copytree("teacher", "runs/teacher/student", dirs_exist_ok=True)
+    Path("runs/teacher/student/model.safetensors").write_bytes(b"others")
+    with pytest.raises(RuntimeError, match=r"runs/teacher/student is another teacher than .*teacher, from which"):
+        main(["teacher", *where])
     Path("over.yaml").write_text(OVER.replace("batch_size: 8", "batch_size: 4"))
     with pytest.raises(RuntimeError, match="is a result of other settings than the configs"):
         main(["recipe", *where])
