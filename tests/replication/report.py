@@ -191,6 +191,7 @@ def judged(pairs: Sequence[dict[str, Any]]) -> str:
     methods = [f"gain, {name}" for name in advice.METHODS if name != "soft_kd"]
     header = ("teacher", "channels", "shared axes", "of one image", "held (%)", "advice", *methods, "best")
     parts = [
+        f"{len(pairs)} of {len(advice.TEACHERS) * len(advice.WIDTHS)} pairs have been tried.",
         table(("rule", "mean gain over soft KD, points", "names the best"), advice.record(pairs), 1),
         table(("predicted by", "gain of", "rank correlation (leaving a teacher out)"), advice.correlations(pairs)),
         table(header, advice.rows(pairs), 1),

@@ -36,4 +36,5 @@ def test_a_prediction_is_compared_by_rank_also_without_each_teacher() -> None:
 def test_every_pair_is_a_row_of_the_page() -> None:
     text = judged(PAIRS)
     assert "| a | 8 | 40 | 5 | 75 | Lift | +0.0 | +1.0 | +2.0 | +5.0 | WideLast |" in text
+    assert text.startswith("4 of 24 pairs have been tried.\n")
     assert judged([]) == "No pair has been tried yet."
