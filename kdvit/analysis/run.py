@@ -135,17 +135,17 @@ class AnalysisModule(pl.LightningModule):
         self.seen = 0
         if self.passes == 1:
             images, allowed = _images(self.trainer.test_dataloaders), self.memory * 1e9
-            if isfinite(images) and self.curve_bytes * images > allowed > 0:
-                rank_zero_warn(
-                    f"The curves of {images:,.0f} images take {self.curve_bytes * images / 1e9:.2g} GB a process, and "
-                    f"are kept in any case; memory is {self.memory:g}. Take fewer images or layers if that is too much."
-                )
             fits = (self.curve_bytes + self.token_bytes) * images <= allowed
             self.keep = self.trainer.strategy.reduce_boolean_decision(fits, all=True)
             if self.options.subspaces and not self.keep:
                 raise ValueError(
                     f"subspaces needs the tokens of all images, and they do not fit into memory: {self.memory:g} GB a "
                     "process. Allow more, take fewer images, or leave out subspaces."
+                )
+            if isfinite(images) and self.curve_bytes * images > allowed > 0:
+                rank_zero_warn(
+                    f"The curves of {images:,.0f} images take {self.curve_bytes * images / 1e9:.2g} GB a process, and "
+                    f"are kept in any case; memory is {self.memory:g}. Take fewer images or layers if that is too much."
                 )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -304,16 +304,6 @@ def analyze(
             f"percentile is nearly the maximum. The paper has 1,000."
         )
     return Report(reports, options)
-
-
-def fast_precision(accelerator: str | None = None) -> str:
-    """Returns "bf16-mixed" where the accelerator computes in it and not by emulation, else "32-true"."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return "bf16-mixed" if fast else "32-true"
 
 
 def analysis_trainer(**given: Any) -> pl.Trainer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -17,7 +18,7 @@ from torch.utils.data import IterableDataset
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, distilled_layer, measure, read_features
 from kdvit.analysis.published import PUBLISHED
 from kdvit.analysis.report import NetworkReport
-from kdvit.analysis.run import analysis_trainer, fast_precision
+from kdvit.analysis.run import analysis_trainer
 from kdvit.analysis.save import save
 from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.analyze import Processes
@@ -144,6 +145,16 @@ class Analysis:
                 self.memory,
                 compared,
             )
+
+
+def fast_precision(accelerator: str | None) -> str:
+    """Returns "bf16-mixed" where the accelerator computes in it and not by emulation, else "32-true"."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return "bf16-mixed" if fast else "32-true"
 
 
 def process_trainer(processes: Processes, precision: str = "32-true") -> pl.Trainer:

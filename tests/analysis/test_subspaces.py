@@ -105,5 +105,5 @@ def test_the_command_shows_routed_images_in_table_page_and_json(capsys: pytest.C
 
 
 def test_routing_needs_all_tokens_in_memory() -> None:
-    with pytest.raises(ValueError, match=r"do not fit into memory: 0 GB a process\. Allow more, take fewer images"):
-        analyze(student(), TinyData().val_dataloader(), options=Options(permutations=1, subspaces=2), memory=0)
+    with pytest.raises(ValueError, match=r"do not fit into memory: 1e-06 GB a process\. Allow more, take fewer images"):
+        analyze(student(), TinyData().val_dataloader(), options=Options(permutations=1, subspaces=2), memory=1e-6)
