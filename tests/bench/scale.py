@@ -32,10 +32,10 @@ def rows(rounds: int) -> list[Row]:
         ("teacher of 12 blocks", step(build("Lift", pair=shallow), images(BATCH))),
     ):
         found.append(row(f"step, {name}: share of batch 8 at 224", interleave(other, usual, rounds), cost, "s", "none"))
-    pairs = interleave(lambda: processes(2, 2, 1).wall, lambda: processes(1, 1, 2).wall, rounds)
+    pairs = interleave(lambda: processes(2, 4, 1).wall, lambda: processes(1, BATCH, 2).wall, rounds)
     found.append(row("step, 2 processes of 4 images, a thread each: share of 1 process", pairs, cost, "s", "none"))
     for count in (2, 4):
-        pairs = interleave(lambda count=count: processes(count, 2, 1).cpu, lambda: processes(1, 2, 1).cpu, rounds)
+        pairs = interleave(lambda count=count: processes(count, 4, 1).cpu, lambda: processes(1, 4, 1).cpu, rounds)
         name = f"processor time of a step of 4 images, {count} processes of a thread: share of that of 1 process"
         found.append(row(name, pairs, cost, "s", "none"))
     return found
@@ -48,19 +48,19 @@ class Seconds(NamedTuple):
     cpu: float
 
 
-def processes(count: int, shares: int, threads: int) -> Seconds:
+def processes(count: int, batch: int, threads: int) -> Seconds:
     """Returns the median seconds of a step in each of several processes, with the gradients summed over them.
 
     Args:
         count: Processes.
-        shares: How many of them share `BATCH` images; more have as many each.
+        batch: Images of each.
         threads: Of each.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_worker, (count, BATCH // shares, threads, port, results), nprocs=count)
+    mp.spawn(_worker, (count, batch, threads, port, results), nprocs=count)
     return Seconds(*results.get())
 
 

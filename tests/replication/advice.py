@@ -8,13 +8,12 @@ the same three seeds, on the 500 validation images, by which nothing is chosen. 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,11 @@ from kdvit.analysis.mismatch import advise
 from kdvit.cli.lookup import build
 from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
-from kdvit.files import write_whole
 from kdvit.models import Network
 from tests.bench.machine import machine
 from tests.replication.demo import last_accuracy
 from tests.replication.geometry import analysed
-from tests.replication.runs import QUIET, SELDOM, Job, in_processes, kdvit
+from tests.replication.runs import QUIET, SELDOM, Job, Place, digest, in_processes, kdvit, seeded
 
 SEEDS = (0, 1, 2)
 WIDTHS = (8, 16, 24)
@@ -77,17 +75,6 @@ PREDICTORS = {
 }
 
 
-class Place(NamedTuple):
-    """Where the runs and the results are."""
-
-    runs: Path
-    results: Path
-
-    def pairs(self) -> list[dict[str, Any]]:
-        """Returns the pairs that are done."""
-        return [json.loads(file.read_text()) for file in sorted(self.results.glob("*.json"))]
-
-
 def train_teacher(place: Place, name: str) -> None:
     """Trains a teacher; that of the giant channel from weights of which one channel is far from zero, in all blocks."""
     changes = [change.replace("RUNS", str(place.runs)) for change in TEACHERS[name]]
@@ -110,8 +97,7 @@ def settings(name: str, width: int) -> str:
     """Returns a digest of all that the numbers of a pair follow from, but for machine and libraries."""
     used = sorted({"teacher", *(config for config, _ in METHODS.values())})
     configs = [yaml.safe_load(Path(f"configs/demo/{config}.yaml").read_text()) for config in used]
-    facts = [configs, TEACHERS[name], METHODS, SEEDS, width]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest([configs, TEACHERS[name], METHODS, SEEDS, width])
 
 
 def judge(place: Place, name: str, width: int) -> None:
@@ -140,8 +126,7 @@ def judge(place: Place, name: str, width: int) -> None:
         "scores": scores,
         "machine": machine(),
     }
-    place.results.mkdir(parents=True, exist_ok=True)
-    write_whole(place.results / f"{name}_{width}.json", (json.dumps(content, indent=1) + "\n").encode())
+    place.write(f"{name}_{width}", content)
 
 
 def gain(pair: dict[str, Any], method: str) -> float:
@@ -196,8 +181,7 @@ def rows(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _where(root: Path, seed: int) -> tuple[str, ...]:
-    seeds = ("--seed_everything", str(seed), "--data.init_args.seed", str(seed))
-    return (*seeds, "--trainer.default_root_dir", str(root), *SELDOM, *QUIET)
+    return (*seeded(seed), "--trainer.default_root_dir", str(root), *SELDOM, *QUIET)
 
 
 def main(given: list[str] | None = None) -> None:
@@ -207,13 +191,15 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("configs/replication/results/advice"))
     args = parser.parse_args(given)
     os.environ["OMP_NUM_THREADS"] = "1"
-    place = Place(args.runs.absolute(), args.results.absolute())
+    runs = args.runs.absolute()
+    place = Place(runs, args.results.absolute(), runs)  # each pair's teacher is among the runs
     wanted = []
     for name, width in product(TEACHERS, WIDTHS):
-        file = place.results / f"{name}_{width}.json"
-        if not file.is_file():
+        found = place.read(f"{name}_{width}")
+        if found is None:
             wanted.append((name, width))
-        elif json.loads(file.read_text())["settings"] != settings(name, width):
+        elif found["settings"] != settings(name, width):
+            file = place.result(f"{name}_{width}")
             raise RuntimeError(f"{file} is a result of other settings than those of now. Remove it.")
     untaught = [name for name in TEACHERS if not (place.runs / name / "teacher" / "student").is_dir()]
     needed = [name for name in untaught if name in {name for name, _ in wanted}]

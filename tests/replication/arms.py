@@ -26,6 +26,7 @@ class Arm(NamedTuple):
         soft: Whether it learns from the teacher's logits.
         geometry: Whether the student's features are analysed.
         long: Whether it is trained LONGER.
+        rate_of: The arm whose learning rate it takes, where its config does not tell.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Arm(NamedTuple):
     soft: bool = False
     geometry: bool = False
     long: bool = False
+    rate_of: str | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -101,7 +103,7 @@ ARMS: dict[str, Arm] = {
     "folded_soft": _soft("Lift folded from the start", "lift", FOLDED),
     "lift_soft": _soft("Lift", "lift"),
     "wide_last_soft": _soft("WideLast", "wide_last"),
-    "uniform_soft": _soft("uniformly 52 wide", changes=WIDE),
+    "uniform_soft": _soft("uniformly 52 wide", changes=WIDE)._replace(rate_of="uniform_none"),
     "pool_soft": Arm("soft KD + pooled channels", "feature", _distillers(_bridge("pool")), "feature", "pool", True),
     "phi_s_soft": Arm("soft KD + phi_s", "feature", _distillers(_bridge("phi_s")), "feature", "phi_s", True),
     "lift_soft_mse": Arm("Lift + soft KD + MSE", "lift", _distillers(LIFT, "lift"), "lift", "lift_mse", True),
@@ -120,6 +122,7 @@ ARMS: dict[str, Arm] = {
         "feature",
         "phi_s",
         True,
+        rate_of="uniform_none",
     ),
 }
 for _name in ("plain", "soft_kd", "phi_s_soft", "lift_soft_mse", "wide_last_soft_mse", "uniform_soft"):
@@ -132,7 +135,7 @@ for _name in ("plain", "soft_kd", "phi_s_soft", "lift_soft_mse", "wide_last_soft
     )
 
 ARMS["wide_last_soft_mse_fast"] = ARMS["wide_last_soft_mse"]._replace(  # added when all others had been tested
-    title="WideLast + soft KD + MSE, at the others' rate"
+    title="WideLast + soft KD + MSE, at the others' rate", rate_of="plain"
 )
 
 RATED = ("plain", "lift_none", "wide_last_none", "uniform_none")  # each student without a teacher
@@ -140,12 +143,9 @@ TUNED = [name for name, arm in ARMS.items() if arm.weight_of == name]
 
 
 def rated_as(name: str) -> str:
-    """Returns the arm for which an arm's learning rate is chosen: that of its student without a teacher; or plain."""
-    if name.endswith("_fast"):
-        return "plain"
-    if "uniform" in name:
-        return "uniform_none"
-    return {"lift": "lift_none", "wide_last": "wide_last_none"}.get(ARMS[name].config, "plain")
+    """Returns the arm for which an arm's learning rate is chosen: that of its student untaught, or `rate_of`."""
+    by_student = {"lift": "lift_none", "wide_last": "wide_last_none", "uniform_wide": "uniform_none"}
+    return ARMS[name].rate_of or by_student.get(ARMS[name].config, "plain")
 
 
 def recipe_changes(learning_rate: float) -> tuple[str, ...]:

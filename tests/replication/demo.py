@@ -17,7 +17,7 @@ from kdvit.runtime.loggers import read_table
 from tests.replication.claims import estimate
 from tests.replication.figure import Gain, draw_claim
 from tests.replication.geometry import measured_layers
-from tests.replication.runs import QUIET, SELDOM, Job, in_processes, kdvit
+from tests.replication.runs import QUIET, SELDOM, Job, in_processes, kdvit, seeded
 
 FOLDER = Path("runs/demo")  # where the configs look for the teacher
 SEEDS = (0, 1, 2)
@@ -46,9 +46,8 @@ def main() -> None:
 
 
 def _fit(name: str, run: str, seed: int) -> Job:
-    seeds = ("--seed_everything", str(seed), "--data.init_args.seed", str(seed))
     where = ("--trainer.default_root_dir", str(FOLDER / run))
-    return Job(run, kdvit, ("fit", "--config", f"configs/demo/{name}.yaml", *seeds, *where, *SELDOM, *QUIET))
+    return Job(run, kdvit, ("fit", "--config", f"configs/demo/{name}.yaml", *seeded(seed), *where, *SELDOM, *QUIET))
 
 
 def draw() -> None:

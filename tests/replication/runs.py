@@ -121,17 +121,25 @@ def settings(place: Place, run: Run) -> str:
     configs = [yaml.safe_load(Path(find_config(file)).read_text()) for file in place.files(run.config)]
     learns = any(str(place.teacher) in each for each in run.changes)
     teacher = hashlib.sha256((place.teacher / WEIGHTS_FILE).read_bytes()).hexdigest() if learns else None
-    facts = [configs, options(place, run), run.seed, teacher]
+    return digest([configs, options(place, run), run.seed, teacher])
+
+
+def digest(facts: Any) -> str:
+    """Returns the SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def seeded(seed: int) -> tuple[str, ...]:
+    """Returns the options that set the seed of a run's weights, order and augmentation."""
+    return ("--seed_everything", str(seed), "--data.init_args.seed", str(seed))
 
 
 def train(place: Place, run: Run) -> None:
     """Trains, scores the weights of the last step, and writes the result; goes on where it was stopped."""
     root = place.runs / run.name
-    seeds = ("--seed_everything", str(run.seed), "--data.init_args.seed", str(run.seed))
     where = ("--trainer.default_root_dir", str(root))
     rest = (*(() if run.curve else UNSCORED), *(() if run.config == "teacher" else SELDOM), *QUIET)
-    kdvit("fit", *place.configs(run.config), *run.changes, *seeds, *where, *rest)
+    kdvit("fit", *place.configs(run.config), *run.changes, *seeded(run.seed), *where, *rest)
     scores: dict[str, float] = {}
     trained = time.perf_counter()
     for command in run.commands:
