@@ -29,8 +29,9 @@ def mixed_words(*parts: int, count: int) -> NDArray[Any]:
 
 def seed_torch(seed: int, device: torch.device) -> None:
     """Seeds torch's generators of the CPU and of a device."""
-    # torch.manual_seed keeps a stack trace of every call for GPUs that are not in use
-    (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a stack trace for each kind not in use
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def rows(rounds: int, sizes: Sizes | None = None) -> Iterator[Row]:
     for dtype in half:
         yield _teacher(rounds, sizes, on, dtype, "compiled", compile={})
         yield _teacher(rounds, sizes, on, dtype, "compiled to CUDA graphs", compile={"mode": "reduce-overhead"})
+    for method in REFERENCES:
+        yield from _compiled(rounds, sizes, on, method)
 
 
 def _measured(
@@ -129,16 +131,34 @@ def _steps(rounds: int, sizes: Sizes, on: torch.device, method: str) -> Iterator
     authors = timed(lambda: loop.step(batch.image, batch.target), on)
     what = f"online step, {method}: speed-up over the authors' loop"
     yield measured(what, online, authors, compare=speed_up, goal="none")
-    with tempfile.TemporaryDirectory() as folder:
-        output = stored(module, batch, Path(folder), "auto").read(views(batch), batch.index)
-    kept = _moved(output, lambda x: x.pin_memory() if on.type == "cuda" else x)  # as loader workers give it
-    cached = step(module, batch, lambda: _moved(kept, lambda x: x.to(on, non_blocking=True)))
+    cached = _cached(module, batch, on)
     alone = step(build(method, with_teacher=False, size=sizes.size, pair=sizes.pair, on=on), batch)
     yield measured(
         f"cached step, {method}: speed-up over the online step", cached, online, compare=speed_up, goal="none"
     )
     what = f"cached step, {method}: share of a step with no teacher"
     yield measured(what, cached, alone, compare=cost, goal="<= 1.05")
+
+
+def _compiled(rounds: int, sizes: Sizes, on: torch.device, method: str) -> Iterator[Row]:
+    """The online and the cached step, teacher and student compiled, against the same eager."""
+    batch, networks = _batch(sizes, on), [build(method, size=sizes.size, pair=sizes.pair, on=on) for _ in range(2)]
+    compiled, eager = networks
+    compiled.student.compile()
+    compiled.teachers["teacher"].compile()
+    for kind, made in ("online", step), ("cached", partial(_cached, on=on)):
+        what = f"{kind} step, {method}, compiled: speed-up over the eager one"
+        ours, theirs = made(compiled, batch), made(eager, batch)
+        yield _measured(what, ours, theirs, rounds, speed_up, "none", sizes, on)
+
+
+def _cached(module: DistillationModule, batch: Batch, on: torch.device) -> Callable[[], float]:
+    """Returns a step on what a cache holds of the batch, which waits in pinned memory as loader workers give it."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = batch._replace(index=batch.index.cpu())
+        output = stored(module, here, Path(folder), "auto").read(views(here), here.index)
+    kept = _moved(output, lambda x: x.pin_memory() if on.type == "cuda" else x)
+    return step(module, batch, lambda: _moved(kept, lambda x: x.to(on, non_blocking=True)))
 
 
 def _under_lightning(rounds: int, sizes: Sizes, on: torch.device, method: str) -> Row:
@@ -213,7 +233,7 @@ def _module(method: str, sizes: Sizes, with_teacher: bool = True) -> Distillatio
 def _batch(sizes: Sizes, on: torch.device) -> Batch:
     batch = images(sizes.batch, sizes.size)
     classes = sizes.pair.student.get("num_classes", 1000)
-    return batch._replace(image=batch.image.to(on), target=batch.target.to(on) % classes)
+    return Batch(*(each.to(on) for each in (batch.image, batch.target % classes, batch.index)))
 
 
 def _moved(output: ViTOutput, move: Callable[[torch.Tensor], torch.Tensor]) -> ViTOutput:
