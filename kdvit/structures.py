@@ -13,9 +13,9 @@ Layer = int | float | str
 """A layer as a user names it: a block index (``-1`` is the last), a fraction of the depth (``0.5``), or a name."""
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Returns half precision as float32, and anything better as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def at_least_float32(x: Tensor, beside: torch.dtype = torch.float32) -> Tensor:
+    """Returns half precision as float32, and anything better as it is; all as float64 where that is beside it."""
+    return x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), beside))
 
 
 def subclasses(cls: type[T]) -> dict[str, type[T]]:
@@ -57,10 +57,10 @@ class ViTOutput(NamedTuple):
     logits: Tensor | None
     features: tuple[Tensor, ...] = ()
 
-    def at_least_float32(self) -> ViTOutput:
+    def at_least_float32(self, beside: torch.dtype = torch.float32) -> ViTOutput:
         """Returns the same output in float32 or better, where losses are computed whatever the network's precision."""
-        logits = None if self.logits is None else at_least_float32(self.logits)
-        return ViTOutput(logits, tuple(at_least_float32(feature) for feature in self.features))
+        logits = None if self.logits is None else at_least_float32(self.logits, beside)
+        return ViTOutput(logits, tuple(at_least_float32(feature, beside) for feature in self.features))
 
 
 class Rectangle(NamedTuple):

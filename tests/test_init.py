@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from kdvit import load_student
-from kdvit.cli import main
+from kdvit.cli import main, starting
 from tests.runs import QUIET
 
 IMAGES = 120
@@ -32,6 +34,26 @@ def runs_as_it_is(config: str) -> None:
     main(["check", "--config", config])
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--data.init_args.num_workers", "0"]
     main(["fit", "--config", config, *QUIET, *short])
+
+
+def test_a_gpu_gets_a_batch_that_it_has_room_for_and_is_timed_by_it(
+    digits: str, demo_teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def seconds(student: Any, teacher: Any, gpu: bool, images: int) -> float:
+        tried.append((gpu, images))
+        if images > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 0.01
+
+    monkeypatch.setattr(starting.Machine, "here", lambda: starting.Machine(1, True, "bf16-mixed", 2))
+    monkeypatch.setattr(starting, "_image_seconds", seconds)
+    main(["init", "--images", digits, "--teacher", demo_teacher.removeprefix("local-dir:"), "--out", "gpu.yaml"])
+    assert tried == [(True, 8), (True, 4)]
+    text = Path("gpu.yaml").read_text()
+    assert "batch_size: 4 " in text
+    assert "# compile: both " in text
 
 
 def test_labelled_images_and_a_remedy_are_a_config_with_comments_that_runs(

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -73,6 +74,22 @@ def test_each_objective_gets_the_layers_that_it_asked_for_from_one_pass() -> Non
         ours, theirs = module.student(image, each.student_layers), module.teacher(image, each.teacher_layers)
         for given, expected in zip(each.given, (ours, theirs), strict=True):
             torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+def test_losses_get_student_and_teacher_in_one_type(precision: str, tmp_path) -> None:
+    class Asks(Distiller):
+        student_layers = teacher_layers = (-1,)
+        needs_teacher_logits = True
+        types: ClassVar[set[torch.dtype]] = set()
+
+        def forward(self, student: Any, teacher: Any, target: torch.Tensor) -> torch.Tensor:
+            self.types.update(each.dtype for output in (student, teacher) for each in (output[0], *output[1]))
+            return student.logits.square().mean()
+
+    module = _module(distillers={"odd": Asks()})
+    trainer(tmp_path, precision=precision, limit_train_batches=2).fit(module, datamodule=TinyData())
+    assert Asks.types == {torch.float64 if precision == "64-true" else torch.float32}
 
 
 @pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])

@@ -37,7 +37,7 @@ GPU = ["--trainer.accelerator", "gpu"]
 ON = torch.device("cuda")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("method", ["lift", "wide_last", "fixed_target"])
 def test_a_run_trains_scores_and_leaves_a_student_for_any_machine(
     method: str, precision: str, demo_teacher: str, capsys: pytest.CaptureFixture[str]
@@ -84,7 +84,7 @@ def test_a_teacher_cast_once_gives_what_autocast_gives(arch: str, dtype: torch.d
     assert all(map(torch.equal, output.features, expected.features))
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["", "CUDA graphs"])
 def test_a_compiled_teacher_gives_its_outputs(options: dict[str, Any]) -> None:
     model_args = {**TEACHERS["cait_xxs24_224"], "num_classes": 5}
@@ -183,20 +183,17 @@ def test_no_step_that_is_not_logged_waits_for_the_gpu(method: str) -> None:
     assert found.result == 0, found.what
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_check_tells_the_memory_that_a_step_takes(precision: str) -> None:
+def test_check_tells_the_memory_that_a_step_takes() -> None:
     torch.cuda.empty_cache()
     before, batch = torch.cuda.memory_allocated(), 64
     torch.cuda.reset_peak_memory_stats()
     module, given = build("Lift", on=ON), images(batch)
     given = given._replace(image=given.image.to(ON), target=given.target.to(ON))
     run = step(module, given)
-    with torch.autocast("cuda", enabled=False) if precision == "32-true" else torch.autocast("cuda", torch.bfloat16):
-        for _ in range(3):
-            run()
+    for _ in range(3):
+        run()
     peak = torch.cuda.max_memory_allocated() - before
-    told = process_bytes(build("Lift"), batch, 0)[0] * 0.6
-    print(f"{precision}: check tells {told / 1e9:.2f} GB, a step takes {peak / 1e9:.2f}")
+    told = process_bytes(build("Lift"), batch, 0)[0] * 0.6  # as beside_machine takes half precision
     assert 0.8 < told / peak < 2
 
 

@@ -29,7 +29,7 @@ HOURS = {"GPU": 24, "CPU": 3}
 MEASURED = 100
 """Images whose sizes are looked at."""
 TIMED = 8
-"""Images of the step that is timed."""
+"""Images of the step that is timed on CPUs. GPUs time the config's batch: a few take them as long as many."""
 STUDENTS: dict[str, type[TimmStudent]] = {"lift": LiftViT, "wide_last": WideLastViT, "none": TimmStudent}
 OBJECTIVES = {"lift": "LiftDistiller", "wide_last": "WideLastDistiller"}
 PHI_S = "phi_s", "the teacher's leading axes, evened out"
@@ -92,13 +92,13 @@ def first_config(
         classes = data.num_classes or network.output_shapes().classes or 0
         own, args = _student(student, remedy, network, classes)
     count = len(data.dataset("train"))  # type: ignore[arg-type]
-    seconds = _image_seconds(own, network, machine.gpu) * count / machine.devices
+    batch, of_image = _fitting(own, network, machine, count)
+    seconds = of_image * count / machine.devices
     epochs = max(FEWEST, min(EPOCHS, int(3600 * HOURS["GPU" if machine.gpu else "CPU"] / seconds)))
     minutes = epochs * seconds / 60
     takes = f"about {minutes / 60:.0f} hours" if minutes > 90 else f"about {math.ceil(minutes)} minutes"
     distillers, why = _objectives(remedy, own, network, data)
     height, width = own.image_format.size
-    batch = machine.batch_size(count)
     seen = f"Images: {data.summary()}. {_sizes(data, (height, width))}"
     text = filled(
         Path(__file__).with_name("start.yaml.jinja"),
@@ -194,11 +194,23 @@ def _student(arch: str, remedy: str, teacher: Network, classes: int) -> tuple[Ti
     return student, args
 
 
-def _image_seconds(student: Network, teacher: Network, gpu: bool) -> float:
+def _fitting(student: Network, teacher: Network, machine: Machine, images: int) -> tuple[int, float]:
+    """Returns a batch size, which a GPU has room for, and the seconds that an image of a training step takes here."""
+    batch = machine.batch_size(images)
+    while True:
+        try:
+            return batch, _image_seconds(student, teacher, machine.gpu, batch if machine.gpu else TIMED)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+
+
+def _image_seconds(student: Network, teacher: Network, gpu: bool, images: int) -> float:
     """Returns the seconds that an image of a training step takes here, the teacher's part included."""
     device = torch.device("cuda" if gpu else "cpu")
     student, teacher = student.to(device).train(), teacher.to(device).eval()
-    ours, theirs = (each.blank_image().expand(TIMED, -1, -1, -1) for each in (student, teacher))
+    ours, theirs = (each.blank_image().expand(images, -1, -1, -1) for each in (student, teacher))
     with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
         for _ in range(2):  # the first is slower
             start = time.perf_counter()
@@ -208,7 +220,7 @@ def _image_seconds(student: Network, teacher: Network, gpu: bool) -> float:
             output.features[0].float().sum().backward()
             if gpu:
                 torch.cuda.synchronize()
-    return (time.perf_counter() - start) / TIMED
+    return (time.perf_counter() - start) / images
 
 
 def _objectives(

@@ -125,11 +125,14 @@ class Objectives(nn.ModuleDict):
         return cast("ItemsView[str, Distiller]", super().items())
 
     def ask(self, teachers: Mapping[str, FrozenTeacher], batch: Batch) -> dict[str, ViTOutput]:
-        """Returns what is asked for in `requests`, in float32, of a cache where the batch brings it."""
+        """Returns what is asked for in `requests`, of a cache where the batch brings it.
+
+        In float32, and in float64 where the images are: CUDA's losses take no two types.
+        """
         outputs = {}
         for name, asked in self.requests.items():
             output = batch.teacher or teachers[name](batch.image, asked.layers, asked.logits)
-            outputs[name] = output.at_least_float32()
+            outputs[name] = output.at_least_float32(batch.image.dtype)
         return outputs
 
     def only_request(self) -> TeacherRequest:

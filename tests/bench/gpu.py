@@ -167,7 +167,7 @@ def _under_lightning(rounds: int, sizes: Sizes, on: torch.device, method: str) -
     bare = step(build(method, size=sizes.size, pair=sizes.pair, on=on), batch)
 
     def fit() -> float:
-        return seconds_a_step(_module(method, sizes), batches(batch, sizes.steps), "bf16-mixed", _callbacks(), on)
+        return seconds_a_step(_module(method, sizes, on), batches(batch, sizes.steps), "bf16-mixed", _callbacks(), on)
 
     what = f"online step under Lightning, {method}: share of a bare loop without average and guard"
     found = row(what, interleave(fit, bare, rounds), cost, "ms", "<= 1.02")
@@ -190,7 +190,7 @@ def _waiting(sizes: Sizes, on: torch.device, method: str) -> Row:
         marks = _Marks(places)
         loader = batches(_batch(sizes, on), 4 * WARM)
         callbacks = [marks, *_callbacks()]
-        seconds = seconds_a_step(_module(method, sizes), loader, "bf16-mixed", callbacks, on, every=4)
+        seconds = seconds_a_step(_module(method, sizes, on), loader, "bf16-mixed", callbacks, on, every=4)
         spans = [
             places[first:last]
             for i, (first, last) in enumerate(zip(marks.counts, marks.counts[1:], strict=False))
@@ -218,7 +218,7 @@ def _loader(sizes: Sizes, on: torch.device) -> Row:
             link.symlink_to(files[i % PHOTOGRAPHS])
         data = ImageFolder(root, batch_size=sizes.batch, img_size=sizes.size, num_workers=sizes.workers, val_share=1e-9)
         loaded, memory = (
-            seconds_a_step(_module("Lift", sizes, with_teacher=False), each, "bf16-mixed", _callbacks(), on)
+            seconds_a_step(_module("Lift", sizes, on, with_teacher=False), each, "bf16-mixed", _callbacks(), on)
             for each in (data, batches(_batch(sizes, on), sizes.steps))
         )
     what = f"step of Lift without a teacher, photographs by {sizes.workers} workers: share of one from memory"
@@ -226,8 +226,8 @@ def _loader(sizes: Sizes, on: torch.device) -> Row:
     return Row(what, 1e3 * loaded, 1e3 * memory, "ms", share, (share, share), "1, with workers enough", sizes.batch)
 
 
-def _module(method: str, sizes: Sizes, with_teacher: bool = True) -> DistillationModule:
-    return build(method, with_teacher, sizes.size, sizes.pair, kind=DistillationModule)
+def _module(method: str, sizes: Sizes, on: torch.device, with_teacher: bool = True) -> DistillationModule:
+    return build(method, with_teacher, sizes.size, sizes.pair, on, DistillationModule)
 
 
 def _batch(sizes: Sizes, on: torch.device) -> Batch:
