@@ -23,10 +23,12 @@ class Digits(ImageDataModule):
         batch_size: Images a step and process.
         img_size: Height and width in pixels, or one number for both; resized bilinearly from 8.
         padding: Zero pixels around an image, of which a random crop is taken in training.
+        holdout: Hold out so many training images and validate on them, to choose by them what the 500 will judge.
         kwargs: Those of ImageDataModule.
 
     Raises:
         ImportError: If scikit-learn is not installed.
+        ValueError: If no image would be left to train on.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Digits(ImageDataModule):
         batch_size: PositiveInt = 64,
         img_size: int | tuple[int, int] = 8,
         padding: NonNegativeInt = 1,
+        holdout: NonNegativeInt = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **kwargs)
@@ -45,8 +48,11 @@ class Digits(ImageDataModule):
         images, targets = load_digits(return_X_y=True)
         self.images = torch.from_numpy(np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8))
         self.targets = torch.from_numpy(targets).long()
-        parts = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
-        self.indices = dict(zip(("train", "val"), map(torch.from_numpy, parts), strict=True))
+        train, val = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
+        if (kept := len(train) - holdout) < 1:
+            raise ValueError(f"Digits has {len(train)} training images: holdout must be less, got {holdout}.")
+        parts = {"train": train[:kept], "val": train[kept:] if holdout else val}
+        self.indices = {split: torch.from_numpy(numbers) for split, numbers in parts.items()}
         self.class_names = [str(digit) for digit in range(10)]
         self.padding = padding
 

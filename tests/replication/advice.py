@@ -1,8 +1,10 @@
 """The advice of `kdvit analyze`, judged by what is gained: ``python -m tests.replication.advice``.
 
-Eight teachers and three widths of students on scikit-learn's digits make 24 pairs. The advice on each is asked before
-its students are trained. Then every remedy is trained beside soft KD, and its gain over soft KD alone is measured, over
-the same three seeds, on the 500 validation images, by which nothing is chosen. A pair is one job and one JSON file.
+Eight teachers and three widths of students on scikit-learn's digits make 24 pairs. The weight of each remedy's term is
+chosen first, for all pairs by one of them, on held out training images and by seeds of its own. The advice on a pair is
+asked before its students are trained. Then every remedy is trained beside soft KD, and its gain over soft KD alone is
+measured, over the same three seeds, on the 500 validation images, by which nothing is chosen. A pair is one job and one
+JSON file.
 """
 
 from __future__ import annotations
@@ -28,12 +30,16 @@ from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
 from kdvit.models import Network
 from tests.bench.machine import machine
+from tests.replication.arms import BEYOND, FEATURE_WEIGHTS, SELECTION_SEEDS
+from tests.replication.claims import estimate, shown
 from tests.replication.demo import last_accuracy
 from tests.replication.geometry import analysed
 from tests.replication.runs import QUIET, SELDOM, Job, Place, digest, in_processes, kdvit, seeded
 
 SEEDS = (0, 1, 2)
-WIDTHS = (8, 16, 24)
+WIDTHS = (16, 8, 24)
+CHOSEN_BY = "wide_64", 16  # the demo's pair
+HELD_OUT = "--data.init_args.holdout=300"
 GIANT = "giant_channel"
 SIZE = "--model.student.init_args.model_args"
 TEACHERS = {  # how each differs from that of the demo, 64 wide and 4 blocks
@@ -47,20 +53,11 @@ TEACHERS = {  # how each differs from that of the demo, 64 wide and 4 blocks
     GIANT: ("--model.student.init_args.checkpoint=RUNS/giant_channel.safetensors",),
 }
 SOFT = {"class_path": "LogitDistiller", "init_args": {"weight": 0.5}}
-
-
-def _beside_soft(projector: str, weight: float) -> tuple[str, ...]:
-    feature = {"class_path": "FeatureDistiller", "init_args": {"projector": projector, "weight": weight}}
-    return ("--model.distillers", json.dumps({"logit": SOFT, "feature": feature}))
-
-
-METHODS = {  # by config of configs/demo and options; the weights are those chosen on Fashion-MNIST
-    "soft_kd": ("soft_kd", ()),
-    "none": ("soft_kd", _beside_soft("linear", 0.5)),  # what is distilled where the advice is "no remedy"
-    "phi_s": ("soft_kd", _beside_soft("phi_s", 12.5)),
-    "Lift": ("lift", ("--model.distillers.lift.weight=0.5",)),
-    "WideLast": ("wide_last", ("--model.distillers.wide_last.weight=0.5",)),
-}
+METHODS = {"soft_kd": "soft_kd", "none": "soft_kd", "phi_s": "soft_kd", "Lift": "lift", "WideLast": "wide_last"}
+"""By config of configs/demo."""
+PROJECTORS = {"none": "linear", "phi_s": "phi_s"}  # linear is distilled where the advice is "no remedy"
+TERMS = tuple(method for method in METHODS if method != "soft_kd")
+WEIGHTS = "weights"
 RULES: dict[str, Callable[[dict[str, Any]], str]] = {
     "the advice": lambda pair: str(pair["advice"]["remedy"]),
     "always phi_s": lambda pair: "phi_s",
@@ -93,14 +90,64 @@ def planned(place: Place, config: str, *changes: str) -> Any:
     return build("student", Network, student)
 
 
-def settings(name: str, width: int) -> str:
+def settings(name: str, width: int, *more: Any) -> str:
     """Returns a digest of all that the numbers of a pair follow from, but for machine and libraries."""
-    used = sorted({"teacher", *(config for config, _ in METHODS.values())})
+    used = sorted({"teacher", *METHODS.values()})
     configs = [yaml.safe_load(Path(f"configs/demo/{config}.yaml").read_text()) for config in used]
-    return digest([configs, TEACHERS[name], METHODS, SEEDS, width])
+    return digest([configs, TEACHERS[name], SOFT, PROJECTORS, SEEDS, width, *more])
 
 
-def judge(place: Place, name: str, width: int) -> None:
+def term(method: str, weight: float) -> tuple[str, ...]:
+    """Returns the options that give a method's term a weight."""
+    if method not in PROJECTORS:
+        return (f"--model.distillers.{METHODS[method]}.weight={weight}",)
+    feature = {"class_path": "FeatureDistiller", "init_args": {"projector": PROJECTORS[method], "weight": weight}}
+    return ("--model.distillers", json.dumps({"logit": SOFT, "feature": feature}))
+
+
+def fit(place: Place, name: str, width: int, method: str, seed: int, run: Path, *changes: str) -> None:
+    """Trains a student of a teacher by a method."""
+    taught = place.runs / name / "teacher" / "student"
+    student = [f"{SIZE}.embed_dim={width}"]
+    if method in ("Lift", "WideLast"):
+        wide = load_student(taught).spec["init_args"]["model_args"]["embed_dim"]
+        student.append(f"--model.student.init_args.width={wide}")
+    teacher = ("--model.teacher.init_args.arch", f"local-dir:{taught}")
+    kdvit("fit", "--config", f"configs/demo/{METHODS[method]}.yaml", *student, *changes, *teacher, *_where(run, seed))
+
+
+def choose(place: Place) -> dict[str, float]:
+    """Returns the weight of each method's term: the best of one grid, and of one more where an end of it was best."""
+    facts = settings(*CHOSEN_BY, FEATURE_WEIGHTS, BEYOND["weight"], SELECTION_SEEDS, HELD_OUT)
+    found = place.read(WEIGHTS)
+    if found is not None and found["settings"] == facts:
+        return dict(found["chosen"])
+    scores: dict[str, dict[float, float]] = {method: {} for method in TERMS}
+    less, more = BEYOND["weight"]
+    for grid, end in ((FEATURE_WEIGHTS, None), ((less,), FEATURE_WEIGHTS[0]), ((more,), FEATURE_WEIGHTS[-1])):
+        asked = [method for method in TERMS if end is None or best_of(scores[method]) == end]
+        tries = list(product(asked, grid, SELECTION_SEEDS))
+        runs = {each: place.runs / "selection" / "{}_{:g}_{}".format(*each) for each in tries}
+        jobs = [
+            Job(f"selection_{run.name}", fit, (place, *CHOSEN_BY, method, seed, run, HELD_OUT, *term(method, weight)))
+            for (method, weight, seed), run in runs.items()
+            if not (run / "student").is_dir()
+        ]
+        in_processes(place.runs / "logs", jobs, 2)
+        for method, weight in product(asked, grid):
+            reached = [100 * last_accuracy(runs[method, weight, seed]) for seed in SELECTION_SEEDS]
+            scores[method][weight] = float(np.mean(reached))
+    chosen = {method: best_of(scores[method]) for method in TERMS}
+    place.write(WEIGHTS, {"chosen": chosen, "scores": scores, "settings": facts, "machine": machine()})
+    return chosen
+
+
+def best_of(scores: dict[float, float]) -> float:
+    """Returns the value of the highest score."""
+    return max(scores, key=lambda value: scores[value])
+
+
+def judge(place: Place, name: str, width: int, weights: dict[str, float]) -> None:
     """Asks the advice on a pair, trains its students, and writes both."""
     root = place.runs / name
     data = build("data", ImageDataModule, parse_fit(["--config", str(root / "teacher" / "config.yaml")]).data)
@@ -109,19 +156,14 @@ def judge(place: Place, name: str, width: int) -> None:
     found = advise(layer, planned(place, "soft_kd", f"{SIZE}.embed_dim={width}"))
     advice = {key: getattr(found, key) for key in ("remedy", "decided", "need", "rank", "held")}
     scores: dict[str, list[float]] = {method: [] for method in METHODS}
-    for method, (config, changes) in METHODS.items():
-        for seed in SEEDS:
-            run = root / f"{width}" / f"{method}_{seed}"
-            student = (f"{SIZE}.embed_dim={width}",)
-            if method in ("Lift", "WideLast"):
-                student += (f"--model.student.init_args.width={teacher.spec['init_args']['model_args']['embed_dim']}",)
-            taught = ("--model.teacher.init_args.arch", f"local-dir:{root / 'teacher' / 'student'}")
-            kdvit("fit", "--config", f"configs/demo/{config}.yaml", *student, *changes, *taught, *_where(run, seed))
-            scores[method].append(100 * last_accuracy(run))
+    for method, seed in product(METHODS, SEEDS):
+        run = root / f"{width}" / f"{method}_{seed}"
+        fit(place, name, width, method, seed, run, *(term(method, weights[method]) if method in TERMS else ()))
+        scores[method].append(100 * last_accuracy(run))
     content = {
         "teacher": name,
         "width": width,
-        "settings": settings(name, width),
+        "settings": settings(name, width, weights),
         "advice": advice,
         "scores": scores,
         "machine": machine(),
@@ -136,7 +178,7 @@ def gain(pair: dict[str, Any], method: str) -> float:
 
 def best(pair: dict[str, Any]) -> str:
     """Returns the method that gained most."""
-    return max((method for method in METHODS if method != "soft_kd"), key=lambda method: gain(pair, method))
+    return max(TERMS, key=lambda method: gain(pair, method))
 
 
 def correlations(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -153,13 +195,21 @@ def correlations(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def record(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Returns what each rule gains on average, and how often it names the best."""
+def record(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Returns what each rule gains on average, what it gains beside the advice, and how often it names the best.
+
+    The interval beside the advice is Student's over the teachers, whose pairs are not independent.
+    """
     rows = []
     for name, rule in RULES.items():
         gains = [gain(pair, rule(pair)) for pair in pairs]
         hits = sum(rule(pair) == best(pair) for pair in pairs)
-        rows.append((name, f"{np.mean(gains):+.2f}", f"{hits} of {len(pairs)}"))
+        more: dict[str, list[float]] = {}
+        for pair, gained in zip(pairs, gains, strict=True):
+            more.setdefault(pair["teacher"], []).append(gained - gain(pair, pair["advice"]["remedy"]))
+        of_teachers = [float(np.mean(each)) for each in more.values()]
+        beside = "" if name == "the advice" or len(more) < 2 else shown(estimate(of_teachers))
+        rows.append((name, f"{np.mean(gains):+.2f}", beside, f"{hits} of {len(pairs)}"))
     return rows
 
 
@@ -173,7 +223,7 @@ def rows(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             str(pair["advice"]["rank"]),
             f"{100 * pair['advice']['held']:.0f}",
             pair["advice"]["remedy"] + ("" if pair["advice"]["decided"] else " (undecided)"),
-            *(f"{gain(pair, method):+.1f}" for method in METHODS if method != "soft_kd"),
+            *(f"{gain(pair, method):+.1f}" for method in TERMS),
             best(pair),
         )
         for pair in pairs
@@ -193,18 +243,17 @@ def main(given: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     runs = args.runs.absolute()
     place = Place(runs, args.results.absolute(), runs)  # each pair's teacher is among the runs
-    wanted = []
-    for name, width in product(TEACHERS, WIDTHS):
+    untaught = [name for name in TEACHERS if not (place.runs / name / "teacher" / "student").is_dir()]
+    in_processes(place.runs / "logs", [Job(name, train_teacher, (place, name)) for name in untaught], 2)
+    weights = choose(place)
+    jobs = []
+    for width, name in product(WIDTHS, TEACHERS):
         found = place.read(f"{name}_{width}")
         if found is None:
-            wanted.append((name, width))
-        elif found["settings"] != settings(name, width):
+            jobs.append(Job(f"{name}_{width}", judge, (place, name, width, weights)))
+        elif found["settings"] != settings(name, width, weights):
             file = place.result(f"{name}_{width}")
             raise RuntimeError(f"{file} is a result of other settings than those of now. Remove it.")
-    untaught = [name for name in TEACHERS if not (place.runs / name / "teacher" / "student").is_dir()]
-    needed = [name for name in untaught if name in {name for name, _ in wanted}]
-    in_processes(place.runs / "logs", [Job(name, train_teacher, (place, name)) for name in needed], 2)
-    jobs = [Job(f"{name}_{width}", judge, (place, name, width)) for name, width in wanted]
     in_processes(place.runs / "logs", jobs, 2)
 
 

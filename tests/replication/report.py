@@ -81,7 +81,8 @@ def blocks(files: dict[str, Result]) -> dict[str, str]:
         "length": length(files[RECIPE], results),
         "arms": arms_table(results, teacher),
         "geometry": geometry_table(results, teacher),
-        "advice": judged([pair for name, pair in files.items() if name.startswith("advice/")]),
+        "advice": judged([pair for name, pair in files.items() if name.startswith("advice/") and "advice" in pair]),
+        "advice_weights": advice_weights(files.get(f"advice/{advice.WEIGHTS}")),
         "choices": choices(files[RECIPE], files[WEIGHTS]),
         "cost": cost(files.values(), results),
     }
@@ -188,15 +189,35 @@ def judged(pairs: Sequence[dict[str, Any]]) -> str:
     """Returns how the advice fared: the rules, the correlations, then each pair."""
     if not pairs:
         return "No pair has been tried yet."
-    methods = [f"gain, {name}" for name in advice.METHODS if name != "soft_kd"]
+    methods = [f"gain, {name}" for name in advice.TERMS]
     header = ("teacher", "channels", "shared axes", "of one image", "held (%)", "advice", *methods, "best")
     parts = [
         f"{len(pairs)} of {len(advice.TEACHERS) * len(advice.WIDTHS)} pairs have been tried.",
-        table(("rule", "mean gain over soft KD, points", "names the best"), advice.record(pairs), 1),
+        table(
+            ("rule", "mean gain over soft KD, points", "more than the advice", "names the best"),
+            advice.record(pairs),
+            1,
+        ),
         table(("predicted by", "gain of", "rank correlation (leaving a teacher out)"), advice.correlations(pairs)),
         table(header, advice.rows(pairs), 1),
     ]
     return "\n\n".join(parts)
+
+
+def advice_weights(found: dict[str, Any] | None) -> str:
+    """Returns what was chosen for the pairs that judge the advice, with all candidates."""
+    if found is None:
+        return "No weight has been chosen yet."
+    values = sorted({weight for scores in found["scores"].values() for weight in scores}, key=float)
+    rows = [
+        (
+            method,
+            *(f"{scores[value]:.1f}" if value in scores else "" for value in values),
+            f"**{found['chosen'][method]:g}**",
+        )
+        for method, scores in found["scores"].items()
+    ]
+    return table(("weight of the term", *values, "chosen"), rows, 1)
 
 
 def choices(recipe: dict[str, Any], weights: dict[str, Any]) -> str:

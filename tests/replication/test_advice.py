@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
+import pytest
+
+from kdvit.data import Digits
 from tests.replication import advice
-from tests.replication.report import judged
+from tests.replication.arms import SELECTION_SEEDS
+from tests.replication.report import advice_weights, judged
+from tests.replication.runs import Job, Place
 
 
 def pair(teacher: str, width: int, need: int, remedy: str, **gains: float) -> dict:
@@ -22,9 +30,9 @@ PAIRS = [
 
 def test_the_record_of_a_rule_is_its_mean_gain_and_how_often_it_names_the_best() -> None:
     record = {name: told for name, *told in advice.record(PAIRS)}
-    assert record["the advice"] == ["+2.25", "2 of 4"]
-    assert record["always WideLast"] == ["+3.00", "2 of 4"]
-    assert record["the best of each pair, known afterwards"] == ["+3.50", "4 of 4"]
+    assert record["the advice"] == ["+2.25", "", "2 of 4"]
+    assert record["always WideLast"] == ["+3.00", "+0.75 [-8.78, +10.28]", "2 of 4"]  # of 1.5 and 0, t of 1 is 12.706
+    assert record["the best of each pair, known afterwards"] == ["+3.50", "+1.25 [-1.93, +4.43]", "4 of 4"]
 
 
 def test_a_prediction_is_compared_by_rank_also_without_each_teacher() -> None:
@@ -38,3 +46,38 @@ def test_every_pair_is_a_row_of_the_page() -> None:
     assert "| a | 8 | 40 | 5 | 75 | Lift | +0.0 | +1.0 | +2.0 | +5.0 | WideLast |" in text
     assert text.startswith("4 of 24 pairs have been tried.\n")
     assert judged([]) == "No pair has been tried yet."
+
+
+def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "runs", tmp_path / "results", tmp_path / "runs")
+    trained: list[Path] = []
+    at = {"none": 2.5, "phi_s": 0.1, "Lift": 0.5, "WideLast": 62.5}  # the lower, the further from it
+
+    def jobs(logs: Path, wanted: list[Job], at_once: int) -> None:
+        trained.extend(job.args[5] for job in wanted)
+
+    def accuracy(run: Path) -> float:
+        method, weight, _ = run.name.rsplit("_", 2)
+        return 0.9 - 0.01 * abs(math.log(float(weight) / at[method]))
+
+    monkeypatch.setattr(advice, "in_processes", jobs)
+    monkeypatch.setattr(advice, "last_accuracy", accuracy)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert advice.choose(place) == at
+    beyond = ["phi_s_0.1", "Lift_0.1", "WideLast_62.5"]
+    assert [run.name for run in trained[36:]] == [f"{each}_{seed}" for each in beyond for seed in SELECTION_SEEDS]
+    assert advice.choose(place) == at
+    assert len(trained) == 36 + 9
+    told = advice_weights(place.read(advice.WEIGHTS))
+    assert "| phi_s | 90.0 | 88.4 | 86.8 | 85.2 |  | **0.1** |" in told
+
+
+def test_held_out_digits_are_training_images_that_are_not_trained_on() -> None:
+    whole, held = Digits(), Digits(holdout=300)
+    assert (len(held.dataset("train")), len(held.dataset("val"))) == (997, 300)
+    parts = held.indices["train"].tolist(), held.indices["val"].tolist()
+    assert sorted(parts[0] + parts[1]) == sorted(whole.indices["train"].tolist())
+    with pytest.raises(ValueError, match="Digits has 1297 training images: holdout must be less, got 1297"):
+        Digits(holdout=1297)
