@@ -40,6 +40,7 @@ SEEDS = (0, 1, 2)
 WIDTHS = (16, 8, 24)
 CHOSEN_BY = "wide_64", 16  # the demo's pair
 HELD_OUT = "--data.init_args.holdout=300"
+EPOCHS = 40  # of the demo's students, which are scored at their end
 GIANT = "giant_channel"
 SIZE = "--model.student.init_args.model_args"
 TEACHERS = {  # how each differs from that of the demo, 64 wide and 4 blocks
@@ -94,7 +95,7 @@ def settings(name: str, width: int, *more: Any) -> str:
     """Returns a digest of all that the numbers of a pair follow from, but for machine and libraries."""
     used = sorted({"teacher", *METHODS.values()})
     configs = [yaml.safe_load(Path(f"configs/demo/{config}.yaml").read_text()) for config in used]
-    return digest([configs, TEACHERS[name], SOFT, PROJECTORS, SEEDS, width, *more])
+    return digest([configs, TEACHERS[name], SOFT, PROJECTORS, SEEDS, EPOCHS, width, *more])
 
 
 def term(method: str, weight: float) -> tuple[str, ...]:
@@ -105,15 +106,52 @@ def term(method: str, weight: float) -> tuple[str, ...]:
     return ("--model.distillers", json.dumps({"logit": SOFT, "feature": feature}))
 
 
-def fit(place: Place, name: str, width: int, method: str, seed: int, run: Path, *changes: str) -> None:
-    """Trains a student of a teacher by a method."""
+def pair_of(place: Place, name: str, width: int, method: str) -> tuple[str, ...]:
+    """Returns the options that make a method's config one of a pair."""
     taught = place.runs / name / "teacher" / "student"
     student = [f"{SIZE}.embed_dim={width}"]
     if method in ("Lift", "WideLast"):
         wide = load_student(taught).spec["init_args"]["model_args"]["embed_dim"]
         student.append(f"--model.student.init_args.width={wide}")
     teacher = ("--model.teacher.init_args.arch", f"local-dir:{taught}")
-    kdvit("fit", "--config", f"configs/demo/{METHODS[method]}.yaml", *student, *changes, *teacher, *_where(run, seed))
+    return ("--config", f"configs/demo/{METHODS[method]}.yaml", *student, *teacher)
+
+
+def cache(place: Place, name: str, seed: int, held_out: bool) -> Path:
+    """Returns the folder of a teacher's outputs for all epochs of a seed."""
+    return place.runs / "caches" / f"{name}_{seed}{'_held_out' * held_out}"
+
+
+def store(place: Place, name: str, seed: int, held_out: bool) -> None:
+    """Stores a teacher's outputs for the students of all widths and methods."""
+    views = ("--views", str(EPOCHS), "--data.init_args.seed", str(seed), *([HELD_OUT] if held_out else []))
+    pair = pair_of(place, name, min(WIDTHS), "Lift")
+    folder = cache(place, name, seed, held_out)
+    part = folder.with_name(f"{folder.name}.part")  # which goes on, where it was stopped
+    kdvit("cache", *pair, "--out", str(part), *views, *QUIET)
+    part.rename(folder)
+
+
+def fit(
+    place: Place, name: str, width: int, method: str, seed: int, run: Path, weight: float | None, held_out: bool
+) -> None:
+    """Trains a student of a teacher by a method, from the cache."""
+    pair = pair_of(place, name, width, method)
+    length = ("--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS))
+    images = ("--data.init_args.cache", str(cache(place, name, seed, held_out)), *([HELD_OUT] if held_out else []))
+    weighted = () if weight is None else term(method, weight)
+    kdvit("fit", *pair, *weighted, *images, *length, *_where(run, seed))
+
+
+def in_two(place: Place, jobs: Sequence[Job]) -> None:
+    """Does jobs, two at once."""
+    in_processes(place.runs / "logs", jobs, 2)
+
+
+def store_all(place: Place, names: Sequence[str], seeds: Sequence[int], held_out: bool) -> None:
+    """Stores what is missing."""
+    missing = [each for each in product(names, seeds) if not cache(place, *each, held_out).is_dir()]
+    in_two(place, [Job(f"cache_{name}_{seed}", store, (place, name, seed, held_out)) for name, seed in missing])
 
 
 def choose(place: Place) -> dict[str, float]:
@@ -122,6 +160,8 @@ def choose(place: Place) -> dict[str, float]:
     found = place.read(WEIGHTS)
     if found is not None and found["settings"] == facts:
         return dict(found["chosen"])
+    name, width = CHOSEN_BY
+    store_all(place, [name], SELECTION_SEEDS, held_out=True)
     scores: dict[str, dict[float, float]] = {method: {} for method in TERMS}
     less, more = BEYOND["weight"]
     for grid, end in ((FEATURE_WEIGHTS, None), ((less,), FEATURE_WEIGHTS[0]), ((more,), FEATURE_WEIGHTS[-1])):
@@ -129,11 +169,11 @@ def choose(place: Place) -> dict[str, float]:
         tries = list(product(asked, grid, SELECTION_SEEDS))
         runs = {each: place.runs / "selection" / "{}_{:g}_{}".format(*each) for each in tries}
         jobs = [
-            Job(f"selection_{run.name}", fit, (place, *CHOSEN_BY, method, seed, run, HELD_OUT, *term(method, weight)))
+            Job(f"selection_{run.name}", fit, (place, name, width, method, seed, run, weight, True))
             for (method, weight, seed), run in runs.items()
             if not (run / "student").is_dir()
         ]
-        in_processes(place.runs / "logs", jobs, 2)
+        in_two(place, jobs)
         for method, weight in product(asked, grid):
             reached = [100 * last_accuracy(runs[method, weight, seed]) for seed in SELECTION_SEEDS]
             scores[method][weight] = float(np.mean(reached))
@@ -158,7 +198,7 @@ def judge(place: Place, name: str, width: int, weights: dict[str, float]) -> Non
     scores: dict[str, list[float]] = {method: [] for method in METHODS}
     for method, seed in product(METHODS, SEEDS):
         run = root / f"{width}" / f"{method}_{seed}"
-        fit(place, name, width, method, seed, run, *(term(method, weights[method]) if method in TERMS else ()))
+        fit(place, name, width, method, seed, run, weights.get(method), False)
         scores[method].append(100 * last_accuracy(run))
     content = {
         "teacher": name,
@@ -244,8 +284,9 @@ def main(given: list[str] | None = None) -> None:
     runs = args.runs.absolute()
     place = Place(runs, args.results.absolute(), runs)  # each pair's teacher is among the runs
     untaught = [name for name in TEACHERS if not (place.runs / name / "teacher" / "student").is_dir()]
-    in_processes(place.runs / "logs", [Job(name, train_teacher, (place, name)) for name in untaught], 2)
+    in_two(place, [Job(name, train_teacher, (place, name)) for name in untaught])
     weights = choose(place)
+    store_all(place, list(TEACHERS), SEEDS, held_out=False)
     jobs = []
     for width, name in product(WIDTHS, TEACHERS):
         found = place.read(f"{name}_{width}")
@@ -254,7 +295,7 @@ def main(given: list[str] | None = None) -> None:
         elif found["settings"] != settings(name, width, weights):
             file = place.result(f"{name}_{width}")
             raise RuntimeError(f"{file} is a result of other settings than those of now. Remove it.")
-    in_processes(place.runs / "logs", jobs, 2)
+    in_two(place, jobs)
 
 
 if __name__ == "__main__":
