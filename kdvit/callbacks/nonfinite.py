@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, listed, place, save
 from kdvit.errors import UserError
+from kdvit.runtime.loggers import is_logged
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch, as_batch
 from kdvit.training.optim import gradient_norm
@@ -108,8 +109,7 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         """Stops a run that has failed, or logs the number of skipped steps."""
         self._raise_if_failed(trainer)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.skip_steps and every > 0 and trainer.global_step % every == 0:
+        if self.skip_steps and is_logged(trainer, trainer.global_step):
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
+from kdvit.runtime.loggers import is_logged
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 
 
@@ -111,8 +112,7 @@ class Preemption(Checkpoint):
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         """Logs the step at which a run is stopped, as Lightning would behind this hook."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
+        if is_logged(trainer, trainer.global_step):
             logged = trainer.logged_metrics.items()
             values = {name: float(value) for name, value in logged if name.startswith("train/")}
             for logger in trainer.loggers:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from kdvit.runtime.loggers import is_logged
 from kdvit.structures import as_batch
 
 
@@ -24,8 +25,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the batch, and logs the rate on logged steps."""
         self._images += len(as_batch(batch).image)
-        every = trainer.log_every_n_steps
-        if every > 0 and trainer.global_step % every == 0:
+        if is_logged(trainer, trainer.global_step):
             rate = self._images * trainer.world_size / (time.perf_counter() - self._since)
             pl_module.log("train/images_per_second", torch.tensor(rate), prog_bar=True)  # see `log_means`
             self.on_train_start(trainer, pl_module)

@@ -30,6 +30,12 @@ class BoardLogger(TensorBoardLogger):
         super().log_metrics({card(name): value for name, value in metrics.items() if name not in once}, step)
 
 
+def is_logged(trainer: Any, step: int) -> bool:
+    """Tells whether Lightning logs a step, of those from 1 on."""
+    every: int = trainer.log_every_n_steps
+    return every > 0 and step % every == 0
+
+
 def card(name: str) -> str:
     """Returns the name of a card in TensorBoard, which sorts by name: a number puts its group where it is read.
 

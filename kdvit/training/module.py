@@ -15,6 +15,7 @@ from kdvit.distillers.weights import require_weight, weight_at
 from kdvit.models import FrozenTeacher, Network, as_network, avoid_slow_attention, fit_to_data, freeze_parameters
 from kdvit.models.checkpoint import student_spec
 from kdvit.models.teacher import freeze_teachers, only_teacher
+from kdvit.runtime.loggers import is_logged
 from kdvit.seeding import mixed_seed, seed_torch
 from kdvit.structures import Batch, ImageFormat, ViTOutput
 from kdvit.training.batches import read_batch, require_same_images
@@ -43,8 +44,8 @@ class DistillationModule(pl.LightningModule):
         schedule: The learning rate over epochs.
         image_format: Size and normalisation of the images, as the data module has it; by default the student's.
         class_names: The classes in the order of the student's outputs; an empty list says that images have no labels.
-        compile: Networks that torch.compile translates for training; checkpoints go on with or without it. It needs a
-            C++ compiler on CPUs and a minute for each new shape or mode of the input, and draws dropout otherwise.
+        compile: Networks that torch.compile translates for training: twice the images/s on a GPU. It needs a C++
+            compiler, takes a minute for each new shape or mode of the input, and draws dropout otherwise.
         freeze: Parameters of the student that stay as they are, by the names of `kdvit.models.freezing`.
 
     Raises:
@@ -164,8 +165,7 @@ class DistillationModule(pl.LightningModule):
         """Logs `acc1`, `loss` and so on over all ranks, as `val/acc1`; those of a test as `test/acc1`."""
         log_scores(self, self.scores)
 
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the index, the most probable class and its probability of each image, each ``[B]``."""
@@ -174,8 +174,7 @@ class DistillationModule(pl.LightningModule):
         return batch.index, predicted, probability
 
     def _is_logged_step(self) -> bool:  # a call of self.log costs as much as a small kernel
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.trainer.global_step + 1) % every == 0
+        return is_logged(self.trainer, self.trainer.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs what was measured of the whole step, the learning rate, and the gradient norm before clipping."""
