@@ -28,7 +28,7 @@ def mixed_words(*parts: int, count: int) -> NDArray[Any]:
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seeds torch's generators of the CPU and of a device."""
+    """Seeds torch's generators of the CPU and of the current device of a kind, which Lightning has set."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a stack trace for each kind not in use
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -14,7 +14,7 @@ Layer = int | float | str
 
 
 def at_least_float32(x: Tensor, beside: torch.dtype = torch.float32) -> Tensor:
-    """Returns half precision as float32, and anything better as it is; all as float64 where that is beside it."""
+    """Returns half precision as float32 and anything better as it is; as float64, if `beside` is that."""
     return x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), beside))
 
 
@@ -58,7 +58,7 @@ class ViTOutput(NamedTuple):
     features: tuple[Tensor, ...] = ()
 
     def at_least_float32(self, beside: torch.dtype = torch.float32) -> ViTOutput:
-        """Returns the same output in float32 or better, where losses are computed whatever the network's precision."""
+        """Returns the output in float32, in which losses are computed, or better; in float64, if `beside` is that."""
         logits = None if self.logits is None else at_least_float32(self.logits, beside)
         return ViTOutput(logits, tuple(at_least_float32(feature, beside) for feature in self.features))
 

@@ -31,6 +31,12 @@ def column(root: str, names: tuple[str, ...]) -> list[str]:
         return [str(tuple(float(row[name] or "nan") for name in names)) for row in csv.DictReader(stream)]
 
 
+def numbers(root: str, name: str) -> list[float]:
+    """Returns the values of a column of a run's table."""
+    with Path(root, "metrics.csv").open() as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
+
+
 def assert_same_end(one: str, other: str) -> None:
     """Asserts that two runs with EMA have ended with the same weights, to the last bit, and told the same scores."""
     for file, ema in (("last", False), ("last", True), ("best", False), ("best", True)):

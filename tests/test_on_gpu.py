@@ -21,13 +21,14 @@ from kdvit.models import FrozenTeacher, TimmTeacher
 from kdvit.structures import Pixels
 from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
-from tests.bench.gpu import _waiting
+from tests.bench.device import waits
+from tests.bench.gpu import WAIT, _waiting
 from tests.bench.plain_step import build, images, step
 from tests.callbacks.test_nonfinite import Breaks
 from tests.data.test_data_modules import image_folder
 from tests.data.test_pixels import OPTIONS, folder
 from tests.models.test_teacher import TEACHERS
-from tests.runs import QUIET, SHORT, assert_same_end, column, fit
+from tests.runs import QUIET, SHORT, assert_same_end, fit, numbers
 from tests.test_gpu_bench import TINY
 from tests.test_stopping import EVERYTHING, signal_at, stopped
 from tests.tiny import FORMAT, TinyData, student, teacher, trainer
@@ -44,7 +45,7 @@ def test_a_run_trains_scores_and_leaves_a_student_for_any_machine(
 ) -> None:
     more = [*QUIET, *GPU, "--trainer.max_epochs", "4", "--trainer.precision", precision, "--ema.decay", "0.9"]
     fit(method, demo_teacher, *more)
-    losses = [float(row.strip("(,)")) for row in column("run", ("val/loss",)) if "nan" not in row]
+    losses = numbers("run", "val/loss")
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.02
     main(["test", "--config", "run/config.yaml", "--ckpt_path", "last", *GPU])
@@ -84,8 +85,12 @@ def test_a_teacher_cast_once_gives_what_autocast_gives(arch: str, dtype: torch.d
     assert all(map(torch.equal, output.features, expected.features))
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
-@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["", "CUDA graphs"])
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"mode": "reduce-overhead"}, marks=pytest.mark.xfail(reason="torch 2.11: the graph is empty"))],
+    ids=["", "CUDA graphs"],
+)
 def test_a_compiled_teacher_gives_its_outputs(options: dict[str, Any]) -> None:
     model_args = {**TEACHERS["cait_xxs24_224"], "num_classes": 5}
     network = TimmTeacher("cait_xxs24_224", pretrained=False, img_size=32, model_args=model_args)
@@ -101,15 +106,22 @@ def test_a_compiled_teacher_gives_its_outputs(options: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("what", ["student", "teacher", "both"])
-def test_a_compiled_run_learns_what_an_eager_one_learns(what: str, demo_teacher: str) -> None:
+def test_a_compiled_run_learns_what_an_eager_one_learns(
+    what: str, demo_teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile, compiled = torch.compile, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        compiled.append(args)
+        return compile(*args, **options)
+
+    monkeypatch.setattr(torch, "compile", noted)
     same = [*SHORT, *GPU, "--trainer.limit_train_batches", "8", "--trainer.log_every_n_steps", "1"]
     fit("lift", demo_teacher, *same, "--model.compile", what)
     fit("lift", demo_teacher, *same, "--trainer.default_root_dir", "eager")
-    losses = [
-        [float(row.strip("(,)")) for row in column(root, ("train/loss",)) if "nan" not in row]
-        for root in ("run", "eager")
-    ]
+    losses = [numbers(root, "train/loss") for root in ("run", "eager")]
     assert len(losses[0]) == 16
+    assert compiled
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
@@ -181,6 +193,10 @@ def test_an_overflow_of_float16_is_left_to_the_scaler(tmp_path: Path) -> None:
 def test_no_step_that_is_not_logged_waits_for_the_gpu(method: str) -> None:
     found = _waiting(TINY, ON, method)
     assert found.result == 0, found.what
+    assert "in 5 steps" in found.what
+    with waits(ON) as places:
+        torch.ones(1, device=ON).item()
+    assert [WAIT in str(each.message) for each in places] == [True]
 
 
 def test_check_tells_the_memory_that_a_step_takes() -> None:
@@ -203,11 +219,7 @@ def test_a_run_on_a_cache_ends_near_the_online_run(demo_teacher: str) -> None:
     main(["cache", "--config", "demo/lift.yaml", *QUIET, *GPU, *arch, "--out", "cache", "--views", "2"])
     fit("lift", demo_teacher, *same, "--data.init_args.cache", "cache", "--trainer.default_root_dir", "cached")
     fit("lift", demo_teacher, *same)
-    ours, theirs = (
-        [float(row.strip("(,)")) for row in column(root, ("val/acc1",)) if "nan" not in row]
-        for root in ("cached", "run")
-    )
-    assert ours == pytest.approx(theirs, abs=0.08)
+    assert numbers("cached", "val/loss") == pytest.approx(numbers("run", "val/loss"), rel=0.02)
 
 
 def test_an_analysis_measures_what_it_measures_on_the_cpu(demo_teacher: str) -> None:
@@ -230,22 +242,24 @@ def _numbers(tree: Any) -> list[float]:
     return [float(tree)] if isinstance(tree, int | float) and not isinstance(tree, bool) else []
 
 
-def test_a_probe_runs_on_a_gpu(demo_teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_probe_runs_on_a_gpu(demo_teacher: str) -> None:
     main(["probe", demo_teacher, "--data", "Digits", "--k", "5", "--num_workers", "0", "--out", "probe.json", *GPU])
-    assert max(_numbers(json.loads(Path("probe.json").read_text()))) > 30
+    (network,) = json.loads(Path("probe.json").read_text())["networks"]
+    assert min(network["knn"], network["linear"]) > 0.3  # of ten classes, by the features of a teacher at chance
 
 
-def test_benchmark_times_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_times_a_gpu() -> None:
     main(["benchmark", "deit_tiny_patch16_224", "--device", "cuda", "--precision", "bf16", "--out", "costs.json"])
     written = json.loads(Path("costs.json").read_text())
     assert written["machine"]["device"] == torch.cuda.get_device_name(0)
     assert 0.05 < written["networks"][0]["latency_ms"] < 50
-    print(capsys.readouterr().out)
 
 
 def test_init_and_check_know_the_card(demo_teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["init", "--images", str(image_folder(Path("photographs"), 40)), "--teacher", "deit_small_patch16_224"])
-    assert "precision: bf16-mixed" in Path("kdvit.yaml").read_text()
+    written = Path("kdvit.yaml").read_text()
+    assert "precision: bf16-mixed" in written
+    assert "batch_size: 8 " in written  # ten steps an epoch of 80 images
     main(["check", "--config", "demo/lift.yaml", *GPU, "--model.teacher.init_args.arch", demo_teacher])
     told = capsys.readouterr().out
     assert re.search(r"and \S+ [MG]B on each GPU", told), told
@@ -254,6 +268,10 @@ def test_init_and_check_know_the_card(demo_teacher: str, capsys: pytest.CaptureF
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # Lightning wraps the module on another
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_one_process_goes_through_nccl(strategy: str, demo_teacher: str) -> None:
-    fit("lift", demo_teacher, *SHORT, *GPU, "--trainer.strategy", strategy, "--trainer.precision", "bf16-mixed")
+    try:
+        fit("lift", demo_teacher, *SHORT, *GPU, "--trainer.strategy", strategy, "--trainer.precision", "bf16-mixed")
+        assert torch.distributed.get_backend() == "nccl"
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     assert Path("run/student/model.safetensors").is_file()
-    torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None

@@ -91,8 +91,8 @@ def first_config(
         network = TimmTeacher(arch, pretrained=False)
         classes = data.num_classes or network.output_shapes().classes or 0
         own, args = _student(student, remedy, network, classes)
-    count = len(data.dataset("train"))  # type: ignore[arg-type]
-    batch, of_image = _fitting(own, network, machine, count)
+        count = len(data.dataset("train"))  # type: ignore[arg-type]
+        batch, of_image = _fitting(own, network, machine, count)
     seconds = of_image * count / machine.devices
     epochs = max(FEWEST, min(EPOCHS, int(3600 * HOURS["GPU" if machine.gpu else "CPU"] / seconds)))
     minutes = epochs * seconds / 60
@@ -195,14 +195,20 @@ def _student(arch: str, remedy: str, teacher: Network, classes: int) -> tuple[Ti
 
 
 def _fitting(student: Network, teacher: Network, machine: Machine, images: int) -> tuple[int, float]:
-    """Returns a batch size, which a GPU has room for, and the seconds that an image of a training step takes here."""
+    """Returns a batch size, and the seconds that an image of a training step takes here.
+
+    A GPU has room for forward and backward of the batch.
+
+    Raises:
+        UserError: If a GPU has no room for one image.
+    """
     batch = machine.batch_size(images)
     while True:
         try:
             return batch, _image_seconds(student, teacher, machine.gpu, batch if machine.gpu else TIMED)
         except torch.OutOfMemoryError:
             if batch == 1:
-                raise
+                raise UserError("The GPU has no room for one image of this pair: choose smaller networks.") from None
             batch //= 2
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,8 +43,8 @@ class DistillationModule(pl.LightningModule):
         schedule: The learning rate over epochs.
         image_format: Size and normalisation of the images, as the data module has it; by default the student's.
         class_names: The classes in the order of the student's outputs; an empty list says that images have no labels.
-        compile: Networks that torch.compile translates for training: twice the images/s on a GPU. It needs a C++
-            compiler, takes a minute for each new shape or mode of the input, and draws dropout otherwise.
+        compile: Networks that torch.compile translates for training; checkpoints go on with or without it. It needs a
+            C++ compiler (C on GPUs) and a minute for each new shape or mode of the input, and draws other dropout.
         freeze: Parameters of the student that stay as they are, by the names of `kdvit.models.freezing`.
 
     Raises:
@@ -98,8 +97,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Says what is converted on the way, and readies the networks for the device and precision of the training."""
-        for each in self.distillers.conversions:
-            rank_zero_info(each)
+        self.distillers.say_conversions()
         if self.trainer.precision in ("bf16-mixed", "bf16-true"):
             avoid_slow_attention(self.student, self.trainer.strategy.root_device, torch.bfloat16)
         if self.compiled in ("student", "both"):
@@ -165,7 +163,8 @@ class DistillationModule(pl.LightningModule):
         """Logs `acc1`, `loss` and so on over all ranks, as `val/acc1`; those of a test as `test/acc1`."""
         log_scores(self, self.scores)
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the index, the most probable class and its probability of each image, each ``[B]``."""

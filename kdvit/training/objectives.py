@@ -6,6 +6,7 @@ from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kdvit.distillers import Distiller, Weight, WeightSchedule
@@ -124,10 +125,15 @@ class Objectives(nn.ModuleDict):
         """Returns the distillers by name."""
         return cast("ItemsView[str, Distiller]", super().items())
 
+    def say_conversions(self) -> None:
+        """Says what of images and maps is converted on the way."""
+        for each in self.conversions:
+            rank_zero_info(each)
+
     def ask(self, teachers: Mapping[str, FrozenTeacher], batch: Batch) -> dict[str, ViTOutput]:
         """Returns what is asked for in `requests`, of a cache where the batch brings it.
 
-        In float32, and in float64 where the images are: CUDA's losses take no two types.
+        In float32, and in float64 where the images are: on CUDA, losses need one type.
         """
         outputs = {}
         for name, asked in self.requests.items():

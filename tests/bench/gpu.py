@@ -1,7 +1,6 @@
 """What `make bench` measures where there is a GPU: teacher, online step, cached step, loader, and what waits.
 
-The code is the same on a CPU (`tests/test_gpu_bench.py` runs it there, with tiny networks): no number below is one of a
-GPU until this has run on one.
+The code is the same on a CPU: `tests/test_gpu_bench.py` runs it there, with tiny networks.
 """
 
 from __future__ import annotations
@@ -155,8 +154,7 @@ def _compiled(rounds: int, sizes: Sizes, on: torch.device, method: str) -> Itera
 def _cached(module: DistillationModule, batch: Batch, on: torch.device) -> Callable[[], float]:
     """Returns a step on what a cache holds of the batch, which waits in pinned memory as loader workers give it."""
     with tempfile.TemporaryDirectory() as folder:
-        here = batch._replace(index=batch.index.cpu())
-        output = stored(module, here, Path(folder), "auto").read(views(here), here.index)
+        output = stored(module, batch, Path(folder), "auto").read(views(batch), batch.index)
     kept = _moved(output, lambda x: x.pin_memory() if on.type == "cuda" else x)
     return step(module, batch, lambda: _moved(kept, lambda x: x.to(on, non_blocking=True)))
 
@@ -233,7 +231,7 @@ def _module(method: str, sizes: Sizes, on: torch.device, with_teacher: bool = Tr
 def _batch(sizes: Sizes, on: torch.device) -> Batch:
     batch = images(sizes.batch, sizes.size)
     classes = sizes.pair.student.get("num_classes", 1000)
-    return Batch(*(each.to(on) for each in (batch.image, batch.target % classes, batch.index)))
+    return batch._replace(image=batch.image.to(on), target=batch.target.to(on) % classes)
 
 
 def _moved(output: ViTOutput, move: Callable[[torch.Tensor], torch.Tensor]) -> ViTOutput:

@@ -30,7 +30,7 @@ from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
 from kdvit.models import Network
 from tests.bench.machine import machine
-from tests.replication.arms import BEYOND, FEATURE_WEIGHTS, SELECTION_SEEDS
+from tests.replication.arms import SELECTION_SEEDS
 from tests.replication.claims import estimate, shown
 from tests.replication.demo import last_accuracy
 from tests.replication.geometry import analysed
@@ -40,6 +40,7 @@ SEEDS = (0, 1, 2)
 WIDTHS = (16, 8, 24)
 CHOSEN_BY = "wide_64", 16  # the demo's pair
 HELD_OUT = "--data.init_args.holdout=300"
+GRID, LESS, MORE = (0.02, 0.1, 0.5, 2.5, 12.5), 0.004, 62.5  # weights that are tried, and those where an end was best
 EPOCHS = 40  # of the demo's students, which are scored at their end
 GIANT = "giant_channel"
 SIZE = "--model.student.init_args.model_args"
@@ -59,6 +60,7 @@ METHODS = {"soft_kd": "soft_kd", "none": "soft_kd", "phi_s": "soft_kd", "Lift": 
 PROJECTORS = {"none": "linear", "phi_s": "phi_s"}  # linear is distilled where the advice is "no remedy"
 TERMS = tuple(method for method in METHODS if method != "soft_kd")
 WEIGHTS = "weights"
+STALE = "{} is a result of other settings than those of now. Remove it, and the folder of the runs."
 RULES: dict[str, Callable[[dict[str, Any]], str]] = {
     "the advice": lambda pair: str(pair["advice"]["remedy"]),
     "always phi_s": lambda pair: "phi_s",
@@ -82,6 +84,12 @@ def train_teacher(place: Place, name: str) -> None:
         weights["pos_embed"][..., 0] += 30.0
         save_file(weights, place.runs / f"{GIANT}.safetensors")
     kdvit("fit", "--config", "configs/demo/teacher.yaml", *changes, *_where(place.runs / name / "teacher", 0))
+
+
+def teach(place: Place, names: Sequence[str]) -> None:
+    """Trains the teachers that are not there."""
+    missing = [name for name in names if not (place.runs / name / "teacher" / "student").is_dir()]
+    in_two(place, [Job(name, train_teacher, (place, name)) for name in missing])
 
 
 def planned(place: Place, config: str, *changes: str) -> Any:
@@ -156,15 +164,16 @@ def store_all(place: Place, names: Sequence[str], seeds: Sequence[int], held_out
 
 def choose(place: Place) -> dict[str, float]:
     """Returns the weight of each method's term: the best of one grid, and of one more where an end of it was best."""
-    facts = settings(*CHOSEN_BY, FEATURE_WEIGHTS, BEYOND["weight"], SELECTION_SEEDS, HELD_OUT)
+    facts = settings(*CHOSEN_BY, GRID, LESS, MORE, SELECTION_SEEDS, HELD_OUT)
     found = place.read(WEIGHTS)
-    if found is not None and found["settings"] == facts:
+    if found is not None and found["settings"] != facts:
+        raise RuntimeError(STALE.format(place.result(WEIGHTS)))
+    if found is not None:
         return dict(found["chosen"])
     name, width = CHOSEN_BY
     store_all(place, [name], SELECTION_SEEDS, held_out=True)
     scores: dict[str, dict[float, float]] = {method: {} for method in TERMS}
-    less, more = BEYOND["weight"]
-    for grid, end in ((FEATURE_WEIGHTS, None), ((less,), FEATURE_WEIGHTS[0]), ((more,), FEATURE_WEIGHTS[-1])):
+    for grid, end in ((GRID, None), ((LESS,), GRID[0]), ((MORE,), GRID[-1])):
         asked = [method for method in TERMS if end is None or best_of(scores[method]) == end]
         tries = list(product(asked, grid, SELECTION_SEEDS))
         runs = {each: place.runs / "selection" / "{}_{:g}_{}".format(*each) for each in tries}
@@ -283,19 +292,20 @@ def main(given: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     runs = args.runs.absolute()
     place = Place(runs, args.results.absolute(), runs)  # each pair's teacher is among the runs
-    untaught = [name for name in TEACHERS if not (place.runs / name / "teacher" / "student").is_dir()]
-    in_two(place, [Job(name, train_teacher, (place, name)) for name in untaught])
+    if place.read(WEIGHTS) is None:
+        teach(place, CHOSEN_BY[:1])
     weights = choose(place)
-    store_all(place, list(TEACHERS), SEEDS, held_out=False)
-    jobs = []
+    missing = []
     for width, name in product(WIDTHS, TEACHERS):
         found = place.read(f"{name}_{width}")
         if found is None:
-            jobs.append(Job(f"{name}_{width}", judge, (place, name, width, weights)))
+            missing.append((name, width))
         elif found["settings"] != settings(name, width, weights):
-            file = place.result(f"{name}_{width}")
-            raise RuntimeError(f"{file} is a result of other settings than those of now. Remove it.")
-    in_two(place, jobs)
+            raise RuntimeError(STALE.format(place.result(f"{name}_{width}")))
+    names = list(dict.fromkeys(name for name, _ in missing))
+    teach(place, names)
+    store_all(place, names, SEEDS, held_out=False)
+    in_two(place, [Job(f"{name}_{width}", judge, (place, name, width, weights)) for name, width in missing])
 
 
 if __name__ == "__main__":

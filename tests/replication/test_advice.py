@@ -53,7 +53,7 @@ def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
 ) -> None:
     place = Place(tmp_path / "runs", tmp_path / "results", tmp_path / "runs")
     trained: list[Path] = []
-    at = {"none": 2.5, "phi_s": 0.1, "Lift": 0.5, "WideLast": 62.5}  # the lower, the further from it
+    at = {"none": 2.5, "phi_s": 0.02, "Lift": 0.004, "WideLast": 62.5}  # the lower, the further from it
 
     def jobs(logs: Path, wanted: list[Job], at_once: int) -> None:
         trained.extend(job.args[5] for job in wanted if job.function is advice.fit)
@@ -66,12 +66,12 @@ def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
     monkeypatch.setattr(advice, "last_accuracy", accuracy)
     monkeypatch.chdir(Path(__file__).parents[2])
     assert advice.choose(place) == at
-    beyond = ["phi_s_0.1", "Lift_0.1", "WideLast_62.5"]
-    assert [run.name for run in trained[36:]] == [f"{each}_{seed}" for each in beyond for seed in SELECTION_SEEDS]
+    beyond = ["phi_s_0.004", "Lift_0.004", "WideLast_62.5"]
+    assert [run.name for run in trained[60:]] == [f"{each}_{seed}" for each in beyond for seed in SELECTION_SEEDS]
     assert advice.choose(place) == at
-    assert len(trained) == 36 + 9
+    assert len(trained) == 60 + 9
     told = advice_weights(place.read(advice.WEIGHTS))
-    assert "| phi_s | 90.0 | 88.4 | 86.8 | 85.2 |  | **0.1** |" in told
+    assert "| phi_s | 88.4 | 90.0 | 88.4 | 86.8 | 85.2 | 83.6 |  | **0.02** |" in told
 
 
 def test_held_out_digits_are_training_images_that_are_not_trained_on() -> None:
