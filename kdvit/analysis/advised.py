@@ -62,8 +62,10 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     maps = _maps(model)
     kept = {key: each for key, each in given.items() if key not in maps}
     even = {"normalize": "layer_norm"} if advice.rests_on.unit else {}
+    same, wider = advice.have == advice.teacher_width, advice.have > advice.teacher_width
+    bridged_by = None if same else "linear" if wider else "phi_s"
     if advice.unchanged and maps and advice.fits:
-        bridge = {"projector": "linear"} if advice.remedy == "none" and advice.have != advice.teacher_width else {}
+        bridge = {"projector": bridged_by} if advice.remedy == "none" and bridged_by else {}
         bridged = {
             key: {**each, "init_args": {**even, **each.get("init_args", {}), **bridge}} if key in maps else each
             for key, each in given.items()
@@ -77,8 +79,7 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     if (layer := distilled_layer(model)) is not None:
         options |= {"teacher_layers": [layer]} if advice.remedy == "none" else {"teacher_layer": layer}
     if advice.remedy == "none":
-        bridged_by = "linear" if advice.fits else "phi_s"
-        options |= {"projector": None if advice.have == advice.teacher_width else bridged_by}
+        options |= {"projector": bridged_by}
     new = {name: {"class_path": objective.__name__, "init_args": options}}
     moved = {key: _with_layer(each, -1 if advice.remedy == "none" else name) for key, each in kept.items()}
     distillers = {**moved, **new} if advice.fits or not kept else moved

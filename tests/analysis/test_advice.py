@@ -10,6 +10,7 @@ import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.layer_report import LayerReport
+from kdvit.analysis.mismatch import HOLDS
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.timm_model import create_timm_model
@@ -48,7 +49,8 @@ def test_the_published_pair_is_advised_as_the_paper_did_and_costs_what_it_says()
     [
         (10, 5, 24, "none", "16 channels can hold the 10 axes"),
         (12, 5, 16, "none", "The student has the teacher's width: distil it directly"),
-        (20, 5, 24, "Lift", "would cost .* times the student's"),
+        (20, 5, 24, "none", r"projector: phi_s\. 16 channels cannot hold 20 axes.* would cost .* 16 axes hold 77% of"),
+        (24, 5, 24, "Lift", "would cost .* times the student's"),
         (20, 18, 24, "WideLast", "nor the 18 directions of single images"),
     ],
 )
@@ -60,19 +62,23 @@ def test_the_rule(need: int, rank: int, target: int, remedy: str, why: str) -> N
 
 
 def test_a_student_that_no_remedy_fits_is_told_so() -> None:
-    advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
+    advice = advise(_layer(890, 5, 900), TimmNetwork(create_timm_model("resnet18")))
     assert advice.remedy == "none"
     assert "a TimmStudent of timm's VisionTransformer or Eva, and this student is none" in advice.why
     assert [cost.student for cost in advice.costs] == ["no remedy"]
-    bare = advise(_layer(20, 5, 24), TimmNetwork(student().model))
+    bare = advise(_layer(24, 5, 24), TimmNetwork(student().model))
     assert "if it is one of these, build it as TimmStudent" in bare.why
+    held = advise(_layer(20, 5, 24), TimmNetwork(student().model))
+    assert (
+        "16 channels cannot hold 20 axes, an encoding mismatch; Lift and WideLast do not fit this student" in held.why
+    )
 
 
 def test_a_remedy_is_judged_by_the_blocks_under_it() -> None:
-    kept = advise(_layer(20, 5, 24), student("lift"))
+    kept = advise(_layer(24, 5, 24), student("lift"))
     assert (kept.remedy, kept.present, kept.unchanged, kept.have) == ("Lift", "Lift", True, 16)
     assert kept.why.startswith("nothing to change: the student has Lift at width 24")
-    narrow = advise(_layer(20, 5, 24), LiftViT(**{**student("lift").init_args, "width": 18}))
+    narrow = advise(_layer(24, 5, 24), LiftViT(**{**student("lift").init_args, "width": 18}))
     assert (narrow.remedy, narrow.width, narrow.unchanged) == ("Lift", 24, False)
     assert "(Now it has Lift at width 18.)" in narrow.why
     wider = advise(_layer(20, 18, 24), student("lift"))
@@ -107,7 +113,7 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
         "distillers": {"other": spec, "feature": feature},
         "task_weight": 0.5,
     }
-    advised = advised_model(advise(_layer(20, 5, 24), student()), model)
+    advised = advised_model(advise(_layer(24, 5, 24), student()), model)
     assert advised == {
         "student": {
             "class_path": "LiftViT",
@@ -126,7 +132,7 @@ def test_the_advised_model_keeps_what_is_not_advised_upon() -> None:
     bare = advise(_layer(12, 5, 24), student("lift"))
     lift = {"class_path": "LiftDistiller", "init_args": {"teacher_layer": [0.2, 0.5], "teacher": "big"}}
     back = advised_model(bare, {**advised, "distillers": {"lift": lift}})["distillers"]["feature"]["init_args"]
-    assert back == {"weight": 0.2, "teacher_layers": [0.5], "teacher": "big", "projector": "linear"}
+    assert back == {"weight": 0.2, "teacher_layers": [0.5], "teacher": "big", "projector": "phi_s"}
 
 
 def _of(distillers: dict) -> dict:
@@ -134,7 +140,8 @@ def _of(distillers: dict) -> dict:
 
 
 def test_a_narrow_student_that_no_remedy_fits_distils_logits_or_the_fixed_target() -> None:
-    advice = advise(_layer(600, 5, 700), TimmNetwork(create_timm_model("resnet18")))
+    advice = advise(_layer(890, 5, 900), TimmNetwork(create_timm_model("resnet18")))
+    assert advice.held < HOLDS
     assert "Else distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: phi_s)" in advice.why
     logit = {"class_path": "LogitDistiller", "init_args": {"weight": 0.9}}
     linear = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.3, "projector": "linear"}}
@@ -144,13 +151,13 @@ def test_a_narrow_student_that_no_remedy_fits_distils_logits_or_the_fixed_target
     }
 
 
-@pytest.mark.parametrize(("target", "projector"), [(24, "linear"), (16, "pool")])
-def test_pooled_channels_become_a_linear_projector_where_the_advice_says_so(target: int, projector: str) -> None:
+@pytest.mark.parametrize(("need", "target", "projector"), [(10, 24, "phi_s"), (20, 24, "phi_s"), (10, 16, "pool")])
+def test_pooled_channels_become_phi_s_where_the_advice_says_so(need: int, target: int, projector: str) -> None:
     pooled = {"weight": 0.3, "projector": "pool", "student_layers": [0, -1], "teacher_layers": [0, -1]}
     model = _of({"map": {"class_path": "FeatureDistiller", "init_args": pooled}})
-    advice = advise(_layer(10, 5, target), student())
+    advice = advise(_layer(need, 5, target), student())
     assert advice.unchanged
-    assert ("projector: linear" in advice.why) == (projector == "linear")
+    assert ("projector: phi_s" in advice.why) == (projector == "phi_s")
     expected = {"class_path": "FeatureDistiller", "init_args": {**pooled, "projector": projector}}
     assert advised_model(advice, model) == {**model, "distillers": {"map": expected}}
 

@@ -109,14 +109,14 @@ def test_intervals_equal_a_plain_resampling_of_the_images() -> None:
 
 def test_an_interval_that_spans_the_students_width_leaves_the_advice_undecided() -> None:
     dimensions = [12] * 97 + [20] * 3
-    ranks = _ranks(dimensions, [5] * 100, 24)
+    ranks = _ranks(dimensions, [18] * 100, 24)
     assert ranks.spread().need == (20, 12, 20)
     layer = measure(torch.randn(3, 4, 24), FEW, robust=False)._replace(variants={"raw": ranks})
     advice = advise(layer, student())
     assert not advice.decided
     assert advice.why.startswith(
-        "undecided: Lift by the tokens as they are (20 [12, 20] axes), and the student has 16 channels. By the first: "
-        "Lift at width 24. 16 channels cannot hold 20 axes"
+        "undecided: WideLast by the tokens as they are (20 [12, 20] axes), and the student has 16 channels. By the "
+        "first: WideLast at width 24. 16 channels cannot hold 20 axes"
     )
     assert "not within its intervals" in str(advice)
 
@@ -135,12 +135,11 @@ def test_a_factor_that_is_neither_one_nor_a_turn_is_a_number_alone() -> None:
     assert "(tokens shuffled among images: 1.0 times), a factor of 1.04 [1.04, 1.04]." in said
 
 
-def test_an_interval_that_spans_the_students_width_is_undecided_where_no_remedy_fits_either() -> None:
+def test_an_interval_that_spans_the_students_width_leaves_one_advice_where_phi_s_is_that_of_both_ends() -> None:
     resnet = TimmNetwork(create_timm_model("resnet18"))
     advice = _advice(_ranks([500] * 97 + [600] * 3, [5] * 100, 700), 700, resnet)
-    assert (advice.have, advice.decided) == (512, False)
-    assert advice.why.startswith("undecided: no remedy by the tokens as they are (600 [500, 600] axes), and")
-    assert _advice(_ranks([600] * 100, [5] * 100, 700), 700, resnet).decided
+    assert (advice.have, advice.decided) == (512, True)
+    assert advice.why.startswith("no remedy, but a fixed target: distil by FeatureDistiller, projector: phi_s. 512")
 
 
 def test_a_rank_that_leaves_the_advice_undecided_is_said() -> None:

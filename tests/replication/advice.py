@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from kdvit import load_student
-from kdvit.analysis.mismatch import advise
+from kdvit.analysis.mismatch import HOLDS, advise
 from kdvit.cli.lookup import build
 from kdvit.cli.parsed import parse_fit
 from kdvit.data import ImageDataModule
@@ -61,8 +62,28 @@ PROJECTORS = {"none": "linear", "phi_s": "phi_s"}  # linear is distilled where t
 TERMS = tuple(method for method in METHODS if method != "soft_kd")
 WEIGHTS = "weights"
 STALE = "{} is a result of other settings than those of now. Remove it, and the folder of the runs."
-RULES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "the advice": lambda pair: str(pair["advice"]["remedy"]),
+Pair = dict[str, Any]
+SHARES = tuple(share / 20 for share in range(6, 20))
+"""From which a fixed target may be worth as much as a lift."""
+
+
+def rule_before(pair: Pair) -> str:
+    """Returns the remedy by the rule of `kdvit analyze` when the pairs were trained."""
+    if pair["width"] >= pair["advice"]["need"]:
+        return "none"
+    return "WideLast" if pair["width"] < pair["advice"]["rank"] else "Lift"
+
+
+def rule_now(pair: Pair, holds: float = HOLDS) -> str:
+    """Returns the remedy by the rule that was refitted to the pairs, for students whose WideLast costs too much."""
+    if pair["width"] < min(pair["advice"]["need"], pair["advice"]["rank"]):
+        return "WideLast"
+    return "phi_s" if pair["advice"]["held"] >= holds else "Lift"
+
+
+RULES: dict[str, Callable[[Pair], str]] = {
+    "the rule before": rule_before,
+    "the rule now, refitted to these pairs": rule_now,
     "always phi_s": lambda pair: "phi_s",
     "always Lift": lambda pair: "Lift",
     "always WideLast": lambda pair: "WideLast",
@@ -220,23 +241,35 @@ def judge(place: Place, name: str, width: int, weights: dict[str, float]) -> Non
     place.write(f"{name}_{width}", content)
 
 
-def gain(pair: dict[str, Any], method: str) -> float:
+def gain(pair: Pair, method: str) -> float:
     """Returns the mean gain of a method over soft KD alone, in points."""
     return float(np.mean(np.subtract(pair["scores"][method], pair["scores"]["soft_kd"])))
 
 
-def best(pair: dict[str, Any]) -> str:
+def share_without(pairs: Sequence[Pair], teacher: str) -> float:
+    """Returns the share by which the refitted rule gains most on the pairs of all teachers but one."""
+    kept = [pair for pair in pairs if pair["teacher"] != teacher]
+    return max(SHARES, key=lambda share: sum(gain(pair, rule_now(pair, share)) for pair in kept))
+
+
+def best(pair: Pair) -> str:
     """Returns the method that gained most."""
     return max(TERMS, key=lambda method: gain(pair, method))
 
 
-def correlations(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+GAINS: dict[str, Callable[[Pair], float]] = {
+    **{method: partial(gain, method=method) for method in ("phi_s", "Lift", "WideLast")},
+    "phi_s more than Lift": lambda pair: gain(pair, "phi_s") - gain(pair, "Lift"),
+}
+
+
+def correlations(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
     """Returns Spearman's correlation of what is predicted with what was gained, and its range without each teacher."""
     rows = []
     for name, predicted in PREDICTORS.items():
-        for method in ("phi_s", "Lift", "WideLast"):
+        for method, gained in GAINS.items():
             found = [
-                float(spearmanr([predicted(p) for p in kept], [gain(p, method) for p in kept]).statistic)
+                float(spearmanr([predicted(p) for p in kept], [gained(p) for p in kept]).statistic)
                 for left_out in (None, *sorted({pair["teacher"] for pair in pairs}))
                 for kept in [[pair for pair in pairs if pair["teacher"] != left_out]]
             ]
@@ -244,25 +277,27 @@ def correlations(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def record(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Returns what each rule gains on average, what it gains beside the advice, and how often it names the best.
+def record(pairs: Sequence[Pair]) -> list[tuple[str, str, str, str]]:
+    """Returns what each rule gains on average, what more than the first, and how often it names the best.
 
-    The interval beside the advice is Student's over the teachers, whose pairs are not independent.
+    The interval of what it gains more is Student's over the teachers, whose pairs are not independent.
     """
     rows = []
-    for name, rule in RULES.items():
+    shares = {teacher: share_without(pairs, teacher) for teacher in {pair["teacher"] for pair in pairs}}
+    left_out = {"... its share chosen without the pair's teacher": lambda pair: rule_now(pair, shares[pair["teacher"]])}
+    for name, rule in [*RULES.items(), *left_out.items()]:
         gains = [gain(pair, rule(pair)) for pair in pairs]
         hits = sum(rule(pair) == best(pair) for pair in pairs)
         more: dict[str, list[float]] = {}
         for pair, gained in zip(pairs, gains, strict=True):
-            more.setdefault(pair["teacher"], []).append(gained - gain(pair, pair["advice"]["remedy"]))
+            more.setdefault(pair["teacher"], []).append(gained - gain(pair, rule_before(pair)))
         of_teachers = [float(np.mean(each)) for each in more.values()]
-        beside = "" if name == "the advice" or len(more) < 2 else shown(estimate(of_teachers))
+        beside = "" if rule is rule_before or len(more) < 2 else shown(estimate(of_teachers))
         rows.append((name, f"{np.mean(gains):+.2f}", beside, f"{hits} of {len(pairs)}"))
     return rows
 
 
-def rows(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
     """Returns the row of each pair."""
     return [
         (
@@ -271,7 +306,8 @@ def rows(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             str(pair["advice"]["need"]),
             str(pair["advice"]["rank"]),
             f"{100 * pair['advice']['held']:.0f}",
-            pair["advice"]["remedy"] + ("" if pair["advice"]["decided"] else " (undecided)"),
+            rule_before(pair) + ("" if pair["advice"]["decided"] else " (undecided)"),
+            rule_now(pair),
             *(f"{gain(pair, method):+.1f}" for method in TERMS),
             best(pair),
         )

@@ -190,11 +190,17 @@ def judged(pairs: Sequence[dict[str, Any]]) -> str:
     if not pairs:
         return "No pair has been tried yet."
     methods = [f"gain, {name}" for name in advice.TERMS]
-    header = ("teacher", "channels", "shared axes", "of one image", "held (%)", "advice", *methods, "best")
+    rules = ("the rule before", "the rule now")
+    header = ("teacher", "channels", "shared axes", "of one image", "held (%)", *rules, *methods, "best")
     parts = [
         f"{len(pairs)} of {len(advice.TEACHERS) * len(advice.WIDTHS)} pairs have been tried.",
         table(
-            ("rule", "mean gain over soft KD, points", "more than the advice (95 %, over teachers)", "names the best"),
+            (
+                "rule",
+                "mean gain over soft KD, points",
+                "more than the rule before (95 %, over teachers)",
+                "names the best",
+            ),
             advice.record(pairs),
             1,
         ),
