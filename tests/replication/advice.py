@@ -142,6 +142,9 @@ def pair_of(place: Place, name: str, width: int, method: str) -> tuple[str, ...]
     if method in ("Lift", "WideLast"):
         wide = load_student(taught).spec["init_args"]["model_args"]["embed_dim"]
         student.append(f"--model.student.init_args.width={wide}")
+        if method == "WideLast":  # heads as near to the student's, two, as divide the width
+            heads = min((n for n in range(1, wide + 1) if wide % n == 0), key=lambda n: abs(wide / n - width / 2))
+            student.append(f"--model.student.init_args.num_heads={heads}")
     teacher = ("--model.teacher.init_args.arch", f"local-dir:{taught}")
     return ("--config", f"configs/demo/{METHODS[method]}.yaml", *student, *teacher)
 
