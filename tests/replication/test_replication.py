@@ -22,7 +22,7 @@ data: {init_args: {root: images, batch_size: 8, train_size: 30, holdout: 20}}
 
 
 def test_data_without_images_held_out_are_refused() -> None:
-    Path("over.yaml").write_text("data: {class_path: Digits, init_args: {batch_size: 16, img_size: 28}}")
+    Path("over.yaml").write_text("data: {class_path: Digits, init_args: {batch_size: 16, img_size: 28, holdout: 0}}")
     with pytest.raises(RuntimeError, match="hold no training images out, and choices would be made on the test images"):
         main(["recipe", "--over", "over.yaml", "--runs", "runs", "--results", "results", "--teacher", "teacher"])
     assert not Path("runs").exists()
