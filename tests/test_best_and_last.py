@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,15 +9,10 @@ import pytest
 import torch
 
 from kdvit.cli import main
-from tests.runs import QUIET, assert_same_end, demo_fit, fit
+from tests.runs import QUIET, assert_same_end, demo_fit, fit, numbers
 
 EPOCHS = [*QUIET, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=0"]
 CHECKPOINTS = Path("run/checkpoints")
-
-
-def by_epoch(name: str) -> list[float]:
-    with Path("run/metrics.csv").open() as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
 
 
 def of(file: str) -> tuple[int, int]:
@@ -29,7 +23,7 @@ def of(file: str) -> tuple[int, int]:
 def test_of_several_checkpoints_best_is_a_copy_of_the_best() -> None:
     more = ["--model.optimizer.lr=0.3", "--trainer.max_epochs=5", "--checkpoint.save_top_k=2"]
     fit("plain", "", *EPOCHS, *more)
-    scores = by_epoch("val/acc1")
+    scores = numbers("run", "val/acc1")
     best = scores.index(max(scores))
     assert of("best.ckpt")[0] == best
     kept = sorted(CHECKPOINTS.glob("best-epoch=*.ckpt"))
@@ -39,7 +33,7 @@ def test_of_several_checkpoints_best_is_a_copy_of_the_best() -> None:
 
 def test_the_lower_loss_is_the_better_one() -> None:
     fit("plain", "", *EPOCHS, "--model.optimizer.lr=0.3", "--trainer.max_epochs=4", "--checkpoint.monitor=val/loss")
-    losses = by_epoch("val/loss")
+    losses = numbers("run", "val/loss")
     assert of("best.ckpt")[0] == losses.index(min(losses))
 
 
@@ -55,14 +49,14 @@ def test_a_run_goes_on_from_its_best_checkpoint_as_from_its_last(demo_teacher: s
     fit("lift", demo_teacher, *more, "--trainer.max_epochs=4", "--trainer.max_steps=6", "--checkpoint.save_top_k=-1")
     for name in ("last", "best"):
         (CHECKPOINTS / f"{name}.ckpt").unlink()
-    first, second = by_epoch("val/acc1")
+    first, second = numbers("run", "val/acc1")
     names = ["best-epoch=0-step=3.ckpt", "best-epoch=1-step=6.ckpt"]
     best, other = names if first >= second else reversed(names)
     (CHECKPOINTS / best).rename(CHECKPOINTS / "best.ckpt")
     (CHECKPOINTS / other).unlink()
     fit("lift", demo_teacher, *more, "--trainer.max_epochs=4")
     assert of("last.ckpt") == (3, 12)
-    assert len(by_epoch("val/acc1")) == 4
+    assert len(numbers("run", "val/acc1")) == 4
     assert_same_end("whole", "run")
 
 

@@ -16,22 +16,21 @@ from kdvit import DistillationModule, load_student
 from kdvit.callbacks import NonFiniteError, NonFiniteGuard
 from kdvit.cli import main
 from kdvit.cli.machine import process_bytes
-from kdvit.distillers import LiftDistiller, LogitDistiller
+from kdvit.distillers import LogitDistiller
 from kdvit.models import FrozenTeacher, TimmTeacher
 from kdvit.structures import Pixels
-from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
 from tests.bench.device import waits
 from tests.bench.gpu import WAIT, _waiting
 from tests.bench.plain_step import build, images, step
-from tests.callbacks.test_nonfinite import Breaks
+from tests.callbacks.test_nonfinite import Breaks, _module
 from tests.data.test_data_modules import image_folder
 from tests.data.test_pixels import OPTIONS, folder
 from tests.models.test_teacher import TEACHERS
 from tests.runs import QUIET, SHORT, assert_same_end, fit, numbers
 from tests.test_gpu_bench import TINY
 from tests.test_stopping import EVERYTHING, signal_at, stopped
-from tests.tiny import FORMAT, TinyData, student, teacher, trainer
+from tests.tiny import TinyData, student, trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = ["--trainer.accelerator", "gpu"]
@@ -148,13 +147,6 @@ def test_pixels_become_on_a_gpu_the_images_that_workers_make(
     trainer(tmp_path, accelerator="gpu", callbacks=[Sees()], limit_val_batches=0).fit(module, datamodule=data)
     assert places == [(torch.uint8, "cuda")] * len(expected) != []
     assert all(torch.equal(ours, theirs.image) for ours, theirs in zip(seen, expected, strict=True))
-
-
-def _module(distiller: Any, **more: Any) -> DistillationModule:
-    torch.manual_seed(0)
-    options = {"optimizer": OptimizerOptions(lr=3e-3, lr_base_batch=None), "schedule": ScheduleOptions(warmup_epochs=0)}
-    distillers = {"lift": LiftDistiller(0.2), "odd": distiller}
-    return DistillationModule(student("lift"), teacher(), distillers, image_format=FORMAT, **options, **more)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

@@ -26,7 +26,6 @@ conventions; it says nothing of logit distillation, which works beside any of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -308,23 +307,25 @@ def _verdict(have: int, need: int, rank: int, held: float, target: int, costs: l
             "as TimmStudent. Else distil logits (LogitDistiller), or a fixed target (FeatureDistiller, projector: "
             "phi_s); or take such a student."
         )
-    if wide is not None and have < rank:
-        return "WideLast", (
-            f"WideLast at width {target}. {short}, nor the {rank} directions of single images: the lifted map of an "
-            "image has no more rank than the student's tokens, so that Lift would not do."
-        )
-    ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops) if wide is not None else math.inf
-    if ratio <= AFFORDABLE or (wide is not None and "Lift" not in by_remedy):
-        cheaper = " Lift is the cheaper choice: once trained, it folds into a student that costs what this one costs."
-        return "WideLast", (
-            f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the paper, "
-            f"costs {ratio:.2f} times the student's parameters or operations.{cheaper if 'Lift' in by_remedy else ''}"
-        )
-    beside = (
-        f"WideLast, which gained most in the paper, would cost {ratio:.2f} times the student's parameters or operations"
-    )
     if wide is None:
         beside = f"{'WideLast does' if 'Lift' in by_remedy else 'Lift and WideLast do'} not fit this student"
+    else:
+        if have < rank:
+            return "WideLast", (
+                f"WideLast at width {target}. {short}, nor the {rank} directions of single images: the lifted map of "
+                "an image has no more rank than the student's tokens, so that Lift would not do."
+            )
+        ratio = max(wide.parameters / narrow.parameters, wide.flops / narrow.flops)
+        price = f"{ratio:.2f} times the student's parameters or operations"
+        if ratio <= AFFORDABLE or "Lift" not in by_remedy:
+            cheaper = (
+                " Lift is the cheaper choice: once trained, it folds into a student that costs what this one costs."
+            )
+            return "WideLast", (
+                f"WideLast at width {target}. {short}, an encoding mismatch, and WideLast, which gained most in the "
+                f"paper, costs {price}.{cheaper if 'Lift' in by_remedy else ''}"
+            )
+        beside = f"WideLast, which gained most in the paper, would cost {price}"
     if held >= HOLDS:
         return "none", (
             f"no remedy, but a fixed target: distil by FeatureDistiller, projector: phi_s. {short}, an encoding "

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.runs import SHORT, column, fit
+from tests.runs import SHORT, fit, numbers
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("64-true", torch.float64), ("bf16-true", torch.float32)])
@@ -15,7 +15,7 @@ def test_the_average_goes_with_weights_of_another_precision(precision: str, kept
     given = [*SHORT, "--trainer.precision", precision, "--ema.decay", "0.999"]
     fit("plain", "", *given)
     fit("plain", "", *given, "--trainer.max_epochs", "3")
-    scores = [float(row.strip("(),")) for row in column("run", ("val/loss_ema",)) if "nan" not in row]
+    scores = numbers("run", "val/loss_ema")
     assert len(scores) == 3
     assert all(map(math.isfinite, scores))
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
