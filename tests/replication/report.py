@@ -27,6 +27,8 @@ from tests.replication.claims import (
     shown,
 )
 from tests.replication.figure import SHOWN, draw_arms, draw_claim, gains
+from tests.replication.pairs import DIGITS, FASHION, TERMS, Study
+from tests.replication.pairs import WEIGHTS as CHOSEN
 from tests.replication.stages import RECIPE, WEIGHTS
 
 SECOND = "glyphs"  # folder of the second data set's results
@@ -81,8 +83,9 @@ def blocks(files: dict[str, Result]) -> dict[str, str]:
         "length": length(files[RECIPE], results),
         "arms": arms_table(results, teacher),
         "geometry": geometry_table(results, teacher),
-        "advice": judged([pair for name, pair in files.items() if name.startswith("advice/") and "advice" in pair]),
-        "advice_weights": advice_weights(files.get(f"advice/{advice.WEIGHTS}")),
+        "advice": judged(DIGITS, files),
+        "advice_fashion": judged(FASHION, files),
+        "advice_weights": advice_weights(files.get(f"advice/{CHOSEN}")),
         "choices": choices(files[RECIPE], files[WEIGHTS]),
         "cost": cost(files.values(), results),
     }
@@ -185,25 +188,19 @@ def _geometry_row(name: str, layers: list[dict[str, Any]], distances: list[float
     )
 
 
-def judged(pairs: Sequence[dict[str, Any]]) -> str:
-    """Returns how the advice fared: the rules, the correlations, then each pair."""
+def judged(study: Study, files: dict[str, Result]) -> str:
+    """Returns how the advice fared with a study's pairs: the rules, the correlations, then each pair."""
+    names = [f"advice/{name}_{width}" for name in study.teachers for width in study.widths]
+    pairs = [files[name] for name in sorted(names) if name in files]
     if not pairs:
         return "No pair has been tried yet."
-    methods = [f"gain, {name}" for name in advice.TERMS]
+    methods = [f"gain, {name}" for name in TERMS]
     rules = ("the rule before", "the rule now")
     header = ("teacher", "channels", "shared axes", "of one image", "held (%)", *rules, *methods, "best")
+    more = "more than the rule before (95 %, over teachers)"
     parts = [
-        f"{len(pairs)} of {len(advice.TEACHERS) * len(advice.WIDTHS)} pairs have been tried.",
-        table(
-            (
-                "rule",
-                "mean gain over soft KD, points",
-                "more than the rule before (95 %, over teachers)",
-                "names the best",
-            ),
-            advice.record(pairs),
-            1,
-        ),
+        f"{len(pairs)} of {len(names)} pairs have been tried.",
+        table(("rule", "mean gain over soft KD, points", more, "names the best"), advice.record(study, pairs), 1),
         table(("predicted by", "gain of", "rank correlation (leaving a teacher out)"), advice.correlations(pairs)),
         table(header, advice.rows(pairs), 1),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdvit.data import Digits
-from tests.replication import advice
+from tests.replication import advice, pairs
 from tests.replication.arms import SELECTION_SEEDS
 from tests.replication.report import advice_weights, judged
 from tests.replication.runs import Job, Place
@@ -29,9 +29,9 @@ PAIRS = [
 
 
 def test_the_record_of_a_rule_is_its_mean_gain_and_how_often_it_names_the_best() -> None:
-    record = {name: told for name, *told in advice.record(PAIRS)}
+    record = {name: told for name, *told in advice.record(pairs.FASHION, PAIRS)}
     assert record["the rule before"] == ["+2.25", "", "2 of 4"]
-    assert record["the rule now, refitted to these pairs"] == ["+2.00", "-0.25 [-3.43, +2.93]", "2 of 4"]
+    assert record["the rule now"] == ["+2.00", "-0.25 [-3.43, +2.93]", "2 of 4"]
     assert record["always WideLast"] == ["+3.00", "+0.75 [-8.78, +10.28]", "2 of 4"]  # of 1.5 and 0, t of 1 is 12.706
     assert record["the best of each pair, known afterwards"] == ["+3.50", "+1.25 [-1.93, +4.43]", "4 of 4"]
 
@@ -43,10 +43,11 @@ def test_a_prediction_is_compared_by_rank_also_without_each_teacher() -> None:
 
 
 def test_every_pair_is_a_row_of_the_page() -> None:
-    text = judged(PAIRS)
+    study = pairs.DIGITS._replace(teachers={"a": (), "b": (), "c": ()})
+    text = judged(study, {f"advice/{pair['teacher']}_{pair['width']}": pair for pair in PAIRS})
     assert "| a | 8 | 40 | 5 | 75 | Lift | phi_s | +0.0 | +1.0 | +2.0 | +5.0 | WideLast |" in text
-    assert text.startswith("4 of 24 pairs have been tried.\n")
-    assert judged([]) == "No pair has been tried yet."
+    assert text.startswith("4 of 9 pairs have been tried.\n")
+    assert judged(study, {}) == "No pair has been tried yet."
 
 
 def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
@@ -57,21 +58,21 @@ def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
     at = {"none": 2.5, "phi_s": 0.02, "Lift": 0.004, "WideLast": 62.5}  # the lower, the further from it
 
     def jobs(logs: Path, wanted: list[Job], at_once: int) -> None:
-        trained.extend(job.args[5] for job in wanted if job.function is advice.fit)
+        trained.extend(job.args[6] for job in wanted if job.function is pairs.fit)
 
     def accuracy(run: Path) -> float:
         method, weight, _ = run.name.rsplit("_", 2)
         return 0.9 - 0.01 * abs(math.log(float(weight) / at[method]))
 
-    monkeypatch.setattr(advice, "in_processes", jobs)
-    monkeypatch.setattr(advice, "last_accuracy", accuracy)
+    monkeypatch.setattr(pairs, "in_processes", jobs)
+    monkeypatch.setattr(pairs, "last_accuracy", accuracy)
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert advice.choose(place) == at
+    assert pairs.choose(place) == at
     beyond = ["phi_s_0.004", "Lift_0.004", "WideLast_62.5"]
     assert [run.name for run in trained[60:]] == [f"{each}_{seed}" for each in beyond for seed in SELECTION_SEEDS]
-    assert advice.choose(place) == at
+    assert pairs.choose(place) == at
     assert len(trained) == 60 + 9
-    told = advice_weights(place.read(advice.WEIGHTS))
+    told = advice_weights(place.read(pairs.WEIGHTS))
     assert "| phi_s | 88.4 | 90.0 | 88.4 | 86.8 | 85.2 | 83.6 |  | **0.02** |" in told
 
 
