@@ -7,6 +7,7 @@ from typing import Any
 
 from kdvit.analysis.costs import OF_A_REMEDY, REMEDIES, Remedy
 from kdvit.analysis.mismatch import Advice
+from kdvit.analysis.rule import Verdict
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.structures import Layer
 
@@ -16,6 +17,8 @@ DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
     "WideLast": ("wide_last", WideLastDistiller),
 }
 """The map objective of each remedy, and its name in a config."""
+PROJECTORS: dict[Verdict, str] = {"linear": "linear", "phi_s": "phi_s", "logits": "phi_s"}
+"""Of FeatureDistiller, by verdict."""
 MAP_OBJECTIVES = {
     name
     for _, kind in DISTILLERS.values()
@@ -62,10 +65,9 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     maps = _maps(model)
     kept = {key: each for key, each in given.items() if key not in maps}
     even = {"normalize": "layer_norm"} if advice.rests_on.unit else {}
-    same, wider = advice.have == advice.teacher_width, advice.have > advice.teacher_width
-    bridged_by = None if same else "linear" if wider else "phi_s"
-    if advice.unchanged and maps and advice.fits:
-        bridge = {"projector": bridged_by} if advice.remedy == "none" and bridged_by else {}
+    projector, fits = PROJECTORS.get(advice.verdict), advice.verdict != "logits"
+    if advice.unchanged and maps and fits:
+        bridge = {"projector": projector} if projector else {}
         bridged = {
             key: {**each, "init_args": {**even, **each.get("init_args", {}), **bridge}} if key in maps else each
             for key, each in given.items()
@@ -79,10 +81,10 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
     if (layer := distilled_layer(model)) is not None:
         options |= {"teacher_layers": [layer]} if advice.remedy == "none" else {"teacher_layer": layer}
     if advice.remedy == "none":
-        options |= {"projector": bridged_by}
+        options |= {"projector": projector}
     new = {name: {"class_path": objective.__name__, "init_args": options}}
     moved = {key: _with_layer(each, -1 if advice.remedy == "none" else name) for key, each in kept.items()}
-    distillers = {**moved, **new} if advice.fits or not kept else moved
+    distillers = {**moved, **new} if fits or not kept else moved
     return {**model, "student": _advised_student(advice, model["student"]), "distillers": distillers}
 
 

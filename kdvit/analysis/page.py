@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdvit.analysis.layer_report import bandwidths
 from kdvit.analysis.report import FIRST, Cells, NetworkReport, Report
+from kdvit.analysis.rule import RULE
 from kdvit.analysis.variants import shown
 from kdvit.pages import render
 
@@ -41,6 +42,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         pictures,
         report=report,
         sources=list(dict.fromkeys(sources)),
+        rule=RULE,
         ranks=ranks,
         sep=_sep_table(report),
         networks=_networks(report.networks),

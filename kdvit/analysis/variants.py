@@ -97,9 +97,10 @@ class Ranks(NamedTuple):
         """Directions that hold 95 % of the energy of one image alone, of 99 % of the images."""
         return int(_of_99(self.svd_rank()))
 
-    def held(self, axes: int) -> float:
+    def held(self, axes: int) -> Interval:
         """Returns the share of the energy that so many shared axes hold of 99 % of the images: 95 % from `need` on."""
-        return float(-_of_99(-self.pca_energy[:, axes - 1]))
+        (shares,) = _resampled(np.random.default_rng(0), self.pca_energy[:, axes - 1])
+        return _interval(-_of_99(-shares))
 
     def spread(self) -> Spread:
         """Returns the figures at 95 % with their 95 % bootstrap intervals over images, the shared axes held fixed."""
@@ -154,7 +155,7 @@ def _resampled(generator: np.random.Generator, *values: Array) -> list[Array]:
     """Returns values ``[images]`` as they are and in the same resamples each, ``[1 + RESAMPLES, images]``."""
     images = len(values[0])
     chosen = np.concatenate([np.arange(images)[None], generator.integers(images, size=(RESAMPLES, images))])
-    return [each.astype(np.int32)[chosen] for each in values]
+    return [each[chosen] for each in values]
 
 
 def _p99s(values: Array) -> Array:

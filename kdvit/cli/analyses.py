@@ -251,6 +251,10 @@ def write(report: Report, config: dict[str, Any] | None, out: str, against: str 
     if config is not None and report.advice is not None:
         head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "
         logits = "# (Logits are distilled where the numbers of classes agree: see that they are the same classes.)\n"
-        advised.write_text(f"{head}{report.advice.why}\n{logits}{yaml.safe_dump(config, sort_keys=False)}")
+        weight = (
+            "# (Choose the weight of a map's term on images held out: best were weights from 0.004 to 12.5 so far.)\n"
+        )
+        text = f"{head}{report.advice.why}\n{weight}{logits}{yaml.safe_dump(config, sort_keys=False)}"
+        advised.write_text(text)
         print(f"To follow it: kdvit check --config {advised}")
     print(f"To read: {files[0]}. Numbers: {files[1]}.")

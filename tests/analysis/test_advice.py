@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
 from kdvit.analysis.layer_report import LayerReport
-from kdvit.analysis.mismatch import HOLDS
+from kdvit.analysis.rule import HOLDS, RULE
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
 from kdvit.models import LiftViT, TimmNetwork, TimmStudent, WideLastViT
 from kdvit.models.timm_model import create_timm_model
@@ -45,33 +46,40 @@ def test_the_published_pair_is_advised_as_the_paper_did_and_costs_what_it_says()
 
 
 @pytest.mark.parametrize(
-    ("need", "rank", "target", "remedy", "why"),
+    ("need", "rank", "target", "verdict", "why"),
     [
-        (10, 5, 24, "none", "16 channels can hold the 10 axes"),
-        (12, 5, 16, "none", "The student has the teacher's width: distil it directly"),
-        (20, 5, 24, "none", r"projector: phi_s\. 16 channels cannot hold 20 axes.* would cost .* 16 axes hold 77% of"),
+        (10, 5, 24, "phi_s", r"projector: phi_s\. 16 channels can hold the 10 axes"),
+        (12, 5, 16, "direct", "The student has the teacher's width: distil it directly"),
+        (6, 5, 12, "linear", "The student is wider than the teacher: FeatureDistiller, projector: linear"),
+        (20, 5, 24, "phi_s", r"projector: phi_s\. 16 channels cannot hold 20 axes.* would cost .* 16 axes hold 77% of"),
         (24, 5, 24, "Lift", "would cost .* times the student's"),
         (20, 18, 24, "WideLast", "nor the 18 directions of single images"),
     ],
 )
-def test_the_rule(need: int, rank: int, target: int, remedy: str, why: str) -> None:
+def test_the_rule(need: int, rank: int, target: int, verdict: str, why: str) -> None:
     advice = advise(_layer(need, rank, target), student())
-    assert advice.remedy == remedy
-    assert advice.width == (16 if remedy == "none" else target)
+    assert (advice.verdict, advice.remedy) == (verdict, verdict if verdict in ("Lift", "WideLast") else "none")
+    assert advice.to_json()["verdict"] == verdict
+    assert advice.width == (target if verdict in ("Lift", "WideLast") else 16)
     assert re.search(why, advice.why)
+    assert ("so does a fixed target" in str(advice)) == (target > 16)
+
+
+def test_the_page_of_the_analysis_says_the_rule() -> None:
+    page = Path(__file__).parents[2] / "kdvit" / "analysis" / "README.md"
+    assert RULE in " ".join(page.read_text().split())
 
 
 def test_a_student_that_no_remedy_fits_is_told_so() -> None:
     advice = advise(_layer(890, 5, 900), TimmNetwork(create_timm_model("resnet18")))
-    assert advice.remedy == "none"
+    assert (advice.verdict, advice.remedy) == ("logits", "none")
     assert "a TimmStudent of timm's VisionTransformer or Eva, and this student is none" in advice.why
     assert [cost.student for cost in advice.costs] == ["no remedy"]
     bare = advise(_layer(24, 5, 24), TimmNetwork(student().model))
     assert "if it is one of these, build it as TimmStudent" in bare.why
-    held = advise(_layer(20, 5, 24), TimmNetwork(student().model))
-    assert (
-        "16 channels cannot hold 20 axes, an encoding mismatch; Lift and WideLast do not fit this student" in held.why
-    )
+    held = advise(_layer(20, 18, 24), TimmNetwork(student().model))
+    assert held.verdict == "phi_s"
+    assert "Lift and WideLast do not fit this student, and single images need 18 directions, more than any" in held.why
 
 
 def test_a_remedy_is_judged_by_the_blocks_under_it() -> None:

@@ -137,25 +137,26 @@ def test_features_that_others_saved_are_analysed_without_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "kind"),
+    ("theirs", "ours", "verdict"),
     [
-        (teacher, student, "LiftViT"),
-        (lambda: teacher(num_classes=7), student, "LiftViT"),
-        (lambda: teacher(model_args={**WIDE, "embed_dim": 20, "num_heads": 2}), student, "WideLastViT"),
-        (teacher, teacher, "TimmStudent"),
-        (teacher, lambda: student("lift"), "LiftViT"),
+        (teacher, student, "Lift"),
+        (lambda: teacher(num_classes=7), student, "Lift"),
+        (lambda: teacher(model_args={**WIDE, "embed_dim": 20, "num_heads": 2}), student, "WideLast"),
+        (teacher, teacher, "direct"),
+        (teacher, student, "phi_s"),
+        (teacher, lambda: student("lift"), "Lift"),
     ],
 )
 def test_the_advice_on_a_pair_is_a_config_that_check_accepts(
-    folder: str, theirs: Any, ours: Any, kind: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+    folder: str, theirs: Any, ours: Any, verdict: str, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    remedy = {"LiftViT": "Lift", "WideLastViT": "WideLast", "TimmStudent": "none"}[kind]
-    monkeypatch.setattr("kdvit.analysis.mismatch._verdict", lambda *_: (remedy, "as this test wants"))
+    monkeypatch.setattr("kdvit.analysis.mismatch.judge", lambda *_: (verdict, "as this test wants"))
     pair = ["--teacher", _exported("teacher", theirs()), "--student", _exported("student", ours())]
     main(["analyze", *pair, "--data", folder, *QUICK])
     assert "Advice: " in capsys.readouterr().out
     config = yaml.safe_load(Path("out/advised.yaml").read_text())
-    assert config["model"]["student"]["class_path"] == kind
+    assert config["model"]["student"]["class_path"] == f"{verdict}ViT" if verdict[0].isupper() else "TimmStudent"
+    assert ("projector: phi_s" in Path("out/advised.yaml").read_text()) == (verdict == "phi_s")
     same = yaml.safe_load(Path("teacher/config.json").read_text())["num_classes"] == 5
     assert ("logit" in config["model"]["distillers"]) == same
     main(["check", "--config", "out/advised.yaml"])

@@ -81,18 +81,20 @@ FULL = {
         "tokens at length 1, channels standardised",
     ),
 }
-TEACHERS = {rotated: "Lift", fixed: "none", isotropic: "WideLast"}
+TEACHERS = {rotated: "Lift", fixed: "phi_s", isotropic: "WideLast"}
 
 
-def _check(tokens: Tensor, outliers: str, pair: Network, remedy: str) -> None:
+def _check(tokens: Tensor, outliers: str, pair: Network, verdict: str) -> None:
     change, found, variant = FULL[outliers]
     teacher = measure(change(tokens), FEW)
     assert [name for name, share in teacher.outliers._asdict().items() if share >= FOUND] == found
     advice = advise(teacher, pair)
     assert advice.rests_on.variant == variant
-    assert (advice.remedy, advice.decided) == (remedy, True), advice.why
+    assert (advice.verdict, advice.decided) == (verdict, True), advice.why
     assert len(advice.outliers) == len(found)
-    assert ("and keeps the outliers" in str(advice)) == ("tokens at" in variant or "channels" in variant)
+    assert ("takes its axes from the tokens as they are" in str(advice)) == (
+        "tokens at" in variant or "channels" in variant
+    )
 
 
 @pytest.mark.parametrize("outliers", OUTLIERS)
@@ -134,7 +136,7 @@ def test_sinks_in_few_images_do_not_change_the_advice(images: int, own: bool) ->
     assert teacher.outliers.sinks == pytest.approx(energy[:images, 0].sum() / energy.sum(), rel=1e-6)
     assert (energy[:images, 0] / energy[:images].sum(1)).sum() / 200 < FOUND
     advice = advise(teacher, student())
-    assert (advice.remedy, advice.decided) == ("none", True), advice.why
+    assert (advice.verdict, advice.decided) == ("phi_s", True), advice.why
     assert advice.rests_on.variant == "tokens at length 1"
 
 
@@ -151,7 +153,8 @@ def test_variants_that_differ_leave_the_advice_undecided() -> None:
     advice = advise(teacher._replace(variants={**teacher.variants, "raw": narrow}), student())
     assert not advice.decided
     assert advice.why.startswith(
-        "undecided: no remedy by the tokens as they are (1 [1, 1] axes), Lift by the tokens at length 1"
+        "undecided: fixed target phi_s by the tokens as they are (1 [1, 1] axes; 16 hold 99% [99%, 99%]), "
+        "Lift by the tokens at length 1"
     )
 
 

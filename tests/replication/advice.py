@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from kdvit.analysis.mismatch import HOLDS
+from kdvit.analysis.rule import HOLDS
 from tests.replication.claims import estimate, shown
 from tests.replication.pairs import DIGITS, TERMS, Pair, Study
 
+Predictor = Callable[[Pair], float]
 SHARES = tuple(share / 20 for share in range(6, 20))
 """From which a fixed target may be worth as much as a lift."""
 
@@ -33,15 +36,18 @@ def rule_now(pair: Pair, holds: float = HOLDS) -> str:
 RULES: dict[str, Callable[[Pair], str]] = {
     "the rule before": rule_before,
     "the rule now": rule_now,
+    "... without WideLast": lambda pair: "phi_s" if pair["advice"]["held"] >= HOLDS else "Lift",
+    "... without Lift": lambda pair: "WideLast" if rule_now(pair) == "WideLast" else "phi_s",
     "always phi_s": lambda pair: "phi_s",
     "always Lift": lambda pair: "Lift",
     "always WideLast": lambda pair: "WideLast",
     "always the linear projector": lambda pair: "none",
     "the best of each pair, known afterwards": lambda pair: best(pair),
 }
-PREDICTORS = {
+PREDICTORS: dict[str, Predictor] = {
     "shared axes over channels": lambda pair: pair["advice"]["need"] / pair["width"],
     "energy that the channels cannot hold": lambda pair: 1 - pair["advice"]["held"],
+    "1 / channels": lambda pair: 1 / pair["width"],
 }
 
 
@@ -61,23 +67,30 @@ def best(pair: Pair) -> str:
     return max(TERMS, key=lambda method: gain(pair, method))
 
 
-GAINS: dict[str, Callable[[Pair], float]] = {
+GAINS: dict[str, Predictor] = {
     **{method: partial(gain, method=method) for method in ("phi_s", "Lift", "WideLast")},
     "phi_s more than Lift": lambda pair: gain(pair, "phi_s") - gain(pair, "Lift"),
 }
 
 
-def correlations(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
-    """Returns Spearman's correlation of what is predicted with what was gained, and its range without each teacher."""
+def correlations(pairs: Sequence[Pair]) -> list[tuple[str, str, str, str]]:
+    """Returns Spearman's correlation of what is predicted with what was gained.
+
+    It is that of all pairs, with its range without each teacher, and that of the pairs of each width.
+    """
+    teachers, widths = (sorted({pair[of] for pair in pairs}) for of in ("teacher", "width"))
     rows = []
-    for name, predicted in PREDICTORS.items():
-        for method, gained in GAINS.items():
-            found = [
-                float(spearmanr([predicted(p) for p in kept], [gained(p) for p in kept]).statistic)
-                for left_out in (None, *sorted({pair["teacher"] for pair in pairs}))
-                for kept in [[pair for pair in pairs if pair["teacher"] != left_out]]
-            ]
-            rows.append((name, method, f"{found[0]:+.2f} ({min(found[1:]):+.2f} to {max(found[1:]):+.2f})"))
+    for (name, predicted), (method, gained) in product(PREDICTORS.items(), GAINS.items()):
+
+        def rank(kept: Sequence[Pair], by: Predictor = predicted, of: Predictor = gained) -> float:
+            values = [[of_pair(pair) for pair in kept] for of_pair in (by, of)]
+            varies = all(len(set(each)) > 1 for each in values)
+            return float(spearmanr(*values).statistic) if varies else math.nan
+
+        without = [rank([pair for pair in pairs if pair["teacher"] != teacher]) for teacher in teachers]
+        within = [rank([pair for pair in pairs if pair["width"] == width]) for width in widths]
+        alone = "; ".join(f"{w}: {r:+.2f}" for w, r in zip(widths, within, strict=True) if not math.isnan(r))
+        rows.append((name, method, f"{rank(pairs):+.2f} ({min(without):+.2f} to {max(without):+.2f})", alone))
     return rows
 
 

@@ -288,7 +288,7 @@ def judge(place: Place, study: Study, name: str, width: int, changes: dict[str, 
     teacher = load_student(study.folder(place, name))
     layer = analysed({"teacher": teacher}, data).networks[0].layers[-1]
     found = advise(layer, planned(place, study, "soft_kd", f"{SIZE}.embed_dim={width}"))
-    advice = {key: getattr(found, key) for key in ("remedy", "decided", "need", "rank", "held", "outliers")}
+    advice = {key: getattr(found, key) for key in ("verdict", "decided", "need", "rank", "held", "outliers")}
     advice["variant"] = found.rests_on.variant
     scores: dict[str, list[float]] = {method: [] for method in METHODS}
     for seed, method in product(SEEDS, METHODS):

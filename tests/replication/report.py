@@ -201,7 +201,10 @@ def judged(study: Study, files: dict[str, Result]) -> str:
     parts = [
         f"{len(pairs)} of {len(names)} pairs have been tried.",
         table(("rule", "mean gain over soft KD, points", more, "names the best"), advice.record(study, pairs), 1),
-        table(("predicted by", "gain of", "rank correlation (leaving a teacher out)"), advice.correlations(pairs)),
+        table(
+            ("predicted by", "gain of", "rank correlation (leaving a teacher out)", "within a width"),
+            advice.correlations(pairs),
+        ),
         table(header, advice.rows(pairs), 1),
     ]
     return "\n\n".join(parts)

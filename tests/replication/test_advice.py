@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from kdvit.analysis.costs import Cost
+from kdvit.analysis.rule import judge
 from kdvit.data import Digits
 from tests.replication import advice, pairs
 from tests.replication.arms import SELECTION_SEEDS
 from tests.replication.report import advice_weights, judged
 from tests.replication.runs import Job, Place
+
+RESULTS = Path(__file__).parents[2] / "configs" / "replication" / "results" / "advice"
 
 
 def pair(teacher: str, width: int, need: int, rank: int, **gains: float) -> dict:
@@ -36,10 +41,20 @@ def test_the_record_of_a_rule_is_its_mean_gain_and_how_often_it_names_the_best()
     assert record["the best of each pair, known afterwards"] == ["+3.50", "+1.25 [-1.93, +4.43]", "4 of 4"]
 
 
+def test_the_rule_now_is_that_of_the_analysis_where_wide_last_costs_too_much() -> None:
+    costs = [Cost("none", 8, 1, 1), Cost("Lift", 64, 1, 1), Cost("WideLast", 64, 9, 9)]
+    pairs_found = [json.loads(file.read_text()) for file in RESULTS.glob("*_*.json")]
+    for found in [*PAIRS, *pairs_found]:
+        need, rank, held = (found["advice"][key] for key in ("need", "rank", "held"))
+        assert advice.rule_now(found) == judge(found["width"], need, rank, held, 1000, costs)[0]
+    assert len(pairs_found) >= 24
+
+
 def test_a_prediction_is_compared_by_rank_also_without_each_teacher() -> None:
-    found = {(name, method): told for name, method, told in advice.correlations(PAIRS)}
-    assert found["shared axes over channels", "WideLast"] == "+1.00 (+1.00 to +1.00)"
-    assert found["shared axes over channels", "phi_s"].startswith("-0.63 (")
+    found = {(name, method): told for name, method, *told in advice.correlations(PAIRS)}
+    assert found["shared axes over channels", "WideLast"] == ["+1.00 (+1.00 to +1.00)", "8: +1.00; 16: +1.00"]
+    assert found["shared axes over channels", "phi_s"][0].startswith("-0.63 (")
+    assert found["1 / channels", "WideLast"] == ["+0.45 (+1.00 to +1.00)", ""]
 
 
 def test_every_pair_is_a_row_of_the_page() -> None:
