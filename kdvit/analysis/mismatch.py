@@ -149,7 +149,7 @@ class Advice(NamedTuple):
         spread = self.rests_on.spread
         taken = f"all together take {self.rotation:.1f} times as many{_turn(spread)}"
         leading, held = min(self.have, self.teacher_width), self.rests_on.held
-        fixed = "." if self.have >= self.teacher_width else ": so does a fixed target of that many (phi_s)."
+        fixed = "." if self.have >= self.teacher_width else "; a fixed target of that many (phi_s) holds as much."
         if fixed != "." and not self.rests_on.as_they_are:
             fixed = "; a fixed target (phi_s) takes its axes from the tokens as they are, and holds at most as much."
         return [

@@ -62,7 +62,7 @@ def test_the_rule(need: int, rank: int, target: int, verdict: str, why: str) -> 
     assert advice.to_json()["verdict"] == verdict
     assert advice.width == (target if verdict in ("Lift", "WideLast") else 16)
     assert re.search(why, advice.why)
-    assert ("so does a fixed target" in str(advice)) == (target > 16)
+    assert ("a fixed target of that many (phi_s) holds as much" in str(advice)) == (target > 16)
 
 
 def test_the_page_of_the_analysis_says_the_rule() -> None:
