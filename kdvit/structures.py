@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,10 +20,10 @@ def at_least_float32(x: Tensor, beside: torch.dtype = torch.float32) -> Tensor:
 
 
 def subclasses(cls: type[T]) -> dict[str, type[T]]:
-    """Returns the imported subclasses of a class, at any depth, by name."""
+    """Returns the imported subclasses of a class that can be built, at any depth, by name."""
     found: dict[str, type[T]] = {}
     for each in cls.__subclasses__():
-        found |= {each.__name__: each, **subclasses(each)}
+        found |= {**({} if inspect.isabstract(each) else {each.__name__: each}), **subclasses(each)}
     return found
 
 

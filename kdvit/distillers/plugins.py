@@ -34,6 +34,5 @@ def load_plugins() -> None:
 
 def known_distillers() -> dict[str, str]:
     """Returns the short names of the imported distillers with the first line of their documentation."""
-    every: dict[str, type[Distiller]] = subclasses(Distiller)  # type: ignore[type-abstract]
-    known = {name: cls for name, cls in every.items() if not inspect.isabstract(cls)}
+    known: dict[str, type[Distiller]] = subclasses(Distiller)  # type: ignore[type-abstract]
     return {name: (inspect.getdoc(cls) or "").partition("\n")[0] for name, cls in sorted(known.items())}
