@@ -1,8 +1,9 @@
-"""Tables for the terminal, for Markdown and for LaTeX, and sizes as they are read."""
+"""Tables as a run writes them, for the terminal, for Markdown and for LaTeX, and sizes as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def as_size(count: float) -> str:
@@ -72,3 +73,18 @@ def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [" & ".join(cell.translate(special) for cell in line) + r" \\" for line in (head, *rows)]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", *body, r"\end{tabular}"])
+
+
+def read_table(file: Path) -> list[dict[str, float]]:
+    """Returns the rows of a metrics.csv by column, without those that a kill or a full disk has torn."""
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    names, *table = [line.rstrip().split(",") for line in lines if line.endswith("\n")] or [[]]
+    rows = (_numbers(dict(zip(names, cells, strict=True))) for cells in table if len(cells) == len(names))
+    return [row for row in rows if row]
+
+
+def _numbers(row: dict[str, str]) -> dict[str, float]:
+    try:
+        return {name: int(value) if value.isdecimal() else float(value) for name, value in row.items() if value}
+    except ValueError:
+        return {}

@@ -77,3 +77,11 @@ for args in (["--help"], ["--version"], ["analize"], ["fit", "--config", "no.yam
 )
 def test_importing_kdvit_and_answering_a_mistake_is_light(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+@pytest.mark.slow
+def test_comparing_runs_takes_networks_and_no_lightning(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/acc1\n0,9,0.5\n")
+    code = "import sys; from kdvit.cli import main; main(['compare', '.']); assert 'timm' in sys.modules"
+    code += "; assert not {'lightning', 'torchmetrics', 'scipy', 'matplotlib.pyplot'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kdvit.cli.messages import explain
+from kdvit.cli.seeds import CACHE, UNSAID
 from kdvit.errors import UserError
 from kdvit.files import write_whole
 from kdvit.runtime.loggers import boards
@@ -25,13 +26,6 @@ FIXED = ("model", "data", "seed_everything")
 """Parts of a config that say which run it is."""
 SAID = ("data.init_args.batch_size", "model.compile", "model.student.init_args.grad_checkpointing")
 """What of them may change, and the log says so, as of all other parts."""
-UNSAID = (
-    *("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error"),
-    *("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar"),
-)
-"""What may change without a word: a run may go on elsewhere, and past a damaged image."""
-CACHE = "data.init_args.cache"
-"""May move, too: what it holds is compared when it is opened."""
 HISTORY = "# from step "
 WANDB = "# W&B run "
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))

@@ -10,7 +10,7 @@ from kdvit.cli.seeds import Settings, read_settings
 from kdvit.models import LiftViT, load_student
 from kdvit.models.checkpoint import WEIGHTS
 from kdvit.models.cost import parameter_count, round_times_ms
-from kdvit.runtime.loggers import read_table
+from kdvit.tables import read_table
 
 Curve = list[tuple[int, float]]
 PROBES = ("val/knn_acc1", "val/linear_acc1")

@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from kdvit.cli.run_config import CACHE, UNSAID
-
 SEED = "seed_everything"
+UNSAID = (
+    *("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error"),
+    *("ckpt_path", "config", "trainer.default_root_dir", "trainer.enable_progress_bar"),
+)
+"""What of a config may change in a run without a word: a run may go on elsewhere, and past a damaged image."""
+CACHE = "data.init_args.cache"
+"""May move, too: what it holds is compared when it is opened."""
 OF_ONE_RUN = (SEED, "data.init_args.seed", CACHE, *UNSAID, "checkpoint.dirpath", "last_checkpoint.dirpath")
 """In what of a config runs of one setting may differ."""
 TAIL = re.compile(r"[_./=-]*(seed)?[_=-]*\d*$")

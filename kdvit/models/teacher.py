@@ -108,6 +108,7 @@ class FrozenTeacher:
         self.image_format = image_format or network.image_format
         self._running, self._place = network, (torch.device("cpu"), torch.float32)
         self._compiling: dict[str, Any] | None = None
+        self._shapes: dict[tuple[tuple[Layer, ...], bool], OutputShapes] = {}
         theirs, ours = network.image_format, self.image_format
         if len(theirs.mean) < len(ours.mean):
             raise ValueError(
@@ -168,8 +169,11 @@ class FrozenTeacher:
         return [size] * self.converts_size + [values] * self.converts_values
 
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
-        """Measures the shapes of the teacher's output; see `Network.output_shapes`."""
-        return self.network.output_shapes(layers, logits)
+        """Measures the shapes of the teacher's output, each once; see `Network.output_shapes`."""
+        asked = tuple(map(self.network.canonical, layers)), logits
+        if asked not in self._shapes:
+            self._shapes[asked] = self.network.output_shapes(layers, logits)
+        return self._shapes[asked]
 
     def _network_for(self, device: torch.device) -> Network:
         """Returns the network on a device; under autocast, the copy whose weights are cast."""

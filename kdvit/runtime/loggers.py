@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from kdvit.runtime.processes import is_first_process
+from kdvit.tables import read_table
 
 GROUPS = {"val": "1_val", "train": "2_train", "data": "4_data", "geometry": "5_geometry"}
 WEIGHTED = "3_weighted"
@@ -85,14 +86,6 @@ def run_loggers(root: str | Path, resumed_from: str | Path | None = None) -> lis
     return [board, table]
 
 
-def read_table(file: Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics.csv by column, without those that a kill or a full disk has torn."""
-    lines = file.read_text(errors="replace").splitlines(keepends=True)
-    names, *table = [line.rstrip().split(",") for line in lines if line.endswith("\n")] or [[]]
-    rows = (_numbers(dict(zip(names, cells, strict=True))) for cells in table if len(cells) == len(names))
-    return [row for row in rows if row]
-
-
 def _rows_before(file: Path | None, checkpoint: str | Path) -> tuple[list[dict[str, float]], int]:
     """Returns the rows of a table up to the step of a checkpoint, and the first step that will be logged anew."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
@@ -101,10 +94,3 @@ def _rows_before(file: Path | None, checkpoint: str | Path) -> tuple[list[dict[s
     again = validated["ready"] > validated["processed"]  # a validation that is due, and had been held before a kill
     rows = [row for row in read_table(file) if row.get("step", step) < step] if file is not None else []
     return [row for row in rows if not (again and row["step"] == step - 1 and "val/loss" in row)], step - again
-
-
-def _numbers(row: dict[str, str]) -> dict[str, float]:
-    try:
-        return {name: int(value) if value.isdecimal() else float(value) for name, value in row.items() if value}
-    except ValueError:
-        return {}

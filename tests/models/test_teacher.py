@@ -52,6 +52,16 @@ def test_the_teacher_is_frozen_in_eval_and_its_own_deep_copy() -> None:
     assert not holder(torch.rand(1, 3, 16, 16)).logits.requires_grad
 
 
+def test_shapes_of_one_layer_are_measured_once_however_it_is_named(monkeypatch) -> None:
+    network = teacher()
+    holder, run, asked = FrozenTeacher(network), network.forward, []
+    monkeypatch.setattr(network, "forward", lambda image, *request: asked.append(request) or run(image, *request))
+    last = holder.output_shapes([-1])
+    assert holder.output_shapes((network.depth - 1,)) == holder.output_shapes([1.0]) == last
+    assert holder.output_shapes([1.0]) == network.output_shapes([1.0]) != holder.output_shapes([-1], logits=False)
+    assert len(asked) == 3
+
+
 def test_a_trained_head_is_never_replaced() -> None:
     with pytest.raises(ValueError, match="would replace the trained head of cait_s24_224"):
         TimmTeacher("cait_s24_224", model_args={"num_classes": 10})
