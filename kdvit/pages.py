@@ -10,6 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours of the figures, told apart by the colour-blind, too (Okabe and Ito)."""
+
 
 def render(template: Path, pictures: Mapping[str, Path], **values: Any) -> str:
     """Returns the page of a template that extends ``base.html.jinja``, which stands beside this file.

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from kdvit.analysis.layer_report import LayerReport
 from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.variants import LEVEL, p99
+from kdvit.pages import PALETTE
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-PALETTE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+BLUE, ORANGE, GREEN, *_ = PALETTE
+GREY = "#777777"
 MARKERS = "osD^vPX"
 FIGURES = ("ranks", "energy", "sep", "depth")
 BANDS = ((1, 99, 0.15), (10, 90, 0.3))

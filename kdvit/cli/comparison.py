@@ -12,13 +12,11 @@ from matplotlib.ticker import MaxNLocator
 
 from kdvit.cli.runs import Run, read_run
 from kdvit.cli.seeds import SEED, differing, estimate, group, setting_name, short_names
-from kdvit.pages import render
+from kdvit.pages import PALETTE, render
 from kdvit.tables import markdown_table, text_table
 
 Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Head and rows of a table."""
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, as in an analysis, whose import takes seconds."""
 STYLES = ("-", "--", ":", "-.")
 
 
