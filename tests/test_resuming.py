@@ -96,21 +96,6 @@ def test_no_damage_ends_the_search_for_a_whole_checkpoint() -> None:
     assert newest_checkpoint(CHECKPOINTS) == last
 
 
-@pytest.mark.parametrize("content", ["", "model: {", "[1]", "\x00\x00"], ids=["empty", "torn", "list", "zeros"])
-def test_a_damaged_config_of_a_run_is_one_message_with_the_way_out(content: str, capsys) -> None:
-    fit("plain", "", *SHORT)
-    config = Path("run/config.yaml")
-    config.write_text(content)
-    message = refused(capsys, *LONGER)
-    assert message.startswith(
-        "kdvit: error: 'run/config.yaml' is damaged, so nobody can say whether the run in this folder"
-    )
-    assert message.endswith("remove the file and give the same command again: it is written anew.")
-    config.unlink()
-    fit("plain", "", *LONGER)
-    assert yaml.safe_load(config.read_text())["trainer"]["max_epochs"] == 3
-
-
 def change_config(change: Callable[[dict[str, Any]], object]) -> None:
     """Changes ``run/config.yaml``, as another version of kdvit might have written it."""
     file = Path("run/config.yaml")

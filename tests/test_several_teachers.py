@@ -190,7 +190,7 @@ def test_what_is_of_one_teacher_is_refused_in_one_line(demo_teacher: str, capsys
             main(args)
         assert end.value.code == 2
         assert text in capsys.readouterr().err.splitlines()[-1]
-    found = read_experiment("two.yaml", random=("teacher",))
+    found = read_experiment("two.yaml", pretrained=False)
     assert list(found.teachers) == ["teacher_trained", "teacher_other"]
 
 

@@ -32,8 +32,6 @@ def in_words(name: str, value: float) -> str:
     Examples:
         >>> in_words("val/knn_acc1", 0.51239), in_words("test/loss", 2.34567), in_words("test/acc1_ema", 0.5)
         ('k-NN accuracy 51.24%', 'loss 2.346', 'accuracy (EMA) 50.00%')
-        >>> in_words("test/acc1/dataloader_idx_1", 0.5), in_words("test/accumulated", 12.5)
-        ('accuracy (dataloader_idx_1) 50.00%', 'accumulated 12.5')
     """
     score, of = _score(name)
     return f"{NAMES.get(score, score)}{of} {in_figures(name, value)}"
@@ -45,10 +43,9 @@ def in_figures(name: str, value: float) -> str:
 
 
 def _score(name: str) -> tuple[str, str]:
-    """Returns the score of a metric's name, and in words of which weights and loader it is."""
-    name, _, loader = name.partition("/dataloader_idx_")
+    """Returns the score of a metric's name, and in words of which weights it is."""
     score, average, _ = name.rpartition("/")[2].partition("_ema")
-    return score, " (EMA)" * bool(average) + f" (dataloader_idx_{loader})" * bool(loader)
+    return score, " (EMA)" * bool(average)
 
 
 class NetworkLine(ModelSummary):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from kdvit.distillers.classes import first_difference, numbers_by_name
@@ -55,26 +54,27 @@ class TeacherScores(pl.Callback):
         among = "" if classes == pl_module.num_classes else f" among its {classes:,} classes, matched by name"
         known = torch.tensor(numbers or range(classes), device=pl_module.device)
         scores = classification_scores(classes).to(pl_module.device)
-        guesses = torch.zeros(classes, device=pl_module.device)
+        seen = 0
         for batch in map(as_batch, self._batches(trainer)):
             image, target = batch.image.to(pl_module.device), batch.target.to(pl_module.device)  # never mixed
             with trainer.precision_plugin.forward_context():
                 logits = teacher(image).logits
             scores.update(logits, known[target])
-            assert logits is not None
-            guesses += torch.bincount(logits.argmax(dim=1), minlength=len(guesses))
+            seen += len(image)
         measured = {f"{teacher.label}/{name}": float(value) for name, value in scores.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=0)
         acc1 = measured[f"{teacher.label}/acc1"]
-        every = np.sum(gather(trainer, guesses.cpu().numpy()), axis=0)
-        images = int(every.sum())
+        images = sum(gather(trainer, seen))
         told = f"{teacher.label.capitalize()} on {images:,} validation images: {acc1:.2%} top-1{among}."
         rank_zero_info(told)
         for board in boards(trainer):
             board.add_text(teacher.label, told, 0)
-        if cause := chance(acc1, every):
-            rank_zero_info(f"Warning: the {teacher.label} is at chance on these images. {cause}")
+        if is_chance(acc1, classes, images):
+            rank_zero_info(
+                f"Warning: the {teacher.label} is at chance on these images. Its classes may be in another order than "
+                "the data's, or its weights, mean or std (kdvit check shows both) may be others."
+            )
 
     def _batches(self, trainer: pl.Trainer) -> Iterable[Batch]:
         """Returns this rank's share of the images, within the Trainer's limit; reads a stream to its end."""
@@ -91,20 +91,12 @@ class TeacherScores(pl.Callback):
         return islice(loader, None if limit == float("inf") else int(limit))
 
 
-def chance(acc1: float, guesses: NDArray[Any]) -> str:
-    """Returns the likely cause where an accuracy is that of guessing, to within two standard errors; else nothing.
-
-    Args:
-        acc1: The accuracy.
-        guesses: How often each class was predicted, ``[K]``.
+def is_chance(acc1: float, classes: int, images: int) -> bool:
+    """Tells whether an accuracy is that of guessing, to within two standard errors.
 
     Examples:
-        >>> chance(0.9, np.array([50, 50])), chance(0.5, np.array([50, 50]))[:32], chance(0.5, np.array([98, 2]))[:34]
-        ('', 'Its classes may be in another or', 'It gives nearly all the same class')
+        >>> is_chance(0.95, classes=10, images=500), is_chance(0.11, classes=10, images=500)
+        (False, True)
     """
-    share = 1 / len(guesses)
-    if acc1 > share + 2 * (share * (1 - share) / guesses.sum()) ** 0.5:
-        return ""
-    if guesses.max() > guesses.sum() / 2:
-        return "It gives nearly all the same class: see its mean and std (kdvit check shows both), and its weights."
-    return "Its classes may be in another order than the data's: see class_names, and the order of the class folders."
+    share = 1 / classes
+    return acc1 <= share + 2 * (share * (1 - share) / images) ** 0.5

@@ -23,7 +23,7 @@ from kdvit.analysis.save import save
 from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.analyze import Processes
 from kdvit.cli.config_files import find_config
-from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config, required
+from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config
 from kdvit.cli.lookup import find_network, read_experiment, take_best
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
@@ -66,7 +66,7 @@ class Analysis:
                 networks.append(features_of(name, label, self.options))
             else:
                 network = find_network(name, self.pretrained, TimmTeacher, self.img_size)
-                images = find_images(required(self.data), network.image_format)
+                images = find_images(self.data, network.image_format)
                 networks += self._run({label: network}, images).networks
         return Report(networks, self.options)
 
@@ -83,7 +83,7 @@ class Analysis:
             TEACHER: find_network(arch, pretrained, TimmTeacher, self.img_size),
             STUDENT: find_network(student, self.pretrained, img_size=self.img_size),
         }
-        images = find_images(required(self.data), networks[TEACHER].image_format)
+        images = find_images(self.data, networks[TEACHER].image_format)
         report = _advised(self._run(networks, images), networks)
         if images.spec is None:
             note = f"No config is written: {images.name} has no folders train and val of classes to train on."
@@ -105,7 +105,7 @@ class Analysis:
         if self.img_size is not None:
             raise UserError("With --config, sizes are the config's own: leave out --img_size, or set img_size in it.")
         root = ["--data.init_args.root", self.data] if self.data else []
-        experiment = read_experiment(file, root, random=() if self.pretrained else (TEACHER,), data=True)
+        experiment = read_experiment(file, root, pretrained=self.pretrained, data=True)
         note = take_best(experiment)
         if len(experiment.teachers) > 1:
             raise UserError(

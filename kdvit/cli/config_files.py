@@ -49,8 +49,6 @@ def find_config(name: str) -> str:
         return name
     if Path(name).is_dir() and (Path(name) / "config.yaml").is_file():
         raise UserError(f"{name!r} is a folder. Did you mean {Path(name) / 'config.yaml'!s}?")
-    if "\n" in name or name.lstrip().startswith("{"):  # YAML itself
-        return name
     if packaged.is_file():
         return str(packaged)
     brought = [str(file.relative_to(home)) for file in home.rglob("*.yaml")]
@@ -62,11 +60,8 @@ def require_yaml(file: Path) -> None:
     import yaml
 
     try:
-        for _ in yaml.parse(file.read_text()):
-            pass
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{str(file)!r}{where}: no YAML ({error.problem}).") from error
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{str(file)!r}: no YAML ({' '.join(str(error).split())}).") from error
+        with file.open() as stream:
+            for _ in yaml.parse(stream):
+                pass
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{str(file)!r} is no YAML: {' '.join(str(error).split())}.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,14 +87,13 @@ def choose(images: Images, count: int, seed: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def find_images(name: str, image_format: ImageFormat) -> Images:
+def find_images(name: str | None, image_format: ImageFormat) -> Images:
     """Finds the images of a folder, or of a data module by its class name, in a network's own format.
 
     Raises:
         UserError: If there are none.
     """
-    modules = subclasses(ImageDataModule)
-    if name in modules:
+    if name is not None and name in subclasses(ImageDataModule):
         formatted = {
             "img_size": list(image_format.size),
             "mean": list(image_format.mean),
@@ -103,9 +101,9 @@ def find_images(name: str, image_format: ImageFormat) -> Images:
         }
         module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
         return _of_module(module, name, {"class_path": name, "init_args": {}})
+    if name is None or not Path(name).is_dir():
+        raise UserError(f"--data: expected a folder of images, Digits or FashionMNIST; got {name!r}. {LAYOUT}")
     root = Path(name)
-    if not root.is_dir():
-        raise UserError(f"--data {name!r} is neither a folder nor one of {', '.join(_ready())}. {LAYOUT}")
     with shown((OSError, ValueError)):
         splits, samples = images_to_show(root)
     targets = samples.targets.tolist() if samples.class_names else None
@@ -147,28 +145,3 @@ def _of_module(module: ImageDataModule, name: str, spec: dict[str, Any]) -> Imag
     known = getattr(dataset, "targets", None)
     targets = None if known is None else [int(target) for target in known]
     return Images(dataset, targets, module.image_format, collate, name, spec, module.num_classes or None)
-
-
-def required(data: str | None) -> str:
-    """Returns what names the images.
-
-    Raises:
-        UserError: If nothing does.
-    """
-    if data is None:
-        raise UserError(f"Give --data: a folder of images, or one of {', '.join(_ready())}. {LAYOUT}")
-    return data
-
-
-def _ready() -> list[str]:
-    """Returns the data modules that their names alone can build."""
-    modules = subclasses(ImageDataModule)
-    return sorted(
-        name
-        for name, module in modules.items()
-        if all(
-            each.default is not each.empty or each.kind is each.VAR_KEYWORD
-            for each in inspect.signature(module).parameters.values()
-        )
-        and not any(issubclass(other, module) for other in modules.values() if other is not module)
-    )

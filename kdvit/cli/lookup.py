@@ -39,18 +39,14 @@ class Experiment(NamedTuple):
 
 
 def read_experiment(
-    name: str,
-    changes: Sequence[str] = (),
-    *,
-    random: tuple[str, ...] = (),
-    data: bool = False,
+    name: str, changes: Sequence[str] = (), *, pretrained: bool = True, data: bool = False
 ) -> Experiment:
     """Builds parts of a config, which is read as `kdvit fit` reads it.
 
     Args:
         name: Path or short name of the config.
         changes: More options of `kdvit fit`.
-        random: Of "student" and "teacher", those that do not load published weights.
+        pretrained: Whether student and teachers load published weights.
         data: Whether to build the data, too.
 
     Raises:
@@ -60,8 +56,7 @@ def read_experiment(
     config = read.config["fit"]
     named = config.model.teachers or ({"teacher": config.model.teacher} if config.model.teacher else {})
     teachers = {"teacher" if len(named) == 1 else f"teacher_{name}": each for name, each in named.items()}
-    specs = {"student": {"student": config.model.student}, "teacher": teachers}
-    for spec in (each for part in random for each in specs[part].values()):
+    for spec in () if pretrained else (config.model.student, *teachers.values()):
         if "pretrained" in spec.get("init_args", {}):
             spec["init_args"]["pretrained"] = False
     student = build("student", Network, config.model.student)
@@ -129,36 +124,23 @@ def take_best(experiment: Experiment) -> str:
     return note
 
 
-def find_trained(name: str, config: str | None, pretrained: bool) -> list[tuple[str, Network]]:
-    """Returns the networks behind a name with their trained weights, by their names in a table.
+def find_networks(
+    name: str, config: str | None, *, pretrained: bool = False, trained: bool = False
+) -> list[tuple[str, Network]]:
+    """Returns the networks behind a name by their names in a table.
 
     Args:
         name: As the user types it.
-        config: The file, if it is a config: its student is that of the run's best checkpoint, if there is one.
+        config: The file, if it is a config, whose student and teachers are meant.
         pretrained: Load timm's published weights where it is a timm name; else they are random.
+        trained: Whether a config's student is that of its run's best checkpoint, if there is one.
 
     Raises:
         UserError: If there is nothing of that name.
     """
     if config is None:
         return [(name, find_network(name, pretrained, TimmTeacher))]
-    found = read_experiment(config, random=() if pretrained else ("teacher",))
-    take_best(found)
+    found = read_experiment(config, pretrained=pretrained)
+    if trained:
+        take_best(found)
     return [(f"{Path(name).stem}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]
-
-
-def find_networks(name: str, config: str | None = None) -> list[tuple[str, Network]]:
-    """Returns the networks behind a name by their names in a table, with random weights where it is no trained one's.
-
-    Args:
-        name: As the user types it.
-        config: The file, if it is a config, whose student and teacher are meant.
-
-    Raises:
-        UserError: If there is nothing of that name.
-    """
-    if config is None:
-        return [(name, find_network(name, pretrained=False, kind=TimmTeacher))]
-    found = read_experiment(config, random=("student", "teacher"))
-    roles = {"student": found.student, **found.teachers}
-    return [(f"{Path(name).stem}: {role}", network) for role, network in roles.items()]

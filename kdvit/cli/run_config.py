@@ -89,7 +89,7 @@ def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[s
     file = root / "config.yaml"
     if not file.is_file():
         return ()
-    written = _read_config(file)
+    written = yaml.safe_load(file.read_text())
     try:
         old = parser.parse_object({key: written[key] for key in FIXED if key in written})
     except ArgumentError as error:
@@ -126,8 +126,8 @@ def settled_seed(given: bool | int, root: Path) -> int:
     if not isinstance(given, bool):
         return given
     file = root / "config.yaml"
-    if file.is_file() and not isinstance(before := _read_config(file).get("seed_everything", given), bool):
-        return int(before)
+    if file.is_file():
+        return int(yaml.safe_load(file.read_text())["seed_everything"])
     if "PL_GLOBAL_SEED" not in os.environ:
         several = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
         if several or "NODE_RANK" in os.environ:
@@ -144,20 +144,6 @@ def wandb_run(root: Path) -> str | None:
     file = root / "config.yaml"
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.removeprefix(WANDB) for line in lines if line.startswith(WANDB)), None)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {type(config).__name__}, no mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{str(file)!r} is damaged, so nobody can say whether the run in this folder is the one of your config "
-            f"({reason}). If you know that it is, remove the file and give the same command again: it is written anew."
-        ) from error
-    return config
 
 
 def differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

@@ -89,7 +89,8 @@ def analyze(
     if sum(ways) != 1 or bool(teacher) != bool(student):
         raise UserError("Say what to analyse by one of: --model NAMES; --teacher NAME --student NAME; --config FILE.")
     config = config and find_config(config)
-    make_folder(out)
+    with shown((OSError,), prefix=f"--out {out!r}: "):
+        Path(out).mkdir(parents=True, exist_ok=True)
     from kdvit.analysis import Options
     from kdvit.cli.analyses import Analysis, write
 
@@ -106,16 +107,3 @@ def analyze(
         write(*analysis.of_config(config), out, against)
     elif teacher and student:
         write(*analysis.of_pair(teacher, student), out, against)
-
-
-def make_folder(out: str) -> None:
-    """Makes the folder of a report before anything is computed.
-
-    Raises:
-        UserError: If it cannot be made or written to.
-    """
-    with shown((OSError,), prefix=f"--out {out!r}: cannot write there: "):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        probe = Path(out) / ".kdvit"
-        probe.touch()
-        probe.unlink(missing_ok=True)

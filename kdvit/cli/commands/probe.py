@@ -60,7 +60,7 @@ def probe(
     from kdvit.analysis.probes import ProbeOptions
     from kdvit.analysis.probing import probe as probed
     from kdvit.cli.analyses import process_trainer
-    from kdvit.cli.lookup import find_trained
+    from kdvit.cli.lookup import find_networks
     from kdvit.data.labelled import labelled_images
 
     seed_everything(0, verbose=False)
@@ -68,7 +68,7 @@ def probe(
     runner = process_trainer(trainer)
     results = []
     for name in networks:
-        for label, network in find_trained(name, files.get(name), pretrained):
+        for label, network in find_networks(name, files.get(name), pretrained=pretrained, trained=True):
             with shown((ValueError, TypeError, OSError, ImportError), prefix=f"{label}: "):
                 images = labelled_images(data, network.image_format, batch_size=batch_size, num_workers=num_workers)
                 results.append({"name": label, **probed(network, images, options, runner)._asdict()})
