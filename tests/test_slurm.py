@@ -43,7 +43,7 @@ def test_the_template_is_what_the_command_writes_for_its_first_line(tmp_path: Pa
 def test_a_job_has_the_size_that_was_asked_for(tmp_path: Path, capsys) -> None:
     size = ["--nodes=2", "--gpus=8", "--time=1-00", "--mem=64G", "--cpus_per_task=6"]
     where = ["--partition=p", "--account=a", "--qos=q"]
-    text = script(capsys, *size, *where, "--data.init_args.num_workers=3", "--sbatch", "--constraint=a100&b")
+    text = script(capsys, *size, *where, "--data.init_args.num_workers=3", "--sbatch=--constraint=a100&b")
     run = tmp_path / "runs/demo/plain"
     assert directives(text) == [
         *[

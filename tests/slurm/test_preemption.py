@@ -109,7 +109,7 @@ def listening(job: Job) -> int:
 
 
 def test_a_job_that_may_not_be_requeued_trains_on(whole: Job) -> None:
-    job = submit(RUN.absolute(), *TWO_TASKS, "--sbatch", "--no-requeue")
+    job = submit(RUN.absolute(), *TWO_TASKS, "--sbatch=--no-requeue")
     job.wait_for_step(30)
     job.signal("USR1")
     job.wait_for_end()

@@ -74,7 +74,7 @@ def slurm(
         qos: Slurm's.
         job_name: By default the name of the run directory.
         signal_seconds: Before the end, when the run saves itself.
-        sbatch: Any other option of sbatch, such as --constraint=a100.
+        sbatch: Any other option of sbatch, as --sbatch=--constraint=a100.
         setup: Lines of shell before the start, such as 'module load cuda'.
         dry_run: Print the script, and submit nothing.
         rest: Options of `kdvit fit`.
