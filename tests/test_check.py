@@ -113,7 +113,9 @@ def test_a_plan_is_compared_with_the_machine(capsys, monkeypatch) -> None:
     main([*CHECK, *more])
     told = capsys.readouterr().out
     assert told.count("the smallest 8 with 126") == 1
-    assert row("this machine", told).startswith("4 training processes and 48 that load images, on 2 cores; about ")
+    assert row("this machine", told).startswith(
+        "training processes: 4, processes that load images: 48, on 2 cores; about "
+    )
     for warning in (
         "a global batch of 8000 is more than the 1,297 images of an epoch",
         "52 processes would share 2 cores: lower --trainer.devices, --data.init_args.num_workers.",

@@ -63,7 +63,7 @@ def test_labelled_images_and_a_remedy_are_a_config_with_comments_that_runs(
     main(["init", "--images", digits, "--teacher", teacher, "--out", "lift.yaml"])
     told = capsys.readouterr().out
     assert "Images: train: 110 images of 10 classes" in told
-    assert "They are typically 8 x 8 pixels.\n" in told
+    assert "They are typically 8 x 8 pixels, and scaled to 8 x 8 for the student.\n" in told
     assert "Next: kdvit check --config lift.yaml\n      kdvit fit --config lift.yaml" in told
     text = Path("lift.yaml").read_text()
     assert len(text.splitlines()) < 60
@@ -105,7 +105,7 @@ def test_classes_decide_what_is_distilled(digits: str, demo_teacher: str, capsys
     assert list(others["model"]["distillers"]) == ["feature"]
     assert others["trainer"]["log_every_n_steps"] == 13
     told = " ".join(Path("others.yaml").read_text().replace("\n#", "").split())
-    assert "They are typically 8 x 8 pixels, and scaled far up to 224 x 224 for the student." in told
+    assert "They are typically 8 x 8 pixels, and scaled to 224 x 224 for the student." in told
 
 
 def test_a_student_wider_than_a_teacher_of_other_classes_learns_its_maps(digits: str, demo_teacher: str) -> None:

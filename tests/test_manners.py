@@ -108,7 +108,7 @@ def misplaced(tmp_path: Path) -> None:
         ),
         (
             ["validate", "--config", "demo/plain.yaml", "--ckpt_path", "runs/lift"],
-            "'runs/lift' is a folder: give --ckpt_path a file, such as 'runs/lift/checkpoints/best.ckpt'.",
+            "There is no file 'runs/lift': train first, or give --ckpt_path one, as RUN/checkpoints/best.ckpt.",
         ),
         (["fit", "--config", "runs/lift"], "'runs/lift' is a folder. Did you mean runs/lift/config.yaml?"),
         (["fit", "--config", "bad.yaml"], "'<block mapping start>' in \"bad.yaml\", line 3, column 2."),
@@ -125,7 +125,7 @@ def misplaced(tmp_path: Path) -> None:
         (["fit", "--help", "modl"], "No option starts with --modl. Did you mean model? Groups: trainer, data"),
         (
             ["predict", "--config", "demo/plain.yaml", "--ckpt_path", "none.ckpt"],
-            "There is no 'none.ckpt': train first",
+            "There is no file 'none.ckpt': train first",
         ),
     ],
 )

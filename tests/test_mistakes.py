@@ -78,7 +78,6 @@ WRONG: dict[str, tuple[Any, str]] = {
         "Option 'mixupp' is not accepted. Did you mean mixup? It takes: batch_size",
     ),
     "precision": ({"trainer/precision": "bf17"}, "trainer.precision: "),
-    "no steps": ({"trainer/max_steps": 0}, "max_epochs and max_steps must be 1 or more, or -1 for no limit"),
     "no epochs": ({"trainer/max_epochs": -1}, "set trainer.max_epochs"),
     "broken YAML": (
         "model: [",
@@ -117,7 +116,7 @@ def test_what_is_not_there_is_named(capsys) -> None:
         (["fit", "--config", "nothing.yaml"], "nothing.yaml"),
         (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "best"], "best.ckpt': train first"),
         (["compare", "nothing"], "nothing' holds no run: expected metrics.csv or student/"),
-        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "no.ckpt"], "There is no 'no.ckpt'"),
+        (["validate", "--config", "demo/plain.yaml", "--ckpt_path", "no.ckpt"], "There is no file 'no.ckpt'"),
         (["fit"], "model.student"),
         (["check", "--config", LIFT, "--model.distillers.lfit.weight", "2"], "one of them has no class_path"),
     ):

@@ -167,7 +167,7 @@ def test_a_job_is_submitted_with_its_script_kept_and_all_that_one_wants_to_know_
             "--sbatch exclusive",
             "--sbatch takes an option of sbatch, such as --sbatch=--constraint=a100, got 'exclusive'.",
         ),
-        ("--ckpt_path other.ckpt", "There is no 'other.ckpt'"),
+        ("--ckpt_path other.ckpt", "There is no file 'other.ckpt'"),
         ("--ckpt_path last.ckpt", "go back to that checkpoint each time it is requeued. Leave it out"),
         ("--model.optimizer.lrr 1", "lrr"),
         ("--trainer.max_epochs null", "The schedule needs the length of the run: set trainer.max_epochs or"),

@@ -160,10 +160,9 @@ class KdvitCLI(LightningCLI):
         if self.command in ("fit", "check"):
             epochs, steps = config.trainer.max_epochs, config.trainer.max_steps
             if (epochs or -1) < 1 and steps < 1:
-                ask = "set trainer.max_epochs or trainer.max_steps"
-                raise UserError(f"The schedule needs the length of the run: {ask}.")
-            if epochs == 0 or steps == 0:
-                raise UserError("trainer.max_epochs and max_steps must be 1 or more, or -1 for no limit; got 0.")
+                raise UserError(
+                    "The schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps."
+                )
         self.start = Start()
         if self.command not in ("check", "cache"):
             self.start = find_start(self.command, config, self._parser(self.command))

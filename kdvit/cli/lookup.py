@@ -19,6 +19,8 @@ from kdvit.errors import UserError, own_errors, shown
 from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, load_student
 from kdvit.models.own import find_object
 
+CONFIGS = (".yaml", ".yml")
+
 
 class Experiment(NamedTuple):
     """Parts of a config of `kdvit fit`.
@@ -124,23 +126,20 @@ def take_best(experiment: Experiment) -> str:
     return note
 
 
-def find_networks(
-    name: str, config: str | None, *, pretrained: bool = False, trained: bool = False
-) -> list[tuple[str, Network]]:
+def find_networks(name: str, *, pretrained: bool = False, trained: bool = False) -> list[tuple[str, Network]]:
     """Returns the networks behind a name by their names in a table.
 
     Args:
-        name: As the user types it.
-        config: The file, if it is a config, whose student and teachers are meant.
+        name: As the user types it; of a config, student and teachers are meant.
         pretrained: Load timm's published weights where it is a timm name; else they are random.
         trained: Whether a config's student is that of its run's best checkpoint, if there is one.
 
     Raises:
         UserError: If there is nothing of that name.
     """
-    if config is None:
+    if not name.endswith(CONFIGS):
         return [(name, find_network(name, pretrained, TimmTeacher))]
-    found = read_experiment(config, pretrained=pretrained)
+    found = read_experiment(name, pretrained=pretrained)
     if trained:
         take_best(found)
     return [(f"{Path(name).stem}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]

@@ -93,17 +93,12 @@ def beside_machine(module: DistillationModule, batch_size: int, workers: int, tr
         ours *= 0.6  # activations of half the size, weights as before
     needed = processes * (rest if on_gpus else ours + rest)
     there, running = memory(), processes * (1 + workers)
-    loading = processes * workers
-    told = f"{processes} training process{'es' * (processes > 1)}"
-    told += f" and {loading} that load{'s' * (loading == 1)} images" if loading else ", without others that load images"
-    told += f", on {cores()} cores; about {as_size(needed)}"
-    told += f" of {as_size(there)}" if there else ""
+    told = f"training processes: {processes}, processes that load images: {processes * workers}, on {cores()} cores"
+    told += f"; about {as_size(needed)}{f' of {as_size(there)}' if there else ''}"
     told += f", and {as_size(ours)} on each GPU" if on_gpus else f", {as_size(needed / processes)} a process"
     warnings = []
     if on_gpus and gpus < processes:
         warnings.append(f"{processes} GPUs are planned, and this machine has {gpus}: set --trainer.devices.")
-    elif not on_gpus and processes > max(gpus, 1) and gpus == 0:
-        warnings.append(f"there is no GPU here: {processes} processes would share {cores()} cores.")
     if running > 2 * cores():
         warnings.append(
             f"{running} processes would share {cores()} cores: lower --trainer.devices, --data.init_args.num_workers."

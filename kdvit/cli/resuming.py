@@ -52,7 +52,7 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
     """
     folder = Path(config.last_checkpoint.dirpath)
     if config.ckpt_path is not None:
-        named = _named(config.ckpt_path, folder, command)
+        named = _named(config.ckpt_path, folder)
         own = command == "fit" and named.resolve().parent == folder.resolve()
         foreign = folder.parent.resolve() not in named.resolve().parents
         if command == "fit" and foreign and any(folder.glob("*.ckpt")):
@@ -188,25 +188,16 @@ def require_same_student(file: str, module: DistillationModule) -> None:
     module.class_names = own or names
 
 
-def _named(name: str, folder: Path, command: str) -> Path:
+def _named(name: str, folder: Path) -> Path:
     own = name in ("best", "last")
     file = folder / f"{name}.ckpt" if own else Path(name)
-    if file.is_dir():
-        raise UserError(f"{str(file)!r} is a folder: give --ckpt_path a file, such as {str(_checkpoint_in(file))!r}.")
     if not file.is_file():
-        raise UserError(f"There is no {str(file)!r}: train first, or give --ckpt_path a file.")
-    if own:  # a file was read when the config was parsed
+        raise UserError(
+            f"There is no file {str(file)!r}: train first, or give --ckpt_path one, as RUN/checkpoints/best.ckpt."
+        )
+    if own:  # another was read when the config was parsed
         require_plain(file)
-    if command == "fit":
-        try:
-            progress(file)
-        except ValueError as error:
-            raise UserError(f"{error} Training goes on from a checkpoint of `kdvit fit`.") from error
     return file
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    return next(iter(sorted(folder.rglob("best.ckpt"))), folder / "checkpoints" / "best.ckpt")
 
 
 def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> Start:
@@ -222,7 +213,8 @@ def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> S
     """
     root, trainer = config.trainer.default_root_dir, config.trainer
     changed = changes(Path(root), config, parser) if parser else ()
-    step, epochs, amid, validates = progress(file)
+    with shown((ValueError,)):
+        step, epochs, amid, validates = progress(file)
     elsewhere = "choose another --trainer.default_root_dir"
     if trainer.fast_dev_run and parser:
         raise UserError(f"{root!r} holds a run, which fast_dev_run would overwrite: {elsewhere}, or take kdvit check.")
@@ -230,8 +222,7 @@ def _go_on(file: Path, config: Any, parser: LightningArgumentParser | None) -> S
         limit = f"max_epochs {trainer.max_epochs}" if fewer else f"max_steps {trainer.max_steps}"
         raise UserError(
             f"{str(root if parser else file)!r} holds a run of {epochs} epochs and {step} steps, and {limit} asks for "
-            f"fewer. Raise it, or {elsewhere}. (A shorter training starts anew; this one's checkpoints are in "
-            f"{str(file.parent)!r}.)"
+            f"fewer. Raise it, or {elsewhere}."
         )
     if amid and any(change.startswith("trainer.accumulate_grad_batches") for change in changed):
         raise UserError(

@@ -147,7 +147,7 @@ def _images(folder: str, labels: bool | None) -> ImageFolder:
 
 
 def _sizes(data: ImageFolder, size: tuple[int, int]) -> str:
-    """Says how large the images typically are, and where the student's are much smaller or larger."""
+    """Says how large the images typically are."""
     samples = data.samples["train"]
     numbers = np.unique(np.linspace(0, len(samples) - 1, MEASURED).astype(int)).tolist()
     found = []
@@ -157,9 +157,7 @@ def _sizes(data: ImageFolder, size: tuple[int, int]) -> str:
     if not found:
         return ""
     height, width = np.median(found, axis=0).astype(int).tolist()
-    scale = min(size) / min(height, width)
-    far = f", {'up' if scale > 1 else 'down'} to {size[0]} x {size[1]} for the student" if not 0.25 < scale < 4 else ""
-    return f"They are typically {height} x {width} pixels{', and scaled far' if far else ''}{far.removeprefix(',')}."
+    return f"They are typically {height} x {width} pixels, and scaled to {size[0]} x {size[1]} for the student."
 
 
 def _teacher(name: str, file: Path) -> str:

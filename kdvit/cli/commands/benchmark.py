@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from kdvit.cli.config_files import find_config
 from kdvit.cli.messages import unforeseen
 from kdvit.errors import shown
 from kdvit.tables import text_table
 
-CONFIGS = (".yaml", ".yml")
 TYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROUNDS, BATCH_ROUNDS = 50, 10
 """How often each network is timed on an image, and on a batch."""
@@ -46,7 +44,6 @@ def benchmark(
     Examples:
         kdvit benchmark deit_tiny_patch16_224 lift.yaml
     """
-    files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}
     if out:
         with shown((OSError,), prefix=f"--out {out!r}: "):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +57,7 @@ def benchmark(
         torch.set_num_threads(threads)
     with shown((RuntimeError, AssertionError), prefix=f"--device {device!r}: "):
         torch.empty(0, device=device)
-    named = [pair for each in networks for pair in _and_folded(find_networks(each, files.get(each)))]
+    named = [pair for each in networks for pair in _and_folded(find_networks(each))]
     found = [network.eval() for _, network in named]
     with unforeseen("A network cannot be run."):
         costs = [{"parameters": parameter_count(each), "gflops": forward_flops(each) / 1e9} for each in found]

@@ -8,8 +8,6 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdvit.cli.commands.analyze import Processes
-from kdvit.cli.commands.benchmark import CONFIGS
-from kdvit.cli.config_files import find_config
 from kdvit.errors import shown
 from kdvit.tables import text_table
 
@@ -50,7 +48,6 @@ def probe(
     Examples:
         kdvit probe runs/demo/lift/student --data Digits
     """
-    files = {name: find_config(name) for name in networks if name.endswith(CONFIGS)}
     if out:
         with shown((OSError,), prefix=f"--out {out!r}: "):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +65,7 @@ def probe(
     runner = process_trainer(trainer)
     results = []
     for name in networks:
-        for label, network in find_networks(name, files.get(name), pretrained=pretrained, trained=True):
+        for label, network in find_networks(name, pretrained=pretrained, trained=True):
             with shown((ValueError, TypeError, OSError, ImportError), prefix=f"{label}: "):
                 images = labelled_images(data, network.image_format, batch_size=batch_size, num_workers=num_workers)
                 results.append({"name": label, **probed(network, images, options, runner)._asdict()})
