@@ -46,12 +46,10 @@ class PredictionWriter(pl.Callback):
         with shown((OSError,), prefix="trainer.default_root_dir: "):
             Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[int, list[str]]] = []
-        self._teachers = list(pl_module.teachers.values()) if self.teacher else []
+        teachers = pl_module.teachers.values() if self.teacher else ()
+        self._teachers = [each for each in teachers if each.output_shapes().classes is not None]
         if self.teacher and not self._teachers:
-            raise UserError("callbacks.predictions: teacher is true, and model.teacher is null.")
-        for each in self._teachers:
-            if each.output_shapes().classes is None:
-                raise UserError(f"callbacks.predictions: the {each.label} has no head, and so predicts nothing.")
+            raise UserError("callbacks.predictions: teacher is true, and there is no teacher, or none with a head.")
         self._names = [each.class_names(pl_module.class_names) for each in self._teachers]
 
     def on_predict_batch_end(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,33 +19,15 @@ from kdvit.models.checkpoint import require_loadable, student_spec
 from kdvit.runtime.signals import Stopped
 
 
-class Best(NamedTuple):
-    """The best checkpoint of a run.
-
-    Attributes:
-        monitor: By which score.
-        score: That score.
-        file: Where it is.
-        content: What it holds.
-    """
-
-    monitor: str
-    score: float
-    file: Path
-    content: dict[str, Any]
-
-    def __str__(self) -> str:
-        score = in_figures(self.monitor, self.score)
-        return f"Best {self.monitor} {score}, of epoch {self.content['epoch']}, in {self.file}."
-
-
-def _best(trainer: pl.Trainer) -> Best | None:
-    """Reads the best checkpoint; None where no validation has been held, or nothing is monitored."""
+def _best(trainer: pl.Trainer) -> tuple[str, dict[str, Any]] | None:
+    """Names the best checkpoint of a run, and returns what it holds; None where no validation has been held."""
     for each in trainer.checkpoint_callbacks:
-        path, score = Path(getattr(each, "best_model_path", "")), getattr(each, "best_model_score", None)
-        if getattr(each, "monitor", None) and score is not None and path.is_file():
+        monitor, score = getattr(each, "monitor", None), getattr(each, "best_model_score", None)
+        path = Path(getattr(each, "best_model_path", ""))
+        if monitor and score is not None and path.is_file():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return Best(each.monitor, float(score), Path(os.path.relpath(path)), content)  # type: ignore[attr-defined]
+            where = f"of epoch {content['epoch']}, in {os.path.relpath(path)}"
+            return f"Best {monitor} {in_figures(monitor, float(score))}, {where}. ", content
     return None
 
 
@@ -110,15 +92,14 @@ class StudentExport(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder, spec, which = Path(trainer.default_root_dir) / "student", pl_module.spec(), "last"
-        found = _best(trainer)
-        if found is not None and self.weights == "best":
-            state, spec, which = found.content["state_dict"], found.content["kdvit"], "best"
+        score, best = _best(trainer) or ("", None)
+        if best is not None and self.weights == "best":
+            state, spec, which = best["state_dict"], best["kdvit"], "best"
         weights = {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")}
         spec = {**spec, "run": {**spec["run"], "seconds": self._seconds()}}
         export_student(pl_module.student, spec, folder, weights)
         kind = spec["class"].rpartition(".")[0]
         own = f", imports=[{kind!r}]" if kind else ""
-        score = f"{found} " if found is not None else ""
         probed = [in_words(name, spec["run"][name]) for name in PROBED if name in spec["run"]]
         which += f" ({', '.join(probed)} at the last probe)" if probed else ""
         rank_zero_info(f"{score}{folder} holds the {which}: kdvit.load_student({str(folder)!r}{own}) loads it.")

@@ -25,12 +25,11 @@ from kdvit.cli.commands.analyze import Processes
 from kdvit.cli.config_files import find_config
 from kdvit.cli.images import ChosenImages, Images, choose, find_images, images_of_config
 from kdvit.cli.lookup import find_network, read_experiment, take_best
-from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
 from kdvit.models import Network, TimmTeacher
 from kdvit.models.own import class_path
 from kdvit.runtime.processes import planned_processes, require_all_processes, require_all_tasks, require_whole_networks
-from kdvit.structures import Layer, subclasses
+from kdvit.structures import Layer
 
 TEACHER, STUDENT = "teacher", "student"
 FEATURES = (".npy", ".npz")
@@ -98,10 +97,6 @@ class Analysis:
         The student is that of the run's best checkpoint where there is one, else untrained; the teacher is judged at
         the layer that the config distils (of a LiftViT, too, the last block where it names none).
         """
-        if self.data in subclasses(ImageDataModule):
-            raise UserError(
-                f"With --config, --data is the root of the config's own data, got {self.data!r}. Name a folder."
-            )
         if self.img_size is not None:
             raise UserError("With --config, sizes are the config's own: leave out --img_size, or set img_size in it.")
         root = ["--data.init_args.root", self.data] if self.data else []

@@ -7,6 +7,8 @@ from pathlib import Path
 from kdvit.errors import UserError, nearest
 
 FLAGS = ("--config", "-c")
+ENDINGS = (".yaml", ".yml")
+"""Of what is a config among names of networks."""
 
 
 def packaged_configs() -> Path:
@@ -53,6 +55,13 @@ def find_config(name: str) -> str:
         return str(packaged)
     brought = [str(file.relative_to(home)) for file in home.rglob("*.yaml")]
     raise UserError(f"There is no config {name!r}.{nearest(name, brought)}")
+
+
+def require_configs(names: list[str]) -> None:
+    """Raises UserError if a config among names of networks is not there: before the imports, which take seconds."""
+    for name in names:
+        if name.endswith(ENDINGS):
+            find_config(name)
 
 
 def require_yaml(file: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kdvit.cli.fit import format_of
-from kdvit.cli.lookup import Experiment, build
+from kdvit.cli.lookup import Experiment
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
 from kdvit.data.listed import FolderImages
@@ -93,13 +93,10 @@ def find_images(name: str | None, image_format: ImageFormat) -> Images:
     Raises:
         UserError: If there are none.
     """
-    if name is not None and name in subclasses(ImageDataModule):
-        formatted = {
-            "img_size": list(image_format.size),
-            "mean": list(image_format.mean),
-            "std": list(image_format.std),
-        }
-        module = build("data", ImageDataModule, {"class_path": name, "init_args": formatted})
+    modules = subclasses(ImageDataModule)
+    if name is not None and name in modules:
+        with shown((ValueError, TypeError, ImportError), prefix=f"--data {name}: "):
+            module = modules[name](img_size=image_format.size, mean=image_format.mean, std=image_format.std)
         return _of_module(module, name, {"class_path": name, "init_args": {}})
     if name is None or not Path(name).is_dir():
         raise UserError(f"--data: expected a folder of images, Digits or FashionMNIST; got {name!r}. {LAYOUT}")

@@ -13,13 +13,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 from timm import is_model
 
-from kdvit.cli.config_files import find_configs
+from kdvit.cli.config_files import ENDINGS, find_configs
 from kdvit.cli.parsed import ReadFit
 from kdvit.errors import UserError, own_errors, shown
 from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, load_student
 from kdvit.models.own import find_object
-
-CONFIGS = (".yaml", ".yml")
 
 
 class Experiment(NamedTuple):
@@ -137,7 +135,7 @@ def find_networks(name: str, *, pretrained: bool = False, trained: bool = False)
     Raises:
         UserError: If there is nothing of that name.
     """
-    if not name.endswith(CONFIGS):
+    if not name.endswith(ENDINGS):
         return [(name, find_network(name, pretrained, TimmTeacher))]
     found = read_experiment(name, pretrained=pretrained)
     if trained:

@@ -69,13 +69,9 @@ class Objectives(nn.ModuleDict):
         self.requests = {name: TeacherRequest() for name in teachers}
         self.conversions = [each for teacher in teachers.values() for each in teacher.conversions()]
         self._slices: dict[str, tuple[slice, slice]] = {}
-        try:
-            if "task" in distillers:
-                raise KeyError("that is the name of the cross-entropy")
-            self.update(distillers)
-        except KeyError as error:
-            message = f"distillers: {list(distillers)} has a name that cannot be used: {error.args[0]}."
-            raise ValueError(message) from error
+        if "task" in distillers:
+            raise ValueError("distillers: 'task' is the name of the cross-entropy. Give another.")
+        self.update(distillers)
         self.teacher_of = {name: _teacher_of(name, each, teachers) for name, each in self.items()}
         for name, teacher in teachers.items():
             if name not in self.teacher_of.values():

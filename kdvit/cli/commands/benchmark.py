@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
+from kdvit.cli.config_files import require_configs
 from kdvit.cli.messages import unforeseen
 from kdvit.errors import shown
 from kdvit.tables import text_table
@@ -44,6 +45,7 @@ def benchmark(
     Examples:
         kdvit benchmark deit_tiny_patch16_224 lift.yaml
     """
+    require_configs(networks)
     if out:
         with shown((OSError,), prefix=f"--out {out!r}: "):
             Path(out).parent.mkdir(parents=True, exist_ok=True)

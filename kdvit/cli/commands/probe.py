@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdvit.cli.commands.analyze import Processes
+from kdvit.cli.config_files import require_configs
 from kdvit.errors import shown
 from kdvit.tables import text_table
 
@@ -48,6 +49,7 @@ def probe(
     Examples:
         kdvit probe runs/demo/lift/student --data Digits
     """
+    require_configs(networks)
     if out:
         with shown((OSError,), prefix=f"--out {out!r}: "):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
