@@ -125,8 +125,6 @@ SHORTER = (
     (r"Not of type \w+: (\S+) does not conform to restriction v>=0$", r"must be 0 or more, got \1."),
     (r"Not of type \w+: (?:\S+ )?does not conform to restriction v", "expected a number "),
     (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
-    (r" Expected a <class 'collections\.abc\.Iterable'> expected bool$", ""),
-    (r"(?<=: )Does not validate against any of the Union subtypes ", ""),
     (r"expected (\w+) expected (\w+)(?= \(|$)", r"expected \1 or \2"),
     (r"Expected a path but .* either not accessible or invalid ", ""),
     (

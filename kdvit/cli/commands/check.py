@@ -59,14 +59,14 @@ def describe(
     loader = datamodule.train_dataloader()
     image, rate = _load(loader) if measure else (None, 0.0)
     plan, warnings = describe_plan(module, loader, trainer, saved)
+    images = datamodule.summary() if isinstance(datamodule, ImageDataModule) else ""
     told, of_machine = beside_machine(module, loader.batch_size, workers, trainer)
     rows = [
         ("student", _network(module.student)),
-        *(_teachers(module) or [("teacher", "none: a supervised run")]),
+        *_teachers(module),
         ("classes", str(module.num_classes or "none: the student has no head")),
         ("images", _images(module.image_format)),
-        *_data(datamodule),
-        *_teacher_input(module),
+        *([("data", images)] if images else []),
         ("task", _task(module)),
         *_distillers(module),
         *([] if image is None else _energies(module, image)),
@@ -99,20 +99,12 @@ def _images(images: ImageFormat) -> str:
 
 
 def _teachers(module: DistillationModule) -> Rows:
-    return [(each.label, _network(each.network)) for each in module.teachers.values()]
-
-
-def _data(datamodule: pl.LightningDataModule) -> Rows:
-    told = datamodule.summary() if isinstance(datamodule, ImageDataModule) else ""
-    return [("data", told)] if told else []
-
-
-def _teacher_input(module: DistillationModule) -> Rows:
     rows = []
     for each in module.teachers.values():
         own = f"{_images(each.network.image_format)} (converted from the images)"
-        rows.append((f"{each.label}'s input", own if each.converts_size or each.converts_values else "the same images"))
-    return rows
+        fed = own if each.converts_size or each.converts_values else "the same images"
+        rows += [(each.label, _network(each.network)), (f"{each.label}'s input", fed)]
+    return rows or [("teacher", "none: a supervised run")]
 
 
 def _distillers(module: DistillationModule) -> Rows:
