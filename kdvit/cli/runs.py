@@ -63,11 +63,7 @@ def read_run(folder: Path, name: str) -> Run:
     }
     curve = curves["val/acc1"]
     if not any(curves.values()):
-        notes.append(
-            "no curve, as its metrics.csv has no val/acc1 and no val/loss."
-            if rows
-            else "no curve, as it has no metrics.csv."
-        )
+        notes.append("no curve, as no metrics.csv of it has val/acc1 or val/loss.")
     parameters = latency = folded = None
     told: dict[str, Any] = {}
     try:

@@ -51,8 +51,8 @@ class Objectives(nn.ModuleDict):
         conversions: What is converted on the way, in words: the teacher's input, and maps of unequal grids.
 
     Raises:
-        ValueError: If a name cannot be used, a distiller does not go with the pair, a distiller has no teacher, or a
-            teacher no distiller.
+        ValueError: If a distiller is named task, does not go with the pair or has no teacher, or a teacher has no
+            distiller.
     """
 
     def __init__(
