@@ -267,7 +267,7 @@ def test_a_teacher_is_judged_at_the_layer_that_the_config_distils(named: dict[st
         (["--model", "empty.npy"], "It is no array file that can be read without running code"),
         (["--model", "empty.npz"], "It holds no array"),
         (["--model", "x.npy", "--out", "list.yaml"], "--out 'list.yaml': [Errno 17] File exists"),
-        (["--config", "demo/plain.yaml", "--data", "Digits"], "With --config, --data is the root"),
+        (["--config", "demo/plain.yaml", "--data", "Digits"], "Option 'root' is not accepted. It takes: batch_size"),
         (["--config", "nothing.yaml"], "There is no config 'nothing.yaml'"),
         (["--config", "list.yaml"], "Unexpected config"),
         (["--config", "demo/lift.yaml"], "There is no exported network in"),
