@@ -99,4 +99,5 @@ def is_chance(acc1: float, classes: int, images: int) -> bool:
         (False, True)
     """
     share = 1 / classes
-    return acc1 <= share + 2 * (share * (1 - share) / images) ** 0.5
+    error: float = (share * (1 - share) / images) ** 0.5
+    return acc1 <= share + 2 * error

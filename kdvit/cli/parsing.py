@@ -58,8 +58,9 @@ def parser_of(function: Callable[..., Any], name: str) -> ArgumentParser:
         if key in PASSED:
             continue
         if item is None and kinds[key] is not bool:
-            others = {*parameters} - {key}
-            parser.add_function_arguments(function, as_group=False, as_positional=True, skip=others)
+            parser.add_function_arguments(
+                function, as_group=False, as_positional=True, skip={other for other in parameters if other != key}
+            )
             continue
         words = {"type": bool, "nargs": "?", "const": True} if item is None else {"type": item, "nargs": "+"}
         if item is str:
