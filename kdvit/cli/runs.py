@@ -6,7 +6,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdvit.callbacks.epoch_lines import PROBED
 from kdvit.cli.seeds import Settings, read_settings
 from kdvit.models import LiftViT, load_student
 from kdvit.models.checkpoint import WEIGHTS
@@ -14,6 +13,7 @@ from kdvit.models.cost import parameter_count, round_times_ms
 from kdvit.tables import read_table
 
 Curve = list[tuple[int, float]]
+PROBES = ("val/knn_acc1", "val/linear_acc1")
 
 
 class Run(NamedTuple):
@@ -83,7 +83,7 @@ def read_run(folder: Path, name: str) -> Run:
     last = curve[-1][1] if curve else told.get("val/acc1")
     settings = read_settings(folder / "config.yaml")
     scores = best, None if best is None else 1 + epoch, last
-    probes = [next((row[each] for row in reversed(rows) if each in row), told.get(each)) for each in PROBED]
+    probes = [next((row[each] for row in reversed(rows) if each in row), told.get(each)) for each in PROBES]
     return Run(
         *(name, folder, parameters, latency, folded, *scores, told.get("seconds"), curves, settings, notes), *probes
     )
