@@ -276,3 +276,8 @@ def test_a_network_that_cannot_compute_activations_again_is_refused() -> None:
         ValueError, match=r"grad_checkpointing: timm cannot compute the activations of crossvit_tiny_240"
     ):
         TimmStudent("crossvit_tiny_240", grad_checkpointing=True)
+
+
+def test_compiling_a_teacher_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile is 'both', and teacher is null\. Give a teacher, or compile"):
+        DistillationModule(student(), image_format=FORMAT, compile="both")

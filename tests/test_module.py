@@ -291,6 +291,7 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
         ({"distillers": {}}, "nothing is distilled from it"),
         ({"distillers": {"task": LogitDistiller()}}, "distillers: 'task' is the name of the cross-entropy"),
         ({"task_weight": -0.1}, "task_weight must be 0 or more, got -0.1"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"class_names": list("abc")}, "student has 5 classes and the data 3. Set num_classes of the student to 3"),
         ({"teacher": teacher(num_classes=7)}, "distillers.logit: .*student has 5 classes and the teacher 7"),
         ({"distillers": {"wide": WideLastDistiller()}}, "distillers.wide: .*no layer 'wide_last'"),

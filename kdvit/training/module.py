@@ -69,6 +69,10 @@ class DistillationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         require_weight(task_weight, "task_weight")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
+        if compile in ("teacher", "both") and not (teacher or teachers):
+            raise ValueError(f"compile is {compile!r}, and teacher is null. Give a teacher, or compile the student.")
         self.student = freeze_parameters(as_network(student), freeze or ())
         self.image_format, names = image_format or self.student.image_format, class_names or None
         self.num_classes = fit_to_data(self.student, self.image_format, names)

@@ -266,7 +266,7 @@ def test_a_teacher_is_judged_at_the_layer_that_the_config_distils(named: dict[st
         (["--model", "pickled.npy"], "It is no array file that can be read without running code"),
         (["--model", "empty.npy"], "It is no array file that can be read without running code"),
         (["--model", "empty.npz"], "It holds no array"),
-        (["--model", "x.npy", "--out", "list.yaml"], "--out 'list.yaml': [Errno 17] File exists"),
+        (["--model", "x.npy", "--out", "list.yaml"], "--out 'list.yaml': cannot write there: [Errno 17] File"),
         (["--config", "demo/plain.yaml", "--data", "Digits"], "Option 'root' is not accepted. It takes: batch_size"),
         (["--config", "nothing.yaml"], "There is no config 'nothing.yaml'"),
         (["--config", "list.yaml"], "Unexpected config"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -89,8 +90,9 @@ def analyze(
     if sum(ways) != 1 or bool(teacher) != bool(student):
         raise UserError("Say what to analyse by one of: --model NAMES; --teacher NAME --student NAME; --config FILE.")
     config = config and find_config(config)
-    with shown((OSError,), prefix=f"--out {out!r}: "):
+    with shown((OSError,), prefix=f"--out {out!r}: cannot write there: "):
         Path(out).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
     from kdvit.analysis import Options
     from kdvit.cli.analyses import Analysis, write
 
