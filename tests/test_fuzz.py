@@ -17,7 +17,7 @@ from tests.data.test_data_modules import fashion_root, image_folder
 
 CONFIGS = packaged_configs()
 NAMES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
-QUICK, ALL = 1, -(-500 // len(NAMES))
+QUICK = ["demo/lift.yaml", "fashion_mnist/feature.yaml", "replication/wide_last.yaml", "lift.yaml"]
 SECONDS = 20
 VALUES: list[Any] = [
     *[-1, 0, 1, 2, 3, 7, -0.5, 0.5, 100, True, False, None],
@@ -116,12 +116,17 @@ def run(content: bytes, capsys: pytest.CaptureFixture[str]) -> str:
         capsys.readouterr()
 
 
-def check_mutations(name: str, numbers: range, top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "mutations"),
+    [(name, 1) for name in QUICK] + [pytest.param(name, 7, marks=pytest.mark.slow) for name in NAMES],
+)
+def test_a_damaged_config_ends_in_one_clear_line(name: str, mutations: int, tmp_path: Path, capsys) -> None:
     config = small(name)
     assert run(yaml.safe_dump(config).encode(), capsys) == ""
-    before = set(top.rglob("*"))
+    before = set(tmp_path.rglob("*"))
     failures = {}
-    for number in numbers:
+    for number in range(mutations):
         draw = random.Random(f"{name} {number}")
         content = mutated_text(config, draw) if number % 5 == 4 else mutated_tree(config, draw).encode()
         try:
@@ -131,19 +136,6 @@ def check_mutations(name: str, numbers: range, top: Path, capsys: pytest.Capture
             continue
         if message and not (message.startswith("kdvit: error: ") and 20 < len(message) < 800):
             failures[number] = message
-    created = set(top.rglob("*")) - before
-    assert [file for file in created if not file.is_relative_to(top / "run")] == []
+    created = set(tmp_path.rglob("*")) - before
+    assert [file for file in created if not file.is_relative_to(tmp_path / "run")] == []
     assert failures == {}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_damaged_config_ends_in_one_clear_line(name: str, tmp_path, capsys) -> None:
-    check_mutations(name, range(QUICK), tmp_path, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-def test_damaged_configs_end_in_one_clear_line(name: str, tmp_path, capsys) -> None:
-    check_mutations(name, range(QUICK, ALL), tmp_path, capsys)

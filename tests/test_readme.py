@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torchvision
 import yaml
 from PIL import Image
@@ -71,10 +72,12 @@ def test_every_published_config_is_in_its_table() -> None:
     assert [file.name for file in sorted(packaged_configs().glob("*.yaml"))] == PUBLISHED
 
 
-def test_its_start_is_what_the_commands_take(capsys) -> None:
+def test_its_start_is_what_the_commands_take(demo_teacher: str, capsys) -> None:
     image_folder(Path("images"))
     start = re.search(r"^kdvit init .*?(?=  )", README, re.MULTILINE)[0]
-    main([*shlex.split(start.replace("DIR", "images"))[1:], "--student", "vit_tiny_patch16_224"])
+    *command, teacher = shlex.split(start.replace("DIR", "images"))[1:]
+    assert timm.is_model(teacher)
+    main([*command, demo_teacher.removeprefix("local-dir:")])
     assert "Next: kdvit check --config kdvit.yaml" in capsys.readouterr().out
 
 
