@@ -5,7 +5,9 @@ Recipe: arXiv:2511.15572 and the authors' code. Only the data set and the teache
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from PIL import Image
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.data.sampling import ViewSampler
+from kdvit.models.timm_model import create_timm_model
 from kdvit.training.optim import optimizer_and_schedule
 from kdvit.training.schedule import RunLength
 
@@ -54,6 +57,11 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@functools.cache
+def _teacher(given: str) -> Any:
+    return create_timm_model(**json.loads(given))
+
+
 def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> SimpleNamespace:
     built = SimpleNamespace()
 
@@ -62,6 +70,8 @@ def _build(name: str, imagenet: Path, monkeypatch: pytest.MonkeyPatch, *more: st
 
     monkeypatch.setattr("kdvit.cli.trainer.Trainer.check", keep)
     monkeypatch.setattr("kdvit.cli.fit.describe", lambda *_: "")
+    made_once = "kdvit.models.teacher.create_timm_model"  # of 47 million parameters
+    monkeypatch.setattr(made_once, lambda **given: _teacher(json.dumps(given)))
     given = ["--data.init_args.root", str(imagenet), "--data.init_args.num_workers", "0"]
     built.yaml = yaml.safe_load((packaged_configs() / f"{name}.yaml").read_text())
     if "teacher" in built.yaml["model"]:
