@@ -35,14 +35,15 @@ def run_onnx(file: str, image: np.ndarray) -> tuple[np.ndarray, dict]:
     return logits, {name: json.loads(value) for name, value in told.items() if "." not in name}
 
 
-@pytest.fixture
-def checkpoint() -> str:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Trains a Lift student for an epoch, with EMA."""
+    home = tmp_path_factory.mktemp("trained")
     module = DistillationModule(student("lift"), image_format=FORMAT, class_names=list("abcde"))
-    run = trainer(".", callbacks=[StudentEMA(0.5)])
+    run = trainer(home, callbacks=[StudentEMA(0.5)])
     run.fit(module, datamodule=TinyData())
-    run.save_checkpoint("end.ckpt")
-    return "end.ckpt"
+    run.save_checkpoint(home / "end.ckpt")
+    return str(home / "end.ckpt")
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
@@ -68,9 +69,9 @@ def test_a_checkpoint_is_exported_with_all_that_is_known_of_it(weights: str, che
 
 
 def test_onnx_runs_elsewhere_with_any_batch_and_says_what_its_images_and_classes_are(checkpoint: str, capsys) -> None:
-    main(["export", "--ckpt", checkpoint, "--out", "out", "--format", "onnx"])
+    main(["export", "--ckpt", checkpoint, "--out", "out", "--format", "onnx", "--images", "Digits"])
     shown = capsys.readouterr().out
-    found = re.search(r"by at most (\S+) of (\S+), and 100.0% of 4 images get the same class\.", shown)
+    found = re.search(r"by at most (\S+) of (\S+), and 100.0% of 260 images get the same class\.", shown)
     assert float(found[1]) <= 1e-4 * float(found[2])
     network = load_student("out")
     for batch in (1, 5):
@@ -103,21 +104,15 @@ def test_onnx_of_any_size_in_float16_and_int8(capsys) -> None:
     assert sizes[2] < 0.45 * sizes[0]
 
 
-def test_onnx_is_compared_on_real_images(capsys) -> None:
-    network = TimmStudent("deit_tiny_patch16_224", 10, img_size=16, model_args={"depth": 1})
-    export_student(network, student_spec(network, network.image_format), "student")
-    main(["export", "--ckpt", "student", "--out", "out", "--format", "onnx", "--images", "Digits"])
-    assert "and 100.0% of 260 images get the same class." in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arch", "args"),
     [
         ("beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),
-        ("vit_relpos_small_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),
+        pytest.param(
+            "vit_relpos_small_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, marks=pytest.mark.slow
+        ),
         pytest.param("hiera_tiny_224", {"embed_dim": 32, "stages": (1, 1, 1, 1)}, marks=pytest.mark.slow),
         pytest.param("twins_svt_small", {}, marks=pytest.mark.slow),
-        pytest.param("maxvit_tiny_rw_224", {}, marks=pytest.mark.slow),
         pytest.param("mobileone_s0", {}, marks=pytest.mark.slow),  # logits of 1e14, which float32 rounds by 1e8
     ],
 )

@@ -78,12 +78,12 @@ class Usage(pl.Callback):
         self.rows.append((bytes_in_use(), len(os.listdir("/proc/self/fd")), threading.active_count(), len(children)))
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["no workers", "two workers"])
-def usage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, int, int]]:
-    """Trains for 2,000 steps in 20 epochs, with all that a run writes."""
+@pytest.fixture(scope="module")
+def usage(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, int, int]]:
+    """Trains for 2,000 steps in 20 epochs with two workers, with all that a run writes."""
     root = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    data = Digits(batch_size=13, num_workers=request.param, seed=0)
+    data = Digits(batch_size=13, num_workers=2, seed=0)
     module = DistillationModule(
         LiftViT(**NETWORK, width=16, model_args=SIZES),
         teacher=TimmStudent(**NETWORK, model_args={**SIZES, "embed_dim": 16}),
@@ -165,16 +165,16 @@ def test_a_list_of_images_is_a_sequence_of_paths_and_classes() -> None:
 
 def test_checkpoints_take_the_room_that_they_are_given_also_after_a_restart(demo_teacher: str) -> None:
     kept = ["--checkpoint.save_top_k", "3", "--checkpoint.filename", "{epoch}"]
-    short = [*QUIET, "--trainer.limit_train_batches", "2", *kept]
-    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "5")
+    short = [*QUIET, "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", *kept]
+    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "4")
     assert len(list(Path("run/checkpoints").iterdir())) == 4
     root = ["--trainer.default_root_dir", str(Path("run").absolute())]
-    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "9", *root)
+    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "6", *root)
     files = sorted(file.name for file in Path("run/checkpoints").iterdir())
     assert len(files) == 4
     assert "last.ckpt" in files
     none = ["--checkpoint.save_top_k", "0", "--trainer.default_root_dir", "none"]
-    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "3", *none)
+    fit("plain", demo_teacher, *short, "--trainer.max_epochs", "2", *none)
     assert [file.name for file in Path("none/checkpoints").iterdir()] == ["last.ckpt"]
 
 
@@ -185,10 +185,10 @@ def test_rows_are_on_disk_when_they_are_logged_and_only_added(demo_teacher: str,
         seen.append(Path("run/metrics.csv").read_text() if trainer.global_step > 1 else "")
 
     monkeypatch.setattr(Throughput, "on_train_batch_end", look)
-    fit("plain", demo_teacher, *QUIET, "--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "1")
+    fit("plain", demo_teacher, *QUIET, "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
     for step, text in enumerate(seen[1:], start=1):
         rows = [row["step"] for row in csv.DictReader(text.splitlines()) if row.get("train/loss")]
         assert rows == [str(i) for i in range(step)]
     complete = [text for text in seen if "val/acc1" in text]
-    assert len(complete) > 40
+    assert len(complete) > 10
     assert all(after.startswith(before) for before, after in pairwise(complete))
