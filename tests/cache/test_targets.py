@@ -21,7 +21,7 @@ from kdvit.distillers import FeatureDistiller, feature
 from kdvit.models import FrozenTeacher, TimmStudent, TimmTeacher
 from kdvit.training.objectives import Objectives
 from tests.cache.test_cache import cache, cached, contents, refusal, weights
-from tests.runs import QUIET, fit
+from tests.runs import QUIET, SHORT, fit
 from tests.several import together
 
 FEATURE = "--model.distillers.feature"
@@ -43,13 +43,13 @@ def stored(out: str = "cache") -> list[str]:
     return list(np.load(f"{out}/000000.npy", mmap_mode="r").dtype.names)[1:]
 
 
-@pytest.mark.parametrize("projector", ["phi_s", pytest.param("pca", marks=pytest.mark.slow), "pool"])
+@pytest.mark.parametrize("projector", ["phi_s", pytest.param("pool", marks=pytest.mark.slow)])
 def test_a_run_from_stored_targets_ends_where_the_online_run_on_rounded_targets_ends(
     projector: str, demo_teacher: str, monkeypatch, caplog
 ) -> None:
     cache(demo_teacher, "--views", "2", *by(projector), method="feature")
     caplog.clear()
-    fit("feature", demo_teacher, *EPOCHS, *by(projector), *cached(), "--trainer.default_root_dir", "cached")
+    fit("feature", demo_teacher, *SHORT, *by(projector), *cached(), "--trainer.default_root_dir", "cached")
     assert "measured" not in caplog.text
     target, same_width = FeatureDistiller.target, feature.same_width
     monkeypatch.setattr(FeatureDistiller, "target", lambda *args: target(*args).half().float())
@@ -59,7 +59,7 @@ def test_a_run_from_stored_targets_ends_where_the_online_run_on_rounded_targets_
         return ours, theirs.half().float()
 
     monkeypatch.setattr(feature, "same_width", rounded)
-    fit("feature", demo_teacher, *EPOCHS, *by(projector), "--trainer.default_root_dir", "online")
+    fit("feature", demo_teacher, *SHORT, *by(projector), "--trainer.default_root_dir", "online")
     online = weights("online")
     for name, value in weights("cached").items():
         assert torch.equal(value, online[name]), (name, (value - online[name]).abs().max())
@@ -85,7 +85,8 @@ def test_a_run_from_targets_stopped_in_mid_epoch_ends_where_an_uninterrupted_one
     assert "trained on other axes of the teacher than those by which the cache was made. Go on with the cache" in (
         refusal(capsys, "feature", demo_teacher, *more, *cached("other"))
     )
-    fit("feature", demo_teacher, *more)
+    shutil.move("cache", "elsewhere")
+    fit("feature", demo_teacher, *more, *cached("elsewhere"))
     one, other = weights("whole"), weights("run")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
