@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from kdvit.analysis import Options, Report, analyze, as_tokens, measure, p99
 from kdvit.analysis.geometry import LayerGeometry
+from kdvit.analysis.plots import figures
 from kdvit.analysis.run import analysis_trainer, chosen_layers
 from kdvit.analysis.save import save
 from kdvit.models import TimmNetwork
@@ -176,9 +177,9 @@ def report() -> Report:
 
 def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: Report, tmp_path: Path) -> None:
     files = {file.name for file in save(report, tmp_path / "out")}
-    figures = {f"{name}.{kind}" for name in ("ranks", "energy", "sep", "depth") for kind in ("png", "pdf")}
+    drawn = {f"{name}.{kind}" for name in ("ranks", "energy", "sep", "depth") for kind in ("png", "pdf")}
     tables = {f"tables.{kind}" for kind in ("csv", "md", "tex")}
-    assert files == {"report.html", "report.json", "curves.npz"} | tables | figures
+    assert files == {"report.html", "report.json", "curves.npz"} | tables | drawn
     assert files == {file.name for file in (tmp_path / "out").iterdir()}
     numbers = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     layers = numbers["networks"][1]["layers"]
@@ -195,11 +196,10 @@ def test_a_report_is_written_as_page_tables_numbers_curves_and_figures(report: R
     assert curves["student/lift/svd_rank"].shape == (40, 4)
 
 
-def test_a_remedys_map_alone_makes_no_depth(tmp_path: Path) -> None:
+def test_a_remedys_map_alone_makes_no_depth() -> None:
     loader = TinyData().val_dataloader()
-    files = save(analyze({"student": student("lift")}, loader, options=FEW), tmp_path)
-    assert not [file for file in files if file.stem == "depth"]
-    assert [file for file in save(analyze(student("lift"), loader, [0], FEW), tmp_path) if file.stem == "depth"]
+    assert "depth" not in figures(analyze({"student": student("lift")}, loader, options=FEW))
+    assert "depth" in figures(analyze(student("lift"), loader, [0], FEW))
 
 
 @pytest.mark.slow

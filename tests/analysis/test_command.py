@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ from tests.tiny import FORMAT, WIDE, student, teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few:UserWarning")
 QUICK = ["--images", "12", "--permutations", "2", "--num_workers", "0", "--out", "out"]
+
+
+DRAWN = (
+    "test_a_model_and_a_folder_become_a_table_and_files",
+    "test_a_config_gives_its_pair_its_data_and_its_trained_student",
+)
+
+
+@pytest.fixture(autouse=True)
+def _few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws figures in two tests alone: they take most of the time of a small analysis."""
+    if request.node.name not in DRAWN:
+        monkeypatch.setattr(importlib.import_module("kdvit.analysis.save"), "figures", lambda _: {})
 
 
 def _report() -> dict:
@@ -139,7 +153,6 @@ def test_features_that_others_saved_are_analysed_without_images() -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours", "verdict"),
     [
-        (teacher, student, "Lift"),
         (lambda: teacher(num_classes=7), student, "Lift"),
         (lambda: teacher(model_args={**WIDE, "embed_dim": 20, "num_heads": 2}), student, "WideLast"),
         (teacher, teacher, "direct"),
@@ -228,27 +241,23 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
     assert report["advice"]["teacher_width"] == 64
     main(["check", "--config", "out/advised.yaml"])
     assert "ready for `kdvit fit`" in capsys.readouterr().out
-    main(["analyze", "--config", "demo/plain.yaml", *QUICK])
-    assert "The student is untrained" in _report()["notes"][0]
-    assert len(_report()["networks"]) == 1
 
 
-@pytest.mark.parametrize(("named", "index"), [({}, 3), ({"teacher_layers": [1]}, 1)])
-def test_a_teacher_is_judged_at_the_layer_that_the_config_distils(named: dict[str, Any], index: int) -> None:
+def test_a_teacher_is_judged_at_the_layer_that_the_config_distils() -> None:
     config = yaml.safe_load((packaged_configs() / "demo/plain.yaml").read_text())
     teacher = {"class_path": "LiftViT", "init_args": {**config["model"]["student"]["init_args"], "width": 40}}
-    objective = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.2, **named}}
+    objective = {"class_path": "FeatureDistiller", "init_args": {"weight": 0.2, "teacher_layers": [1]}}
     config["model"] |= {"teacher": teacher, "distillers": {"map": objective}}
     Path("own.yaml").write_text(yaml.safe_dump(config))
     main(["analyze", "--config", "own.yaml", *QUICK])
     report = _report()
     network = report["networks"][0]
     judged = network["layers"][network["compared"]]
-    assert (judged["index"], judged["width"], len(judged["variants"])) == (index, 16, 5)
+    assert (judged["index"], judged["width"], len(judged["variants"])) == (1, 16, 5)
     assert [layer["layer"] for layer in network["layers"]][-1] == "lift"
     assert (report["advice"]["teacher_width"], report["advice"]["remedy"]) == (16, "none")
     (advised,) = yaml.safe_load(Path("out/advised.yaml").read_text())["model"]["distillers"].values()
-    assert advised["init_args"]["teacher_layers"] == named.get("teacher_layers", [-1])
+    assert advised["init_args"]["teacher_layers"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -306,24 +315,23 @@ def test_images_are_chosen_one_of_each_class_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("data", "model", "networks"),
     [
-        {"data": "Digits"},
-        {"data": "data.yaml"},
-        {"model": {"student": "student.yaml"}},
-        {"model": {"teacher": "student.yaml", "distillers": {"logit": "LogitDistiller"}}},
+        ("data.yaml", {"student": "student.yaml"}, 1),
+        ("Digits", {"teacher": "student.yaml", "distillers": {"logit": "LogitDistiller"}}, 2),
     ],
-    ids=["class name", "file of data", "file of a student", "name of a distiller"],
+    ids=["files", "names of classes"],
 )
-def test_a_config_is_read_as_fit_reads_it(change: dict[str, Any]) -> None:
+def test_a_config_is_read_as_fit_reads_it(data: str, model: dict[str, Any], networks: int) -> None:
     config = yaml.safe_load((packaged_configs() / "demo/plain.yaml").read_text())
     Path("data.yaml").write_text(yaml.safe_dump(config["data"]))
     Path("student.yaml").write_text(yaml.safe_dump(config["model"]["student"]))
-    config["model"] |= change.get("model", {})
-    Path("own.yaml").write_text(yaml.safe_dump({**config, "data": change.get("data", config["data"])}))
+    config |= {"data": data, "model": config["model"] | model}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
     main(["check", "--config", "own.yaml"])
     main(["analyze", "--config", "own.yaml", *QUICK])
-    assert _report()["networks"][0]["images"] == 12
+    assert [network["images"] for network in _report()["networks"]] == [12] * networks
+    assert "The student is untrained" in _report()["notes"][0]
 
 
 def test_the_command_takes_bfloat16_where_the_machine_computes_in_it_and_says_so(monkeypatch) -> None:

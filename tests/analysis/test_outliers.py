@@ -104,7 +104,7 @@ def test_outliers_do_not_change_the_advice(kind: Callable[[Shape, int], Tensor],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outliers", FULL)
+@pytest.mark.parametrize("outliers", ["none", "two sinks in own directions", "a giant channel and a sink"])
 def test_outliers_do_not_change_the_advice_on_a_teacher_of_full_size(outliers: str) -> None:
     tokens = rotated((120, 196, 384), 60)
     _check(tokens, outliers, TimmStudent("deit_tiny_patch16_224"), "WideLast")
