@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -16,6 +17,11 @@ ARRAYS = {name: torch.from_numpy(array) for name, array in np.load(HERE / "refer
 
 def reference_weights(model: str) -> dict[str, torch.Tensor]:
     """Returns the weights, by the keys of the authors' checkpoint, with which their outputs were computed."""
+    return {**_drawn(model)}
+
+
+@functools.cache
+def _drawn(model: str) -> dict[str, torch.Tensor]:
     entry = NUMBERS["models"][model]
     weights = {}
     for key, shape in entry["state_dict"].items():
