@@ -51,14 +51,14 @@ docs: install  ## Write the site of all pages and of the API to build/docs; a br
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .ci/mkdocs.yml
 
 test: install  ## Run the fast tests and the examples in the documentation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: install  ## Run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --deselect tests/slurm
 	$(BIN)/python -m pytest -q -m slow tests/slurm
 
 coverage: install  ## Run the fast tests, list the lines that they miss, and write htmlcov/index.html
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --cov --cov-report term --cov-report html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report term --cov-report html
 
 # glibc then keeps the memory of large tensors, for both sides of each comparison
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824

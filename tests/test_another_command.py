@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,11 @@ def test_what_is_new_is_said_and_stands_on_top_of_the_config(caplog) -> None:
     assert yaml.safe_load(CONFIG.read_text())["trainer"]["max_epochs"] == 3
 
 
-def test_a_finished_run_stays_what_it_was(caplog) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+def test_a_finished_run_stays_what_it_was(plain_run: str, caplog) -> None:
     before = CONFIG.read_text(), Path("run/checkpoints/last.ckpt").read_bytes()
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1", "--ema.decay=0.9", "--trainer.gradient_clip_val=1")
+    fit("plain", "", *EPOCHS, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.gradient_clip_val=1")
     assert (CONFIG.read_text(), Path("run/checkpoints/last.ckpt").read_bytes()) == before
-    assert "has 1 epochs and 3 steps: nothing is left to train." in caplog.text
+    assert "has 2 epochs and 6 steps: nothing is left to train." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,15 @@ def test_a_finished_run_stays_what_it_was(caplog) -> None:
         ("--trainer.fast_dev_run=true", "'run' holds a run, which fast_dev_run would overwrite: choose another"),
     ],
 )
-def test_a_run_is_not_taken_back(option: str, message: str, capsys) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=2")
+def test_a_run_is_not_taken_back(option: str, message: str, plain_run: str, capsys) -> None:
     before = sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file())
     assert message in refused(capsys, demo_fit("plain", "", *EPOCHS, "--trainer.max_epochs=2", option))
     assert sorted((str(file), file.read_bytes()) for file in Path("run").rglob("*") if file.is_file()) == before
 
 
 def test_a_student_without_a_best_checkpoint_is_scored_by_its_last_and_an_untrained_one_not_at_all(
-    capsys, caplog
+    plain_run: str, capsys, caplog
 ) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
     Path("run/checkpoints/best.ckpt").unlink()
     main(["validate", *demo_fit("plain", "", *QUIET)[1:]])
     assert "The student is that of run/checkpoints/last.ckpt." in caplog.text
@@ -109,8 +107,7 @@ def test_a_seed_that_is_drawn_is_written_down_and_kept(monkeypatch, capsys) -> N
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_a_checkpoint_of_another_student_is_named(command: str, capsys) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+def test_a_checkpoint_of_another_student_is_named(command: str, plain_run: str, capsys) -> None:
     more = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "other"]
     wide = ["--model.student.init_args.model_args.embed_dim=32"]
     message = refused(capsys, [command, *demo_fit("plain", "", *QUIET)[1:], *more, *wide])
@@ -118,8 +115,7 @@ def test_a_checkpoint_of_another_student_is_named(command: str, capsys) -> None:
     assert "student.model_args.embed_dim is 32 in the config and 16 there" in message
 
 
-def test_a_student_of_other_classes_has_no_score(capsys) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+def test_a_student_of_other_classes_has_no_score(plain_run: str, capsys) -> None:
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     names = checkpoint["kdvit"]["class_names"]
     checkpoint["kdvit"]["class_names"] = ["zero", *names[1:]]
@@ -128,21 +124,19 @@ def test_a_student_of_other_classes_has_no_score(capsys) -> None:
     assert "The student was trained on other classes than those of the data: '0'. It knows 'zero', '1', " in message
 
 
-def test_a_run_is_not_overwritten_by_one_that_goes_on_from_elsewhere(capsys, caplog) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1", "--trainer.default_root_dir=other")
-    more = ["--trainer.max_epochs=2", "--ckpt_path=other/checkpoints/last.ckpt"]
+def test_a_run_is_not_overwritten_by_one_that_goes_on_from_elsewhere(plain_run: str, capsys, caplog) -> None:
+    shutil.copytree("run", "other")
+    more = ["--trainer.max_epochs=3", "--ckpt_path=other/checkpoints/last.ckpt"]
     message = refused(capsys, demo_fit("plain", "", *EPOCHS, *more))
     assert "'run' holds a run, which one that goes on from 'other/checkpoints/last.ckpt' would overwrite" in message
-    third = ["--trainer.default_root_dir=third", "--ckpt_path=other/checkpoints/last.ckpt", "--trainer.max_epochs=1"]
+    third = ["--trainer.default_root_dir=third", "--ckpt_path=other/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
     fit("plain", "", *EPOCHS, *third)
-    assert "other/checkpoints/last.ckpt has 1 epochs and 3 steps: nothing is left to train." in caplog.text
+    assert "other/checkpoints/last.ckpt has 2 epochs and 6 steps: nothing is left to train." in caplog.text
     assert not Path("third").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_folder_that_cannot_be_written_is_named(capsys) -> None:
-    fit("plain", "", *EPOCHS, "--trainer.max_epochs=1")
+def test_a_folder_that_cannot_be_written_is_named(plain_run: str, capsys) -> None:
     Path("file").touch()
     predict = ["--ckpt_path=run/checkpoints/last.ckpt", "--trainer.default_root_dir=file/x"]
     for args in (["predict", *demo_fit("plain", "", *QUIET, *predict)[1:]], ["compare", "run", "--out", "file/x"]):

@@ -91,7 +91,10 @@ def test_a_run_by_steps_alone_ends_at_its_step_with_a_validation() -> None:
     assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["max_steps"] == 12
 
 
-@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_start", 7), ("on_validation_batch_start", 2)])
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [("on_train_batch_start", 7), pytest.param("on_validation_batch_start", 2, marks=pytest.mark.slow)],
+)
 def test_a_run_stopped_at_its_last_step_validates_when_it_goes_on(hook: str, count: int) -> None:
     by_steps = [*EPOCHS, "--trainer.max_epochs=-1", "--trainer.max_steps=7", "--trainer.check_val_every_n_epoch=2"]
     assert stopped("plain", "", *by_steps, *signal_at(hook, count)) == 143

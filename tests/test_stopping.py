@@ -81,8 +81,8 @@ def whole(demo_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         pytest.param("on_sanity_check_end", 1, 1, marks=pytest.mark.slow),
         ("on_train_batch_start", 33, 33),
-        ("on_train_batch_start", 20, 20),
-        ("on_validation_batch_start", 3, 20),
+        pytest.param("on_train_batch_start", 20, 20, marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_start", 3, 20, marks=pytest.mark.slow),
         pytest.param("on_validation_batch_start", 8, 20, marks=pytest.mark.slow),
         pytest.param("on_validation_batch_start", 16, 40, marks=pytest.mark.slow),
     ],
@@ -209,8 +209,7 @@ def test_a_finished_run_leaves_the_signals_as_they_were(demo_teacher: str) -> No
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def test_the_furthest_whole_checkpoint_is_taken(demo_teacher: str, caplog) -> None:
-    fit("plain", demo_teacher, *SHORT)
+def test_the_furthest_whole_checkpoint_is_taken(plain_run: str, caplog) -> None:
     folder = Path("run/checkpoints")
     last = folder / "last.ckpt"
     content = last.read_bytes()
@@ -259,8 +258,8 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(demo_teacher: str) -> No
     assert {Path(path).parent for path in paths} == {Path("run/checkpoints").absolute()}
 
 
-def test_a_table_is_not_lost_by_a_kill_while_a_run_is_resumed(demo_teacher: str, monkeypatch) -> None:
-    fit("plain", demo_teacher, *SHORT, "--trainer.log_every_n_steps=1")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_a_table_is_not_lost_by_a_kill_while_a_run_is_resumed(plain_run: str, monkeypatch) -> None:
     scores = ("step", "train/loss", "val/acc1")
     before = column("run", scores)
     with monkeypatch.context() as patch:

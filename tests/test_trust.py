@@ -17,7 +17,7 @@ import yaml
 from kdvit import load_student
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
-from tests.runs import SHORT, fit
+from tests.runs import SHORT
 
 DEMO = packaged_configs() / "demo"
 RUN = {"class_path": "os.system", "init_args": {"command": "touch pwned"}}
@@ -105,13 +105,8 @@ def bombs() -> list[Path]:
     return [Path(name) for name in ("zip.pth", "shaped.pth", "bare.pth")]
 
 
-@pytest.fixture
-def run_of_plain(demo_teacher: str) -> None:
-    fit("plain", demo_teacher, *SHORT)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("run_of_plain")
+@pytest.mark.usefixtures("plain_run")
 def test_no_checkpoint_runs_code(capsys, caplog) -> None:
     plain = ["--config", "demo/plain.yaml", *SHORT]
     lift = ["--config", "demo/lift.yaml", *SHORT]

@@ -192,7 +192,7 @@ def test_a_cache_of_a_folder_with_a_bad_image_trains_like_its_teacher(demo_teach
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_file_that_was_mended_since_is_not_paired_with_what_its_substitute_gave(
     workers: int, demo_teacher: str, capfd
 ) -> None:
