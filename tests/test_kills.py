@@ -1,4 +1,4 @@
-"""Kills, 23 times: what is on the disk is whole, and the same command ends where an uninterrupted one ends."""
+"""Kills, 15 times: what is on the disk is whole, and the same command ends where an uninterrupted one ends."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _ended(process: multiprocessing.process.BaseProcess) -> int | None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -> None:
+def test_a_run_killed_at_twelve_moments_ends_where_an_uninterrupted_one_ends(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *EVERYTHING, "--trainer.default_root_dir=whole")
     args, draw, last = demo_fit("lift", demo_teacher, *EVERYTHING), random.Random(0), Path("run/checkpoints/last.ckpt")
-    moments = ["any"] * 8 + ["step"] * 4 + ["validation"] * 4 + ["writing"] * 4
+    moments = ["any"] * 4 + ["step"] * 3 + ["validation"] * 3 + ["writing"] * 2
     draw.shuffle(moments)
     steps = []
     for moment in moments:
@@ -84,7 +84,7 @@ def test_a_run_killed_at_twenty_moments_ends_where_an_uninterrupted_one_ends(dem
         assert _ended(process) == -signal.SIGKILL, moment
         steps.append(torch.load(last, weights_only=True)["global_step"] if last.exists() else 0)
     assert steps == sorted(steps)
-    assert 100 < steps[-1] < 800
+    assert 40 < steps[-1] < 800
     assert _ended(_started(args)) == 0
     assert_same_end("whole", "run")
     assert not list(Path("run").rglob("*.tmp"))

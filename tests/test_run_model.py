@@ -195,8 +195,7 @@ def rate(epoch: int, epochs: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 4])
-def test_a_run_is_what_its_commands_say_in_any_order(seed: int, monkeypatch) -> None:
+def test_a_run_is_what_its_commands_say_in_any_order(monkeypatch) -> None:
     SEEN.clear()
     validate = pl.Trainer.validate
 
@@ -207,6 +206,6 @@ def test_a_run_is_what_its_commands_say_in_any_order(seed: int, monkeypatch) -> 
         return [scores]
 
     monkeypatch.setattr(pl.Trainer, "validate", kept)
-    run = Run(seed)
+    run = Run(seed=0)
     for _ in range(int(os.environ.get("KDVIT_ACTIONS", 40))):
         run.act()

@@ -22,29 +22,16 @@ def assert_resumed(job: Job, step: int) -> None:
     assert f"Going on from {job.run}/checkpoints/last.ckpt, step {step}." in job.log
 
 
-def test_a_signal_at_any_moment_saves_requeues_and_resumes(whole: Job) -> None:
-    job = submit(RUN.absolute(), "--nodes", "2")
-    asked = random.randint(2, 160)
-    job.wait_for_step(asked)
-    job.signal("USR1")
-    step = job.wait_for_requeue()
-    assert asked <= step < asked + 40
-    job.wait_for_end()
-    assert_resumed(job, step)
-    assert job.told("Restarts") == "1"
-    assert_same_end(str(whole.run), str(job.run))
-
-
-def test_a_job_that_is_preempted_ten_times_comes_to_the_same_end(whole: Job) -> None:
+def test_a_job_that_is_preempted_at_any_moment_four_times_comes_to_the_same_end(whole: Job) -> None:
     job = submit(RUN.absolute(), *TWO_TASKS)
     step = 0
-    for times in range(1, 11):
+    for times in range(1, 5):
         job.wait_for_step(step + random.randint(2, 9))
         job.signal("USR1")
         step = job.wait_for_requeue(times)
     job.wait_for_end()
-    assert job.told("Restarts") == "10"
-    assert job.log.count("Going on from ") == 10
+    assert job.told("Restarts") == "4"
+    assert job.log.count("Going on from ") == 4
     assert_same_end(str(whole.run), str(job.run))
 
 
