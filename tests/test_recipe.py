@@ -138,12 +138,14 @@ def _assert_transforms(data: Any) -> None:
     names = [type(step).__name__ for step in data.train_transform.transforms]
     policy = ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment"]
     assert names == [*policy, "MaybeToTensor", "Normalize", "RandomErasing"]
-    crop, _, augment, _, normalise, erasing = data.train_transform.transforms
+    crop, flip, augment, _, normalise, erasing = data.train_transform.transforms
     assert (crop.size, crop.interpolation.value) == ((224, 224), "bicubic")
-    assert {(op.magnitude, op.magnitude_std) for op in augment.ops} == {(9, 0.5)}
+    assert (crop.scale, crop.ratio, flip.p) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (augment.num_layers, len(augment.ops)) == (2, 15)
+    assert {(op.magnitude, op.magnitude_std, op.prob) for op in augment.ops} == {(9, 0.5, 0.5)}
     assert normalise.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert normalise.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
-    assert (erasing.probability, erasing.per_pixel) == (0.25, True)
+    assert (erasing.probability, erasing.rand_color, erasing.per_pixel) == (0.25, False, True)
     resize, centre, *_ = data.eval_transform.transforms
     assert (resize.size, resize.interpolation.value, centre.size) == (256, "bicubic", (224, 224))
 

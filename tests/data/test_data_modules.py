@@ -19,7 +19,6 @@ from timm.data.auto_augment import rand_augment_transform
 from kdvit.data import Digits, FashionMNIST, ImageFolder
 from kdvit.data.transforms import posterize, train_transform
 from kdvit.errors import UserError
-from kdvit.models.network import eval_transform
 from kdvit.seeding import seeded
 from kdvit.structures import Batch, ImageFormat
 
@@ -63,29 +62,6 @@ def test_pixels_do_not_depend_on_workers_or_the_random_state(tmp_path) -> None:
     assert len(torch.unique(expected.flatten(1), dim=0)) == len(expected)
 
 
-def test_the_training_transform_is_deits() -> None:
-    images = ImageFormat((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    steps = train_transform(images).transforms
-    names = [type(step).__name__ for step in steps]
-    assert names == [
-        "RandomResizedCropAndInterpolation",
-        "RandomHorizontalFlip",
-        "RandAugment",
-        "MaybeToTensor",
-        "Normalize",
-        "RandomErasing",
-    ]
-    crop, flip, policy, _, normalise, erasing = steps
-    assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
-    assert crop.interpolation.value == "bicubic"
-    assert flip.p == 0.5
-    assert policy.num_layers == 2
-    assert len(policy.ops) == 15
-    assert all((op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5) for op in policy.ops)
-    assert normalise.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert (erasing.probability, erasing.rand_color, erasing.per_pixel) == (0.25, False, True)
-
-
 @pytest.mark.parametrize(
     ("mode", "count", "most"), [("pixel", 1, 999), ("rand", 1, 2), ("rand", 3, 4), ("const", 3, 2)]
 )
@@ -104,13 +80,6 @@ def test_erased_rectangles_have_the_mode_and_number_that_is_asked_for(
     assert (mode == "pixel") == (min(colours) > 4)
     if mode == "const":
         assert all((each == 0).all(1).any() for each in views)
-
-
-def test_the_evaluation_resizes_to_256_and_crops_the_centre() -> None:
-    resize, crop, *_ = eval_transform(ImageFormat((224, 224), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875)).transforms
-    assert resize.size == 256
-    assert resize.interpolation.value == "bicubic"
-    assert crop.size == (224, 224)
 
 
 def test_the_papers_augmentation_does_not_crash_in_4000_draws() -> None:
@@ -302,10 +271,6 @@ def test_bad_data_say_where_and_what_to_do(make, error, text: str, tmp_path, mon
         make(tmp_path)
 
 
-def _remove(folder: Path) -> None:
-    folder.rename(folder.with_name("gone"))
-
-
 def test_an_unreadable_image_is_named(tmp_path) -> None:
     image_folder(tmp_path)
     broken = tmp_path / "val" / "cat" / "1.jpg"
@@ -317,7 +282,7 @@ def test_an_unreadable_image_is_named(tmp_path) -> None:
 
 def test_validation_images_alone_can_be_evaluated_and_not_trained_on(tmp_path) -> None:
     image_folder(tmp_path)
-    _remove(tmp_path / "train")
+    (tmp_path / "train").rename(tmp_path / "gone")
     data = ImageFolder(str(tmp_path), batch_size=2, num_workers=0, img_size=16)
     assert len(list(data.val_dataloader())) == 3
     with pytest.raises(UserError, match=r"no folder '.*/train' to train on. Expected layout"):
