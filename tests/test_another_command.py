@@ -151,6 +151,7 @@ def test_weights_of_other_programs_are_no_checkpoint(capsys) -> None:
     assert "'weights.pth' is no checkpoint of `kdvit fit`. Weights of other programs go into" in message
 
 
+@pytest.mark.slow
 def test_a_student_with_a_remedy_is_scored_by_the_weights_that_it_starts_from(demo_teacher: str, capsys) -> None:
     fit("lift", demo_teacher, *EPOCHS, "--trainer.max_epochs=1")
     (logged,) = (each for each in column("run", ("val/acc1",)) if "nan" not in each)

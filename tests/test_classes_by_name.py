@@ -67,7 +67,11 @@ def test_a_part_of_the_classes_is_scored_and_predicted_by_name(trained: None, ca
 
 
 @pytest.mark.parametrize(
-    "weights", ["--ckpt_path=run/checkpoints/last.ckpt", "--model.student.init_args.checkpoint=run/student"]
+    "weights",
+    [
+        "--ckpt_path=run/checkpoints/last.ckpt",
+        pytest.param("--model.student.init_args.checkpoint=run/student", marks=pytest.mark.slow),
+    ],
 )
 def test_a_class_that_the_student_does_not_know_is_named(weights: str, trained: None, capsys) -> None:
     images("other", {"val": 1}, {"zero": 0, "corn": 1, "egg": 4, "date": 3, "bean": 2})

@@ -82,6 +82,7 @@ def test_labelled_images_and_a_remedy_are_a_config_with_comments_that_runs(
     assert "'lift.yaml' is there already: name another with --out, or remove it." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_without_labels_and_no_remedy_are_a_config_that_runs(digits: str, demo_teacher: str) -> None:
     teacher = demo_teacher.removeprefix("local-dir:")
     main(["init", "--images", f"{digits}/0", "--teacher", teacher, "--remedy", "none", "--out", "plain.yaml"])

@@ -195,6 +195,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compile", "graphs", "again"),
     [("student", 1, True), ("teacher", 1, False)],  # both: see the slow tests below

@@ -104,16 +104,15 @@ def test_onnx_of_any_size_in_float16_and_int8(capsys) -> None:
     assert sizes[2] < 0.45 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "args"),
     [
         ("beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),
-        pytest.param(
-            "vit_relpos_small_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, marks=pytest.mark.slow
-        ),
-        pytest.param("hiera_tiny_224", {"embed_dim": 32, "stages": (1, 1, 1, 1)}, marks=pytest.mark.slow),
-        pytest.param("twins_svt_small", {}, marks=pytest.mark.slow),
-        pytest.param("mobileone_s0", {}, marks=pytest.mark.slow),  # logits of 1e14, which float32 rounds by 1e8
+        ("vit_relpos_small_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("hiera_tiny_224", {"embed_dim": 32, "stages": (1, 1, 1, 1)}),
+        ("twins_svt_small", {}),
+        ("mobileone_s0", {}),  # logits of 1e14, which float32 rounds by 1e8
     ],
 )
 def test_onnx_of_networks_whose_fused_attention_has_no_onnx(arch: str, args: dict, tmp_path) -> None:

@@ -124,6 +124,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(caplog) -> None:
     assert "EarlyStopping has ended this run in epoch 1, and nothing is left to train." in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_its_first_epoch_stays_stopped() -> None:
     stopping = "{class_path: EarlyStopping, init_args: {monitor: val/acc1, mode: max, stopping_threshold: 0.0}}"
     for _ in range(2):

@@ -227,7 +227,11 @@ def test_a_validation_that_is_held_again_has_one_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "when", ["--last_checkpoint.every_n_train_steps=2", "--last_checkpoint.train_time_interval=0:0:0"]
+    "when",
+    [
+        pytest.param("--last_checkpoint.every_n_train_steps=2", marks=pytest.mark.slow),
+        "--last_checkpoint.train_time_interval=0:0:0",
+    ],
 )
 def test_no_checkpoint_is_saved_amid_accumulated_batches(when: str, monkeypatch) -> None:
     saved = []

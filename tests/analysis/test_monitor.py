@@ -24,6 +24,7 @@ def _rows() -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_it_is_off_by_default_and_changes_no_weight_when_on(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *SHORT)
     assert not [name for name in _rows()[0] if name.startswith("geometry/")]

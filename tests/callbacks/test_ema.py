@@ -10,7 +10,10 @@ import torch
 from tests.runs import SHORT, fit, numbers
 
 
-@pytest.mark.parametrize(("precision", "kept"), [("64-true", torch.float64), ("bf16-true", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [pytest.param("64-true", torch.float64, marks=pytest.mark.slow), ("bf16-true", torch.float32)],
+)
 def test_the_average_goes_with_weights_of_another_precision(precision: str, kept: torch.dtype) -> None:
     given = [*SHORT, "--trainer.precision", precision, "--ema.decay", "0.999"]
     fit("plain", "", *given)

@@ -172,6 +172,7 @@ def test_a_cache_replays_the_images_that_took_a_place() -> None:
     assert len(seen.bad) == 4
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_folder_with_a_bad_image_trains_like_its_teacher(demo_teacher: str, caplog) -> None:
     image_folder(Path("images"))
     spoil("train/dog/2.jpg")

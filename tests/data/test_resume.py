@@ -98,7 +98,7 @@ def test_the_same_images_in_another_place_and_a_state_that_tells_nothing_of_them
     assert "12 then, 11 now" in caplog.text
 
 
-@pytest.mark.parametrize("now", [11, 12])
+@pytest.mark.parametrize("now", [11, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:`ModelCheckpoint.* could not find the monitored key")  # the epoch has no batch left
 def test_a_run_that_goes_on_with_other_images_says_so(now: int, caplog) -> None:
     image_folder(Path("images"))

@@ -97,8 +97,8 @@ def test_an_imported_student_is_validated_by_the_command_line(tmp_path, capsys) 
 
 SCHEDULES = [
     ([384], None, [6]),
-    ([384], 3, [3]),
-    ([256, 320, 384], None, [4, 5, 6]),
+    pytest.param([384], 3, [3], marks=pytest.mark.slow),
+    pytest.param([256, 320, 384], None, [4, 5, 6], marks=pytest.mark.slow),
     ([240, 312, 384], None, [3, 3, 3]),
 ]
 
