@@ -19,8 +19,7 @@ LIFT = "demo/lift.yaml"
 WRONG: dict[str, tuple[Any, str]] = {
     "class name": (
         {"model/distillers/lift/class_path": "LiftDistler"},
-        "no class 'LiftDistler'. Did you mean LiftDistiller? Known: AttentionTransferDistiller, DISTDistiller, "
-        "DKDDistiller, DistillationTokenDistiller, FeatureDistiller, LiftDistiller, LogitDistiller, RKDDistiller, ",
+        "no class 'LiftDistler'. Did you mean LiftDistiller? Known: AttentionTransferDistiller, ",
     ),
     "student class": ({"model/student/class_path": "LiftVit"}, "no class 'LiftVit'. Did you mean LiftViT?"),
     "data class": ({"data/class_path": "Digit"}, "no class 'Digit'. Did you mean Digits?"),
