@@ -247,7 +247,7 @@ def write(report: Report, config: dict[str, Any] | None, out: str, against: str 
         head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "
         logits = "# (Logits are distilled where the numbers of classes agree: see that they are the same classes.)\n"
         weight = (
-            "# (Choose the weight of a map's term on images held out: best were weights from 0.004 to 12.5 so far.)\n"
+            "# (Choose the weight of a map's term on held out images, 0 among others: it was 0.004 to 12.5 so far.)\n"
         )
         text = f"{head}{report.advice.why}\n{weight}{logits}{yaml.safe_dump(config, sort_keys=False)}"
         advised.write_text(text)
