@@ -101,8 +101,8 @@ def judge(have: int, need: int, rank: int, held: float, target: int, costs: list
     if held >= HOLDS:
         return "phi_s", (
             f"{fixed}. {short}, an encoding mismatch; {beside}. But {have} axes hold {held:.0%} of the energy of 99 % "
-            "of the images, and where they held two thirds or more, phi_s mostly gained more than Lift in small pairs "
-            "of digits, at the same cost."
+            "of the images. Where they held two thirds or more, phi_s gained more than Lift in 10 of 12 small pairs of "
+            "digits and in 3 of 7 of Fashion-MNIST, at the same cost."
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; {beside}. Once trained, Lift folds into a student "
