@@ -39,7 +39,7 @@ def main() -> None:
     runs = {f"{name}/seed_{seed}": _fit(name, f"{name}/seed_{seed}", seed) for name in METHODS for seed in SEEDS}
     alone = [run for run in runs if run.startswith("plain/")]  # they need no teacher
     in_processes(FOLDER / "logs", [_fit("teacher", "teacher", 0), *(runs[run] for run in alone)], 2)
-    in_processes(FOLDER / "logs", [job for run, job in runs.items() if run not in alone], 2)
+    in_processes(FOLDER / "logs", [runs[run] for run in reversed(runs) if run not in alone], 2)  # the longest first
     print("$ kdvit compare runs/demo/*/seed_* --out runs/demo", flush=True)
     command(["compare", *(str(FOLDER / run) for run in runs), "--out", str(FOLDER)])
     draw()
@@ -54,7 +54,9 @@ def _fit(name: str, run: str, seed: int) -> Job:
 def draw() -> None:
     """Draws the mismatch beside the gains, of the last epoch."""
     teacher = {"teacher": load_student(FOLDER / "teacher" / "student")}
-    data = build("data", ImageDataModule, parse_fit(["--config", str(FOLDER / "teacher" / "config.yaml")]).data)
+    elsewhere = ("--trainer.default_root_dir", str(FOLDER / "drawn"))
+    config = parse_fit(["--config", str(FOLDER / "teacher" / "config.yaml"), *elsewhere])
+    data = build("data", ImageDataModule, config.data)
     last = {name: [last_accuracy(FOLDER / name / f"seed_{seed}") for seed in SEEDS] for name in METHODS}
     found = [
         Gain(METHODS[name], True, estimate([100 * (a - b) for a, b in zip(scores, last["plain"], strict=True)]))
