@@ -39,7 +39,7 @@ REMEDY: dict[Verdict, Remedy] = {"Lift": "Lift", "WideLast": "WideLast"}
 AFFORDABLE = 4 / 3
 """Times the student's parameters or operations that WideLast may cost."""
 HOLDS = 2 / 3
-"""Share of the energy from which on a fixed target is worth as much as a lift."""
+"""Share of the energy from which on a fixed target is taken before a lift; fitted to pairs of digits."""
 RULE = (
     "Count the shared axes that hold 95 % of the energy for 99 % of the teacher's images. If the student is narrower "
     "than the teacher but has as many channels as that, distil a fixed target, phi_s. If it has fewer, take WideLast, "

@@ -72,5 +72,5 @@ def require_yaml(file: Path) -> None:
         with file.open() as stream:
             for _ in yaml.parse(stream):
                 pass
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{str(file)!r} is no YAML: {' '.join(str(error).split())}.") from error

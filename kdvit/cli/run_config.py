@@ -126,8 +126,9 @@ def settled_seed(given: bool | int, root: Path) -> int:
     if not isinstance(given, bool):
         return given
     file = root / "config.yaml"
-    if file.is_file():
-        return int(yaml.safe_load(file.read_text())["seed_everything"])
+    before = yaml.safe_load(file.read_text()).get("seed_everything") if file.is_file() else None
+    if type(before) is int:  # a bool has drawn none
+        return before
     if "PL_GLOBAL_SEED" not in os.environ:
         several = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
         if several or "NODE_RANK" in os.environ:

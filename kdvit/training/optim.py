@@ -76,8 +76,12 @@ class OptimizerOptions:
             raise ValueError(f"optimizer: lr and weight_decay must be numbers, got {self.lr} and {self.weight_decay}.")
         info = get_optimizer_info(self.name)
         taken = {"momentum": info.has_momentum, "eps": info.has_eps, "betas": info.has_betas}
+        taken |= dict.fromkeys(("fallback_list", "fallback_no_weight_decay"), "muon" in self.name)
+        taken |= dict.fromkeys(("param_group_fn", "layer_decay_no_opt_scale"), False)  # kdvit groups the parameters
         if idle := [name for name in self.args if not taken.get(name, True)]:  # timm would drop them without a word
             raise ValueError(f"optimizer.args: {self.name} has no {' and no '.join(idle)}.")
+        if not 0 < self.args.get("layer_decay", 1.0) <= 1:
+            raise ValueError(f"optimizer.args: layer_decay must be above 0, and 1 or less; got {self.args}.")
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)
         except TypeError as error:

@@ -96,6 +96,8 @@ class ScheduleOptions:
             raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
         if self.warmup_steps is not None and (self.interval == "epoch" or self.warmup_share is not None):
             raise ValueError("schedule.warmup_steps goes with schedule.interval: step, and without warmup_share.")
+        if self.lag_epochs < 0:
+            raise ValueError(f"schedule.lag_epochs must be 0 or more, got {self.lag_epochs}.")
         for name, needed in {"decay_epochs": "step", "decay_milestones": "multistep"}.items():
             if name in self.args and self.name != needed:
                 raise ValueError(f"schedule.args: {name} has no effect on {self.name}; it goes with {needed}.")

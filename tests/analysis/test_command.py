@@ -168,7 +168,7 @@ def test_the_advice_on_a_pair_is_a_config_that_check_accepts(
     main(["analyze", *pair, "--data", folder, *QUICK])
     assert "Advice: " in capsys.readouterr().out
     config = yaml.safe_load(Path("out/advised.yaml").read_text())
-    assert config["model"]["student"]["class_path"] == f"{verdict}ViT" if verdict[0].isupper() else "TimmStudent"
+    assert config["model"]["student"]["class_path"] == (f"{verdict}ViT" if verdict[0].isupper() else "TimmStudent")
     assert ("projector: phi_s" in Path("out/advised.yaml").read_text()) == (verdict == "phi_s")
     same = yaml.safe_load(Path("teacher/config.json").read_text())["num_classes"] == 5
     assert ("logit" in config["model"]["distillers"]) == same
