@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # tiny networks: a second thread only waits
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
     from lightning.pytorch import seed_everything
     from lightning.pytorch.loops import evaluation_loop
     from lightning.pytorch.trainer.connectors import callback_connector
 
-    torch.set_num_threads(1)  # tiny networks: a second thread only waits
     seed_everything(0, verbose=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDVIT_TRACEBACK", "")

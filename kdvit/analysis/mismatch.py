@@ -149,9 +149,12 @@ class Advice(NamedTuple):
         spread = self.rests_on.spread
         taken = f"all together take {self.rotation:.1f} times as many{_turn(spread)}"
         leading, held = min(self.have, self.teacher_width), self.rests_on.held
-        fixed = "." if self.have >= self.teacher_width else "; a fixed target of that many (phi_s) holds as much."
-        if fixed != "." and not self.rests_on.as_they_are:
-            fixed = "; a fixed target (phi_s) takes its axes from the tokens as they are, and holds at most as much."
+        if self.have >= self.teacher_width:
+            fixed = ""
+        elif self.rests_on.as_they_are:
+            fixed = "; a fixed target of that many (phi_s) holds as much"
+        else:
+            fixed = "; a fixed target (phi_s) takes its axes from the tokens as they are, and holds at most as much"
         return [
             *(f"Outliers: {each}." for each in self.outliers),
             f"These figures are of the {self.rests_on.variant}.",
@@ -159,7 +162,7 @@ class Advice(NamedTuple):
             f"{shown(spread.need)} axes that all share (dataset PCA; in brackets 95 % intervals over the images).",
             f"One image alone needs {shown(spread.rank)} directions for that (per-image SVD); {taken}.",
             f"The student's blocks have {self.have} channels. The {leading} leading shared axes hold "
-            f"{shown(held, '.1%')} of the energy, or more, of 99 % of the images{fixed}",
+            f"{shown(held, '.1%')} of the energy, or more, of 99 % of the images{fixed}.",
         ]
 
     def cost_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:

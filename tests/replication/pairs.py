@@ -57,7 +57,6 @@ class Study(NamedTuple):
     """Pairs of one data set.
 
     Attributes:
-        title: For the page.
         configs: Folder of the configs.
         teachers: How each differs from its config.
         committed: The teacher that is not trained, as it is in the folder of the configs.
@@ -67,7 +66,6 @@ class Study(NamedTuple):
         soft: The logit term.
     """
 
-    title: str
     configs: str
     teachers: dict[str, tuple[str, ...]]
     committed: str | None
@@ -87,7 +85,6 @@ def _giant(name: str) -> str:
 
 FEWER = "--data.init_args.train_size=20000"  # a third
 DIGITS = Study(
-    "digits",
     "configs/demo",
     {  # that of the demo is 64 wide, with 4 blocks
         "wide_32": (f"{SIZE}.embed_dim=32",),
@@ -106,7 +103,6 @@ DIGITS = Study(
     SOFT,
 )
 FASHION = Study(
-    "Fashion-MNIST",
     "configs/replication",
     {  # that of the replication is 96 wide, with 6 blocks
         "fashion_96": (),
