@@ -14,7 +14,7 @@ def command(
     runs: list[str],
     *,
     layers: list[int | float | str] | None = None,
-    seeds: list[int] = [0],  # noqa: B006
+    seeds: list[int] = [],  # noqa: B006
     pretrained: bool = True,
 ) -> dict[str, Any]:
     """Return what came.
@@ -36,6 +36,7 @@ def command(
     [
         (["--layers", "-1", "0.5", "lift"], {"layers": [-1, 0.5, "lift"]}),
         (["--seeds", "010", "2"], {"seeds": [10, 2]}),
+        (["--seeds", "0", "--seeds=1"], {"seeds": [0, 1]}),
         (["--pretrained", "False"], {"pretrained": False}),
         (["--pretrained=true"], {"pretrained": True}),
         (["b", "--pretrained"], {"pretrained": True, "runs": ["a", "b"]}),
@@ -45,7 +46,7 @@ def test_words_become_the_values_that_they_say(words: list[str], expected: dict[
     assert call(command, "command", ["a", *words]) == {
         "runs": ["a"],
         "layers": None,
-        "seeds": [0],
+        "seeds": [],
         "pretrained": True,
         **expected,
     }
@@ -60,6 +61,10 @@ def test_words_become_the_values_that_they_say(words: list[str], expected: dict[
         (["analyze", "--num_workers", "-1"], "num_workers"),
         (["analyze", "--images", "0"], "images"),
         (["benchmark", "vit_tiny_patch16_224", "--batch_size", "0"], "batch_size"),
+        (
+            ["compare", "a", "--out", "x", "b"],
+            "'b' stands behind an option: what has no option of its own comes first.",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused_at_once(words: list[str], message: str, capsys) -> None:

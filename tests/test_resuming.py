@@ -134,6 +134,16 @@ def test_an_option_that_is_no_more_is_named(plain_run: str, capsys) -> None:
         assert "Go on with the version that its line `# kdvit==` names" in message
 
 
+def test_a_torn_config_is_named(plain_run: str, capsys) -> None:
+    for torn in ("", "model: [", "- 1", "# kdvit==0.1.0\n"):
+        Path("run/config.yaml").write_text(torn)
+        for more in ([], ["--seed_everything", "true"]):
+            assert "'run/config.yaml' is no whole config. Restore it, or remove it" in refused(capsys, *LONGER, *more)
+        with pytest.raises(SystemExit):
+            main(["compare", "run"])
+        assert "'run/config.yaml' is no whole config." in capsys.readouterr().err
+
+
 def test_a_config_is_written_whole_or_not_at_all(plain_run: str, capsys, monkeypatch) -> None:
     before = Path("run/config.yaml").read_text()
     assert before.startswith("# kdvit==")

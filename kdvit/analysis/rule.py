@@ -13,8 +13,11 @@ The measurements are the paper's (arXiv:2511.15572, sections on per-image SVD an
   student's tokens, so that Lift could not hold even a single image.
 - have < need otherwise: the encoding mismatch of the paper. WideLast at the teacher's width, which gained most there
   (78.23 against Lift's 77.53 % for DeiT-Tiny from CaiT-S24), if it costs at most a third more parameters and
-  operations, as it does there. Else what costs nothing at inference: phi_s again, if *held* is two thirds; Lift at the
-  teacher's width, which folds once it is trained (`kdvit.models.fold`), if it is less.
+  operations, as it does there, or Lift does not fit the student. Else what costs nothing at inference: phi_s again, if
+  *held* is two thirds; Lift at the teacher's width, which folds once it is trained (`kdvit.models.fold`), if it is
+  less.
+- What does not fit the student is passed over: without WideLast, what costs nothing at inference is left; where neither
+  fits, phi_s, if *held* is two thirds, and else logits.
 
 Its record, and how far to trust it: README.md beside this file.
 """
@@ -40,6 +43,8 @@ AFFORDABLE = 4 / 3
 """Times the student's parameters or operations that WideLast may cost."""
 HOLDS = 2 / 3
 """Share of the energy from which on a fixed target is taken before a lift; fitted to pairs of digits."""
+PHI_S_AHEAD = "10 of 12 small pairs of digits and in 3 of 7 of Fashion-MNIST"
+"""Where the channels held that share, but not the axes that matter, and phi_s gained more than Lift."""
 RULE = (
     "Count the shared axes that hold 95 % of the energy for 99 % of the teacher's images. If the student is narrower "
     "than the teacher but has as many channels as that, distil a fixed target, phi_s. If it has fewer, take WideLast, "
@@ -101,8 +106,8 @@ def judge(have: int, need: int, rank: int, held: float, target: int, costs: list
     if held >= HOLDS:
         return "phi_s", (
             f"{fixed}. {short}, an encoding mismatch; {beside}. But {have} axes hold {held:.0%} of the energy of 99 % "
-            "of the images. Where they held two thirds or more, phi_s gained more than Lift in 10 of 12 small pairs of "
-            "digits and in 3 of 7 of Fashion-MNIST, at the same cost."
+            f"of the images. Where they held two thirds or more, phi_s gained more than Lift in {PHI_S_AHEAD}, at the "
+            "same cost."
         )
     return "Lift", (
         f"Lift at width {target}. {short}, an encoding mismatch; {beside}. Once trained, Lift folds into a student "

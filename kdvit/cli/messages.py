@@ -99,6 +99,8 @@ def options_known(command: str, known: Iterable[str]) -> Iterator[None]:
         if match is None:
             raise
         word = match[1].partition("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"{word!r} stands behind an option: what has no option of its own comes first.") from error
         raise UserError(
             f"there is no option {word!r}.{nearest(word, known)} `kdvit {command} --help` lists them."
         ) from error

@@ -20,8 +20,8 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
     """Calls a function with the arguments of a command line.
 
     A parameter without a default is a positional argument, or a required option where it is keyword-only. A list takes
-    several words (``--layers 3 0.5 lift``), a bool may stand alone. Options that the function does not know go with
-    their values to its parameter `rest`, where it has one; its parameter `typed` receives all words.
+    several words (``--seeds 0 1``, or ``--seeds 0 --seeds 1``), a bool may stand alone. Options that the function does
+    not know go with their values to its parameter `rest`, where it has one; its parameter `typed` receives all words.
 
     Args:
         function: Its docstring has a description, ``Args`` and ``Example``.
@@ -63,8 +63,8 @@ def parser_of(function: Callable[..., Any], name: str) -> ArgumentParser:
             )
             continue
         words = {"type": bool, "nargs": "?", "const": True} if item is None else {"type": item, "nargs": "+"}
-        if item is str:
-            words["action"] = "extend"  # an option that begins with a dash comes alone: --sbatch=--a --sbatch=--b
+        if isinstance(item, type) and not each.default:  # what is given twice adds up: --sbatch=--a --sbatch=--b
+            words["action"] = "extend"
         if each.default is each.empty:
             parser.add_argument(key, **words, help=told[key])
         else:

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kdvit.cli.messages import explain
-from kdvit.cli.seeds import CACHE, UNSAID
+from kdvit.cli.seeds import CACHE, UNSAID, read_config
 from kdvit.errors import UserError
 from kdvit.files import write_whole
 from kdvit.runtime.loggers import boards
@@ -84,12 +84,11 @@ def changes(root: Path, config: Any, parser: LightningArgumentParser) -> tuple[s
         What differs and may, a text each.
 
     Raises:
-        UserError: If the run in the folder was of another model or other data.
+        UserError: If the run in the folder was of another model or other data, or its config.yaml is torn.
     """
     file = root / "config.yaml"
-    if not file.is_file():
+    if not (written := read_config(file)):
         return ()
-    written = yaml.safe_load(file.read_text())
     try:
         old = parser.parse_object({key: written[key] for key in FIXED if key in written})
     except ArgumentError as error:
@@ -125,8 +124,7 @@ def settled_seed(given: bool | int, root: Path) -> int:
     """
     if not isinstance(given, bool):
         return given
-    file = root / "config.yaml"
-    before = yaml.safe_load(file.read_text()).get("seed_everything") if file.is_file() else None
+    before = read_config(root / "config.yaml").get("seed_everything")
     if type(before) is int:  # a bool has drawn none
         return before
     if "PL_GLOBAL_SEED" not in os.environ:

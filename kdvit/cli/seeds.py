@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from kdvit.errors import UserError
+
 SEED = "seed_everything"
 UNSAID = (
     *("data.init_args.root", "data.init_args.num_workers", "data.init_args.on_error"),
@@ -38,9 +40,29 @@ class Estimate(NamedTuple):
         return f"{self.mean:.2f}" if self.half is None else f"{self.mean:.2f} ± {self.half:.2f}"
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """Returns a run's config.yaml as it is written; nothing where there is none.
+
+    Raises:
+        UserError: If it is torn.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{str(file)!r} is no whole config. Restore it, or remove it, and nobody compares what the run was trained "
+            "with."
+        )
+    return config
+
+
 def read_settings(file: Path) -> Settings:
     """Returns what a run's config.yaml sets; nothing where there is none."""
-    return flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    return flat(config) if (config := read_config(file)) else {}
 
 
 def flat(config: Any, key: str = "") -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdvit.analysis.costs import Cost
-from kdvit.analysis.rule import judge
+from kdvit.analysis.rule import HOLDS, PHI_S_AHEAD, judge
 from kdvit.data import Digits
 from tests.replication import advice, pairs
 from tests.replication.arms import SELECTION_SEEDS
@@ -48,6 +48,17 @@ def test_the_rule_now_is_that_of_the_analysis_where_wide_last_costs_too_much() -
         need, rank, held = (found["advice"][key] for key in ("need", "rank", "held"))
         assert advice.rule_now(found) == judge(found["width"], need, rank, held, 1000, costs)[0]
     assert len(pairs_found) >= 32
+
+
+def test_what_the_advice_says_of_phi_s_is_what_the_pairs_say() -> None:
+    told = []
+    for study in (pairs.DIGITS, pairs.FASHION):
+        found = [json.loads(file.read_text()) for file in RESULTS.glob("*_*.json")]
+        asked = [each for each in found if each["teacher"] in study.teachers and each["width"] < each["advice"]["need"]]
+        kept = [each for each in asked if each["advice"]["held"] >= HOLDS]
+        ahead = sum(advice.gain(each, "phi_s") > advice.gain(each, "Lift") for each in kept)
+        told.append(f"{ahead} of {len(kept)}")
+    assert f"{told[0]} small pairs of digits and in {told[1]} of Fashion-MNIST" == PHI_S_AHEAD
 
 
 def test_a_prediction_is_compared_by_rank_also_without_each_teacher() -> None:
