@@ -22,7 +22,7 @@ demo: install  ## Train a teacher and students by six methods on scikit-learn's 
 	@echo "Next: $(BIN)/tensorboard --logdir runs/demo"
 	@echo "      $(BIN)/kdvit check --config configs/lift.yaml --data.init_args.root /path/to/imagenet"
 	@echo "      $(BIN)/kdvit fit --config configs/demo/lift.yaml --model.distillers.lift.weight 2 \\"
-	@echo "          --trainer.default_root_dir runs/demo/lift_2"
+	@echo "          --trainer.max_epochs 24 --trainer.default_root_dir runs/demo/lift_2"
 	@echo "      make fashion-mnist"
 
 METHODS := teacher plain soft_kd feature lift wide_last

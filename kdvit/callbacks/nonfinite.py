@@ -97,7 +97,7 @@ class NonFiniteGuard(pl.Callback):
         if self._failure is not None:
             optimizer.zero_grad()
             return
-        bad = self._verdict(trainer, pl_module, seen)
+        bad = self._verdict(trainer, optimizer, seen)
         self._pending = Step(trainer.global_step, seen, bad).copied()
         if optimizer.defaults.get("fused") and bad.device.type not in FREE_TO_READ:
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by torch's fused kernels
@@ -131,11 +131,11 @@ class NonFiniteGuard(pl.Callback):
         """Loads that number."""
         self.skipped = state_dict["skipped"]
 
-    def _verdict(self, trainer: pl.Trainer, pl_module: Any, seen: list[SeenBatch]) -> Tensor:
+    def _verdict(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, seen: list[SeenBatch]) -> Tensor:
         """Returns 1.0 if a number of the step is not finite on any rank, else 0.0, on the device."""
         numbers = [term for each in seen for term in each.terms.values()]
         if trainer.scaler is None:
-            numbers.append(gradient_norm(pl_module).float())
+            numbers.append(gradient_norm(optimizer).float())
         bad = torch.stack(numbers).isfinite().all().logical_not().float()
         if trainer.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)

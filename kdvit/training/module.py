@@ -178,7 +178,7 @@ class DistillationModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs what was measured of the whole step, the learning rate, and the gradient norm before clipping."""
         if self._is_logged_step():
-            log_means(self, {"grad_norm": gradient_norm(self), "lr": highest_rate(optimizer)})
+            log_means(self, {"grad_norm": gradient_norm(optimizer), "lr": highest_rate(optimizer)})
 
     def configure_optimizers(self) -> Any:
         """Builds timm's optimizer and schedule."""

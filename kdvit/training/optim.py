@@ -235,9 +235,10 @@ def _layered(student: Network) -> nn.Module:
     return model  # type: ignore[return-value]
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """Returns the norm of all gradients of a module; of a split one's, over all processes, which call it together."""
-    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Returns the norm of all gradients; of a split module's, over all processes, which call it together."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
