@@ -60,7 +60,7 @@ def draw_claim(teacher: dict[str, Any], student_width: int, found: Sequence[Gain
     bars = {"all images together": teacher["pca_dimension"], "one image": teacher["svd_rank"]}
     left.barh(list(bars), [each["p99"] for each in bars.values()], color=[ORANGE, BLUE], height=0.5)
     left.axvline(student_width, color=GREY, linestyle="--", linewidth=1)
-    left.text(student_width, 0.5, f" the student's {student_width} channels", fontsize=8, color=GREY, va="center")
+    left.text(student_width, 0.5, f" the student's\n {student_width} channels", fontsize=8, color=GREY, va="center")
     left.set_xlabel(f"directions for 95 % of the teacher's features (of {teacher['width']})", fontsize=8)
     left.set_xlim(0, 1.15 * max(*(each["p99"] for each in bars.values()), student_width))
     _draw_gains(right, found)
