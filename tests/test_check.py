@@ -140,6 +140,10 @@ def test_the_memory_of_a_process_follows_its_formula() -> None:
         ("--trainer.val_check_interval=50", "val_check_interval is 50, and an epoch has 20 batches: no validation"),
         ("--trainer.check_val_every_n_epoch=50", "is 50, and the run has 40 epochs: no validation would be held"),
         ("--trainer.limit_train_batches=0.01", "limit_train_batches 0.01 leaves none of the 20 batches of an epoch."),
+        (
+            "--data.init_args={mixup: 1, batch_size: 2000}",
+            "of the 1297 images of a process and epoch, the last batch would",
+        ),
         ("--trainer.default_root_dir=file/run", "trainer.default_root_dir: 'file/run' cannot be made or written to."),
     ],
 )

@@ -60,7 +60,7 @@ def _started(
 
 
 def _ended(process: multiprocessing.process.BaseProcess) -> int | None:
-    process.join(timeout=120)
+    process.join(timeout=300)
     return process.exitcode
 
 

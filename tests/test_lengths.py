@@ -167,6 +167,10 @@ def test_schedules_have_the_rates_of_their_formula(options: dict, length: RunLen
         ({"args": {"decay_epochs": 3}}, "decay_epochs has no effect on cosine; it goes with step"),
         ({"name": "multistep", "args": {"decay_epochs": 3}}, "no effect on multistep"),
         ({"args": {"cicle_limit": 3}}, "schedule.args: .*unexpected keyword argument 'cicle_limit'"),
+        ({"args": {"decay_rate": 0.5}}, "decay_rate has no effect on cosine; it goes with step or multistep or poly"),
+        ({"args": {"plateau_mode": "min"}}, "plateau_mode has no effect on cosine; it goes with a schedule that kdvit"),
+        ({"args": {"cycle_limit": 0}}, "schedule.args: division by zero"),
+        ({"min_lr": -1}, "schedule.min_lr must be 0 or more, got -1"),
         ({"warmup_steps": 3}, "warmup_steps goes with schedule.interval: step"),
     ],
 )

@@ -8,13 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kdvit.errors import UserError
+from kdvit.runtime import lock
 from kdvit.runtime.lock import LOCK, SILENCE, run_lock
 from tests.runs import SHORT, fit
 from tests.several import PATHS
@@ -47,7 +51,7 @@ def test_a_second_start_says_who_holds_the_run_and_a_killed_one_holds_nothing(
         fit("plain", "", *SHORT)
     assert end.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    told = f"'run' is in use: process {other.pid} on {socket.gethostname()} trains there since 20"
+    told = f"'run' is in use: process {other.pid} on {socket.gethostname()} works there since 20"
     assert told in message
     assert not Path("run/checkpoints").exists()
     other.send_signal(signal.SIGKILL)
@@ -57,6 +61,29 @@ def test_a_second_start_says_who_holds_the_run_and_a_killed_one_holds_nothing(
     fit("plain", "", *SHORT)
     assert Path("run/checkpoints/last.ckpt").is_file()
     assert not FILE.exists()
+
+
+def test_of_two_that_find_a_lock_left_behind_one_gets_it(other: subprocess.Popen[str], monkeypatch) -> None:
+    other.kill()
+    other.wait()
+    create, got = lock._create, []
+
+    def slow(*args: Any) -> bool:
+        time.sleep(0.05)
+        return create(*args)
+
+    def start() -> None:
+        with suppress(UserError), run_lock("run"):
+            got.append(1)
+            time.sleep(1)
+
+    monkeypatch.setattr(lock, "_create", slow)
+    starts = [threading.Thread(target=start) for _ in range(2)]
+    for each in starts:
+        each.start()
+    for each in starts:
+        each.join()
+    assert got == [1]
 
 
 def test_a_run_leaves_no_lock_when_it_fails(capsys) -> None:

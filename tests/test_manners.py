@@ -122,6 +122,14 @@ def misplaced(tmp_path: Path) -> None:
         ),
         (["benchmark", "x", "--batch", "3"], "there is no option '--batch'. Did you mean --batch_size?"),
         (["benchmark", "x", "--batchsize", "3"], "there is no option '--batchsize'. Did you mean --batch_size?"),
+        (["check", "demo/lift.yaml"], "'demo/lift.yaml' belongs to no option. Did you mean --config demo/lift.yaml?"),
+        (["fit"], "fit.data. Give a config that has them: --config NAME, such as --config demo/plain.yaml."),
+        (
+            ["analyze", "--model", "x", "--model.width", "3"],
+            "there is no option '--model.width'. Did you mean --model?",
+        ),
+        (["slurm", "--config", "x", "--job-name", "y"], "there is no option '--job-name'. Did you mean --job_name?"),
+        (["analyze", "--model", "x", "--against", "y"], "against: expected one of 'published' (got 'y')"),
         (["fit", "--help", "modl"], "No option starts with --modl. Did you mean model? Groups: trainer, data"),
         (
             ["predict", "--config", "demo/plain.yaml", "--ckpt_path", "none.ckpt"],

@@ -289,7 +289,10 @@ def test_a_ready_made_timm_model_is_wrapped() -> None:
     [
         ({"teacher": None}, "distiller 'logit' needs a teacher, and teacher is null"),
         ({"distillers": {}}, "nothing is distilled from it"),
-        ({"distillers": {"task": LogitDistiller()}}, "distillers: 'task' is the name of the cross-entropy"),
+        *(
+            ({"distillers": {name: LogitDistiller()}}, f"distillers: '{name}' cannot be the name of one")
+            for name in ("task", "loss", "cait.logit", "metrics")
+        ),
         ({"task_weight": -0.1}, "task_weight must be 0 or more, got -0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"class_names": list("abc")}, "student has 5 classes and the data 3. Set num_classes of the student to 3"),

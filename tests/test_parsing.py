@@ -63,7 +63,7 @@ def test_words_become_the_values_that_they_say(words: list[str], expected: dict[
         (["benchmark", "vit_tiny_patch16_224", "--batch_size", "0"], "batch_size"),
         (
             ["compare", "a", "--out", "x", "b"],
-            "'b' stands behind an option: what has no option of its own comes first.",
+            "'b' belongs to no option. What needs none comes first.",
         ),
     ],
 )

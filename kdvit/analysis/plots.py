@@ -17,29 +17,27 @@ BLUE, ORANGE, GREEN, *_ = PALETTE
 GREY = "#777777"
 MARKERS = "osD^vPX"
 FIGURES = ("ranks", "energy", "sep", "depth")
+WIDTH = 7.0
+"""Inches."""
 BANDS = ((1, 99, 0.15), (10, 90, 0.3))
 
 
-def figures(report: Report, width: float = 7.0) -> dict[str, Figure]:
-    """Draws all figures of a report.
-
-    Args:
-        report: The report.
-        width: In inches: 7 for a page, 3.5 for a column.
+def figures(report: Report) -> dict[str, Figure]:
+    """Draws all figures of a report, as wide as a page.
 
     Returns:
         Figures by name: ``ranks`` (histograms), ``energy``, ``sep``, and ``depth`` where several blocks were measured.
     """
-    drawn = {"ranks": draw_ranks(report, width), "energy": draw_energy(report, width), "sep": draw_sep(report, width)}
+    drawn = {"ranks": draw_ranks(report), "energy": draw_energy(report), "sep": draw_sep(report)}
     blocks = [sum(layer.index < network.depth for layer in network.layers) for network in report.networks]
     if max(blocks) > 1:  # a remedy's map is none
-        drawn["depth"] = draw_depth(report, width)
+        drawn["depth"] = draw_depth(report)
     return drawn
 
 
-def draw_ranks(report: Report, width: float = 7.0) -> Figure:
+def draw_ranks(report: Report) -> Figure:
     """Draws, for each network, how SVD rank and PCA dimension at 95 % of the energy spread over the images."""
-    figure, panels = _panels(report, width, 2.7)
+    figure, panels = _panels(report, 2.7)
     for network, (axes,) in zip(report.networks, panels, strict=True):
         layer = network.face
         for values, colour, name in (
@@ -56,15 +54,15 @@ def draw_ranks(report: Report, width: float = 7.0) -> Figure:
             have = report.advice.have
             axes.axvline(have, ymax=0.7, color="black", linestyle=":", linewidth=1.5, label=f"student's width: {have}")
         axes.set(xlim=(0, 1.03 * layer.width), ylim=(0, 1.42 * axes.get_ylim()[1]))
-        _label(axes, network, width, f"directions for 95 % of the energy, of {layer.width}")
+        _label(axes, network, f"directions for 95 % of the energy, of {layer.width}")
         axes.legend(loc="upper right", fontsize=8, frameon=False, labelspacing=0.2)
         _left(axes, "images")
     return figure
 
 
-def draw_energy(report: Report, width: float = 7.0) -> Figure:
+def draw_energy(report: Report) -> Figure:
     """Draws, for each network, the energy in the leading directions: of each image alone, and shared; with bands."""
-    figure, panels = _panels(report, width, 2.6)
+    figure, panels = _panels(report, 2.6)
     for network, (axes,) in zip(report.networks, panels, strict=True):
         layer = network.face
         for energy, colour, style, name in (
@@ -78,19 +76,19 @@ def draw_energy(report: Report, width: float = 7.0) -> Figure:
             axes.plot(number, 100 * np.median(energy, axis=0), style, color=colour, linewidth=1.3, label=name)
         axes.axhline(100 * LEVEL, color=GREY, linestyle=":", linewidth=1)
         axes.set(xlim=(1, layer.width), ylim=(0, 101))
-        _label(axes, network, width, f"directions, of {layer.width}")
+        _label(axes, network, f"directions, of {layer.width}")
         axes.legend(loc="lower right", fontsize=8, frameon=False)
         _left(axes, "energy (%)")
     return figure
 
 
-def draw_sep(report: Report, width: float = 7.0) -> Figure:
+def draw_sep(report: Report) -> Figure:
     """Draws, for each network, SEP and its controls: the curves above, what they differ from the diagonal below."""
-    figure, panels = _panels(report, width, 4.0, ratios=(3, 2))
+    figure, panels = _panels(report, 4.0, ratios=(3, 2))
     for network, (upper, lower) in zip(report.networks, panels, strict=True):
         _draw_sep(network.face, upper, lower)
-        _label(upper, network, width)
-        _label(lower, None, width, f"share of {network.face.width} frequencies")
+        _label(upper, network)
+        _label(lower, None, f"share of {network.face.width} frequencies")
         _left(upper, "share of energy")
         _left(lower, "minus diagonal")
     _legend(figure, panels[0][0], 2)
@@ -116,9 +114,9 @@ def _draw_sep(layer: LayerReport, upper: Any, lower: Any) -> None:
     upper.tick_params(labelbottom=False)
 
 
-def draw_depth(report: Report, width: float = 7.0) -> Figure:
+def draw_depth(report: Report) -> Figure:
     """Draws SVD rank and PCA dimension at 95 % of the energy (99th percentiles) over the depth of all networks."""
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes: Any = figure.add_subplot()
     for i, network in enumerate(report.networks):
         look: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
@@ -131,20 +129,18 @@ def draw_depth(report: Report, width: float = 7.0) -> Figure:
             label = f"{network.name}: {name}"
             axes.plot(depth, values, style, **look, markersize=4, linewidth=1.3, label=label)
     axes.set(ylabel="directions for 95 %, p99", ylim=(0, None))
-    _label(axes, None, width, "share of the depth")
-    _legend(figure, axes, 2 if width > 5 else 1)
+    _label(axes, None, "share of the depth")
+    _legend(figure, axes, 2)
     axes.grid(alpha=0.3)
     return figure
 
 
-def _panels(
-    report: Report, width: float, height: float, ratios: tuple[int, ...] = (1,)
-) -> tuple[Figure, list[tuple[Any, ...]]]:
+def _panels(report: Report, height: float, ratios: tuple[int, ...] = (1,)) -> tuple[Figure, list[tuple[Any, ...]]]:
     """Returns a figure, and for each network a panel, or several in a column with these ratios of their heights."""
     count, stacked = len(report.networks), len(ratios)
-    columns = min(count, 3 if width > 9 else 2 if width > 5 else 1)
+    columns = min(count, 2)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
     grid: Any = figure.subplots(stacked * rows, columns, squeeze=False, height_ratios=ratios * rows)
     panels = [tuple(column) for row in np.split(grid, rows) for column in row.T]
     for axes in (axes for spare in panels[count:] for axes in spare):
@@ -152,10 +148,10 @@ def _panels(
     return figure, panels[:count]
 
 
-def _label(axes: Any, network: NetworkReport | None, width: float, below: str = "") -> None:
+def _label(axes: Any, network: NetworkReport | None, below: str = "") -> None:
     if network is not None:
         text = f"{network.name}, layer {network.face.layer}"
-        axes.set_title("\n".join(textwrap.wrap(text, 38 if width > 5 else 44)), fontsize=9)
+        axes.set_title("\n".join(textwrap.wrap(text, 38)), fontsize=9)
     axes.set_xlabel(below, fontsize=9)
     axes.yaxis.label.set_size(9)
     axes.tick_params(labelsize=8)

@@ -165,7 +165,7 @@ class Report(NamedTuple):
         columns = {
             **FIRST,
             **self.level_columns(),
-            "rotation": "{0[rotation_0.95]:.1f}",
+            "rotation at 95 %": "{0[rotation_0.95]:.1f}",
             "SEP 90 %": "{0[sep_0.9_tokens]:.2f}",
             "permuted": "{0[sep_0.9_permuted_mean]:.2f}",
             "noise": "{0[sep_0.9_gaussian]:.2f}",

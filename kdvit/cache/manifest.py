@@ -38,7 +38,6 @@ class Manifest:
         topk: Number of the most probable classes that are stored; None for the logits of all.
         precision: The Trainer's precision at the time of writing.
         origin: What the outputs follow from: teacher, data and library versions, in plain types.
-        complete: Whether every record is there.
         targets: Of each of `layers`, the name of the `FixedTarget` that is stored; empty where it is the map itself.
     """
 
@@ -51,7 +50,6 @@ class Manifest:
     topk: int | None
     precision: str
     origin: dict[str, Any]
-    complete: bool = False
     targets: tuple[str, ...] = ()
 
     @property
@@ -63,9 +61,9 @@ class Manifest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All but `complete`, the origin's items beside the others."""
+        """All, the origin's items beside the others."""
         settings = asdict(self)
-        del settings["complete"], settings["origin"]
+        del settings["origin"]
         return settings | self.origin
 
     @property

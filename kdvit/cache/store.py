@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -113,9 +114,24 @@ def shard_rows(manifest: Manifest, shard: int) -> range:
 
 
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """Returns the shards that have yet to be written."""
-    shards = -(-manifest.rows // ROWS)
-    return [shard for shard in range(shards) if not shard_file(folder, shard).exists()]
+    """Returns the shards that have yet to be written, those included that a copy has cut off."""
+    shards, kind = -(-manifest.rows // ROWS), record_type(manifest)
+    head = io.BytesIO()
+    _write_head(head, kind, ROWS)
+    return [
+        shard
+        for shard in range(shards)
+        if _size(shard_file(folder, shard)) != head.tell() + len(shard_rows(manifest, shard)) * kind.itemsize
+    ]
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _write_head(stream: BinaryIO, kind: np.dtype[Any], rows: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(stream, header)  # as long for all numbers of rows of a shard
 
 
 def append_records(folder: Path, manifest: Manifest, rows: Sequence[int], records: np.ndarray[Any, Any]) -> None:
@@ -131,9 +147,7 @@ def append_records(folder: Path, manifest: Manifest, rows: Sequence[int], record
     file, whole = shard_file(folder, shard), shard_rows(manifest, shard)
     with file.with_name(f"{file.name}.tmp").open("wb" if rows[0] == whole[0] else "ab") as stream:
         if rows[0] == whole[0]:
-            descr = np.lib.format.dtype_to_descr(records.dtype)
-            header = {"descr": descr, "fortran_order": False, "shape": (len(whole),)}
-            np.lib.format.write_array_header_1_0(stream, header)
+            _write_head(stream, records.dtype, len(whole))
         stream.write(records.tobytes())
         if rows[-1] == whole[-1]:
             stream.flush()
@@ -224,11 +238,11 @@ def open_cache(
     if teacher is None:
         raise CacheError("A cache of teacher outputs is given, and the run has no teacher. Leave data.cache out.")
     manifest = Manifest.load(folder)
-    if not manifest.complete:
+    if missing := missing_shards(folder, manifest):
         raise CacheError(
-            f"The cache {str(folder)!r} is not complete: {len(missing_shards(folder, manifest))} of "
-            f"{-(-manifest.rows // ROWS)} shards are missing. The `kdvit cache` that began it goes on where it "
-            f"stopped: `kdvit cache --config ... --out {folder} --views {manifest.views}`."
+            f"The cache {str(folder)!r} is not complete: {len(missing)} of {-(-manifest.rows // ROWS)} shards are "
+            "missing or cut off. The `kdvit cache` that began it goes on where it stopped: `kdvit cache --config ... "
+            f"--out {folder} --views {manifest.views}`."
         )
     chosen = [each if each in manifest.maps else TeacherMap(each.layer) for each in maps]
     lacking = [str(each) for each, found in dict(zip(maps, chosen, strict=True)).items() if found not in manifest.maps]

@@ -6,7 +6,6 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +156,7 @@ class CacheWriting(TeacherPass):
             raise Stopped(128 + stop if self.trainer.is_global_zero else 0)
 
     def teardown(self, stage: str) -> None:
-        """Marks the cache complete once all ranks have written their shards."""
-        self.trainer.strategy.barrier()
-        if self.trainer.is_global_zero and not missing_shards(self.folder, self.manifest):
-            replace(self.manifest, complete=True).save(self.folder)
+        """Waits until all ranks have written their shards."""
         self.trainer.strategy.barrier()
 
 
@@ -246,7 +242,7 @@ def fill(trainer: pl.Trainer, writing: CacheWriting) -> str:
     needed, free = check_room(folder, manifest)
     record = record_type(manifest).itemsize
     rank_zero_info(f"{manifest.rows:,} records of {record:,} bytes: {as_size(needed)} to write, {as_size(free)} free.")
-    if missing_shards(folder, manifest) or not Manifest.load(folder).complete:
+    if missing_shards(folder, manifest):
         trainer.predict(writing, return_predictions=False)
     missing = len(missing_shards(folder, manifest))
     if missing:

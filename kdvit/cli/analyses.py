@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import IterableDataset
 
 from kdvit.analysis import Options, Report, advise, advised_model, analyze, distilled_layer, measure, read_features
@@ -162,7 +163,8 @@ def process_trainer(processes: Processes, precision: str = "32-true") -> pl.Trai
     require_all_tasks(planned_processes(processes.devices, processes.num_nodes))
     given = {key: each for key, each in asdict(processes).items() if each is not None}
     silent = {} if in_terminal() else {"callbacks": [], "enable_progress_bar": False}
-    trainer = analysis_trainer(**{"precision": precision, **given}, **silent)
+    with shown((MisconfigurationException, ValueError)):
+        trainer = analysis_trainer(**{"precision": precision, **given}, **silent)
     require_whole_networks(trainer)
     require_all_processes(trainer)
     return trainer
@@ -223,7 +225,9 @@ def _classes(network: Network) -> int | None:
 
 def _short(name: str, taken: list[str]) -> str:
     """Returns a name for pictures and files: of a path the part that tells most, with a number if it is taken."""
-    parts = Path(name).absolute().with_suffix("").parts if Path(name).exists() else (name.removeprefix("local-dir:"),)
+    path = Path(name).absolute()
+    file = path.with_suffix("") if path.is_file() else path
+    parts = file.parts if path.exists() else (name.removeprefix("local-dir:"),)
     told = [part for part in parts if part not in ("student", "checkpoints", "best", "last")][-1]
     return told if told not in taken else f"{told}_{1 + sum(each.startswith(told) for each in taken)}"
 
@@ -244,7 +248,7 @@ def write(report: Report, config: dict[str, Any] | None, out: str, against: str 
     if against and not any(network.published for network in report.networks):
         print(f"--against {against}: the paper's figures are of {', '.join(PUBLISHED)}.")
     if config is not None and report.advice is not None:
-        head = "# kdvit fit --config advised.yaml\n# What `kdvit analyze` advises: "
+        head = f"# kdvit fit --config {advised}\n# What `kdvit analyze` advises: "
         logits = "# (Logits are distilled where the numbers of classes agree: see that they are the same classes.)\n"
         weight = (
             "# (Choose the weight of a map's term on held out images, 0 among others: it was 0.004 to 12.5 so far.)\n"

@@ -94,7 +94,7 @@ def find_images(name: str | None, image_format: ImageFormat) -> Images:
         UserError: If there are none.
     """
     modules = subclasses(ImageDataModule)
-    if name is not None and name in modules:
+    if name is not None and name in modules and not Path(name).is_dir():
         with shown((ValueError, TypeError, ImportError), prefix=f"--data {name}: "):
             module = modules[name](img_size=image_format.size, mean=image_format.mean, std=image_format.std)
         return _of_module(module, name, {"class_path": name, "init_args": {}})

@@ -46,7 +46,7 @@ def read_experiment(
     Args:
         name: Path or short name of the config.
         changes: More options of `kdvit fit`.
-        pretrained: Whether student and teachers load published weights.
+        pretrained: Whether student and teachers load published weights; those of a folder are loaded anyway.
         data: Whether to build the data, too.
 
     Raises:
@@ -57,7 +57,7 @@ def read_experiment(
     named = config.model.teachers or ({"teacher": config.model.teacher} if config.model.teacher else {})
     teachers = {"teacher" if len(named) == 1 else f"teacher_{name}": each for name, each in named.items()}
     for spec in () if pretrained else (config.model.student, *teachers.values()):
-        if "pretrained" in spec.get("init_args", {}):
+        if "pretrained" in (given := spec.get("init_args", {})) and not str(given.get("arch")).startswith("local-dir:"):
             spec["init_args"]["pretrained"] = False
     student = build("student", Network, config.model.student)
     built = {label: build(label, Network, spec) for label, spec in teachers.items()}
@@ -140,4 +140,5 @@ def find_networks(name: str, *, pretrained: bool = False, trained: bool = False)
     found = read_experiment(name, pretrained=pretrained)
     if trained:
         take_best(found)
-    return [(f"{Path(name).stem}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]
+    label = Path(name).absolute().parent.name if Path(name).stem == "config" else Path(name).stem
+    return [(f"{label}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 
+from kdvit.cli.config_files import ENDINGS
 from kdvit.errors import UserError, nearest, own_errors
 
 T = TypeVar("T")
@@ -100,10 +101,14 @@ def options_known(command: str, known: Iterable[str]) -> Iterator[None]:
             raise
         word = match[1].partition("=")[0]
         if not word.startswith("-"):
-            raise UserError(f"{word!r} stands behind an option: what has no option of its own comes first.") from error
-        raise UserError(
-            f"there is no option {word!r}.{nearest(word, known)} `kdvit {command} --help` lists them."
-        ) from error
+            config = f"Did you mean --config {word}?" if word.endswith(ENDINGS) else "What needs none comes first."
+            raise UserError(f"{word!r} belongs to no option. {config}") from error
+        raise no_option(command, word, known) from error
+
+
+def no_option(command: str, word: str, known: Iterable[str]) -> UserError:
+    """Returns the error that names the nearest option of a command for one that it does not have."""
+    return UserError(f"there is no option {word!r}.{nearest(word, known)} `kdvit {command} --help` lists them.")
 
 
 def with_own_errors(class_type: type[T], *args: Any, **kwargs: Any) -> T:
@@ -128,6 +133,7 @@ SHORTER = (
     (r"Not of type \w+: (?:\S+ )?does not conform to restriction v", "expected a number "),
     (r"Expected a typing\.Literal\[([^\]]*)\](?= |$)", r"or one of \1"),
     (r"expected (\w+) expected (\w+)(?= \(|$)", r"expected \1 or \2"),
+    (r": or one of ", ": expected one of "),
     (r"Expected a path but .* either not accessible or invalid ", ""),
     (
         r"expected float Expected a dot import path string: \S+",
@@ -200,7 +206,12 @@ def _unknown_option(text: str, match: re.Match[str]) -> str:
     return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help all` lists all."
 
 
+def _no_config(text: str, match: re.Match[str]) -> str:
+    return f"{text}. Give a config that has them: --config NAME, such as --config demo/plain.yaml."
+
+
 ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {
+    r"the following arguments are required: .*\b(?:model\.student|data)\b": _no_config,
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"^([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(?:is not iterable|object has no attribute '\w+'"
     r"|unhashable type: '\w+'|must be a mapping, not \w+)$)": _no_class,

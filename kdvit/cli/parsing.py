@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
-from kdvit.cli.messages import options_known
+from kdvit.cli.messages import no_option, options_known
 from kdvit.errors import UserError
 
 PASSED = ("rest", "typed")
@@ -29,11 +29,17 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         args: The words behind the name.
 
     Raises:
-        ArgumentError: If a word is unknown, or a value has another type.
+        UserError: If an option is unknown.
+        ArgumentError: If a value has another type.
     """
     parameters, parser = inspect.signature(function).parameters, parser_of(function, name)
     options = parser._option_string_actions
     own, rest = known_words(args, options) if "rest" in parameters else (args, [])
+    for word in (each.partition("=")[0] for each in args if each.startswith("--")):
+        hyphened = rest and word.replace("-", "_").replace("__", "--", 1) in options
+        dotted = not rest and "." in word  # which jsonargparse takes for what stands before the dot
+        if word not in options and (hyphened or dotted):
+            raise no_option(name, word, options)
     with options_known(name, options):
         given = parser.instantiate(parser.parse_args(own))
     passed = {"rest": rest, "typed": args}

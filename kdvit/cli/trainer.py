@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kdvit.cli.messages import unforeseen
 from kdvit.data import ImageDataModule
 from kdvit.errors import UserError, shown
 from kdvit.runtime.checkpoints import require_monitors
+from kdvit.runtime.lock import run_lock
 from kdvit.structures import BatchError
 from kdvit.training.calibration import calibrate
 from kdvit.training.module import DistillationModule
@@ -104,7 +106,8 @@ class Trainer(pl.Trainer):
             options: dict[str, Any] = {"views": views, "store": store, "topk": topk, "precision": str(self.precision)}
             manifest = plan(teacher, (wanted.maps, wanted.logits), data, **options)
             assert teacher is not None
-            done = fill(self, CacheWriting(teacher, Path(out), manifest, *loading))
+            with run_lock(out, "--out") if self.is_global_zero else nullcontext():
+                done = fill(self, CacheWriting(teacher, Path(out), manifest, *loading))
         else:
             folder = Path(check or "")
             manifest = open_cache(folder, teacher, (), False, data).manifest

@@ -153,8 +153,8 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Says what the images are; opens the cache of a fit, and raises if it was made for another run."""
         checking = self.trainer is not None and self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if stage == "fit" and not checking and self.labels("train") is not None:  # a check shows them in its table
-            rank_zero_info(f"Images: {self.summary()}.")
+        if stage == "fit" and not checking and (told := self.summary()):  # a check shows it in its table
+            rank_zero_info(f"Images: {told}.")
         if stage in ("test", "predict") and self.source("test") == self.source("val"):
             rank_zero_info("There are no images for a test alone: these are those of val.")
         if stage == "fit" and self.cache is not None and self.trainer is not None:
@@ -180,9 +180,17 @@ class ImageDataModule(pl.LightningDataModule):
 
         The images that remain are skipped; another epoch skips others. Only where there are fewer images than a
         step takes, they are the one step of an epoch.
+
+        Raises:
+            ShareError: If there are fewer images than processes, or a batch to be mixed has an odd number of them.
         """
         dataset: Any = self.dataset("train")
         sampler = self._sampler(len(dataset), training=True)
+        if (self.mixup or self.cutmix) and (odd := len(sampler) % self.batch_size) % 2:
+            raise ShareError(
+                f"Mixup and CutMix mix pairs, and of the {len(sampler)} images of a process and epoch, the last batch "
+                f"would get {odd}: lower the batch_size, or set mixup and cutmix to 0."
+            )
         if self._reader is not None:
             dataset = ViewBatches(dataset, self._reader)
         return self._loader(dataset, sampler, self.batch_size, ResumableLoader)

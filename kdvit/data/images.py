@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -63,11 +62,17 @@ class Images(ListedImages):
             )
         self.class_names = list(named or ()) if self.is_labelled else ()
         self.samples = {split: self._items(split) for split in self.given if split not in self.streams}
-        for split, data in self.given.items():
-            if self.is_labelled and not classes and (theirs := known_classes(data)) and theirs != self.class_names:
+        ours = known_classes(train) or []
+        for split, data in self.given.items() if self.is_labelled else ():
+            theirs = known_classes(data) or ours
+            same = len(theirs) == len(ours) or theirs[: len(ours)] == ours[: len(theirs)]  # of a class, the number
+            if theirs != ours and not (same and classes):
+                way_out = "Give the names of all (classes), if they are the same."
+                if not same:
+                    way_out = "A number means another class in each: give both folders of all classes."
                 raise ValueError(
-                    f"{type(self).__name__}: train and {split} have different classes, {len(self.class_names)} and "
-                    f"{len(theirs)}: {', '.join(theirs[:5])}. Give the names of all (classes), if they are the same."
+                    f"{type(self).__name__}: train and {split} have different classes, {len(ours)} and {len(theirs)}: "
+                    f"{', '.join(theirs[:5])}. {way_out}"
                 )
         if val is None and "train" in self.streams:
             raise ValueError(f"{type(self).__name__}: of a stream no images can be set apart. Give val, too.")
@@ -87,12 +92,6 @@ class Images(ListedImages):
         """Returns val for test where no data set is given for it."""
         return "val" if split == "test" and split not in self.given else split
 
-    def setup(self, stage: str) -> None:
-        """Says what a stream cannot do."""
-        if stage == "fit" and "train" in self.streams:
-            rank_zero_info(f"Images: {self.summary()}.")
-        super().setup(stage)
-
     def summary(self) -> str:
         """Says in one line how many images there are of which classes, and which come as a stream."""
         told = [f"{split}: {STREAM if split == 'train' else 'a stream'}" for split in sorted(self.streams)]
@@ -100,7 +99,7 @@ class Images(ListedImages):
         return "; ".join(filter(None, (*told, super().summary())))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns also what the items of a data set are.
+        """Returns that of map-style images.
 
         Raises:
             CacheError: If it is a stream.
@@ -145,6 +144,11 @@ class Images(ListedImages):
             drop_last=dataset.seed is not None,
         )
         trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and dataset.skip:
+            raise UserError(
+                "on_error: skip leaves damaged images of a stream out, so that one process may have fewer batches than "
+                "another, which then waits for ever: mend them, or set --trainer.devices 1."
+            )
         if trainer is not None and trainer.world_size > 1 and not self.divides_evenly:
             raise UserError(
                 "A stream of your own may give one process more batches than another, which then waits for ever: set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdvit.data.base import ImageDataModule
@@ -23,7 +24,7 @@ def labelled_images(name: str, image_format: ImageFormat, **loading: Any) -> Ima
     size, mean, std, crop_pct, interpolation = image_format
     given = {"img_size": size, "mean": mean, "std": std, **loading}
     modules = subclasses(ImageDataModule)
-    if name in modules:
+    if name in modules and not Path(name).is_dir():
         data: ImageDataModule = modules[name](**given)
     else:
         data = ImageFolder(name, crop_pct=crop_pct, interpolation=interpolation, **given)

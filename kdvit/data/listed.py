@@ -91,8 +91,7 @@ class ListedImages(ImageDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns also the arguments of the training transform, so that a difference can be named."""
-        more = {"interpolation": self.image_format.interpolation, "on_error": self.on_error}
-        return {**super().fingerprint(), **self.augmentation, **more}
+        return {**super().fingerprint(), **self.augmentation, "interpolation": self.image_format.interpolation}
 
     def source(self, split: Split) -> Split:
         """Returns val for test where there are no images for it."""

@@ -33,7 +33,7 @@ def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: flo
 
     Raises:
         FileNotFoundError: If a folder is missing or empty.
-        ValueError: If a folder belongs to two classes.
+        ValueError: If a folder belongs to two classes, or that of train holds another split's.
     """
     there = {split: root / name for split, name in folders.items() if (root / name).is_dir()}
     for split, name in folders.items():
@@ -49,6 +49,12 @@ def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: flo
         listed = set_apart(list_images(top, labels), top, share, seed)
     if "test" in there and (not labels or class_folders(there["test"])):  # ImageNet's own has none: it has no labels
         listed["test"] = list_images(there["test"], labels)
+    top = there.get("train", root)
+    if "train" in listed and (inside := [each for each in listed if top in there.get(each, top).parents]):
+        raise ValueError(
+            f"{str(top)!r}, of the training images, holds those of {' and '.join(inside)}, too: name a folder of "
+            "training images alone."
+        )
     return listed
 
 

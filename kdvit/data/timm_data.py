@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, create_dataset
@@ -30,7 +31,7 @@ class TimmData(Images):
 
     Raises:
         ImportError: If the package that reads it is not installed.
-        ValueError: If timm cannot make it.
+        ValueError: If timm cannot make it, or takes training images for those of another split.
     """
 
     divides_evenly = True  # timm counts the images of a stream, and gives all processes as many
@@ -48,8 +49,16 @@ class TimmData(Images):
     ) -> None:
         self.timm_name, self.timm_root, self.args = name, root, {"download": download, **(args or {})}
         self.split_names = {"train": train, "val": val, "test": test}
-        others = {split: self.create(split) for split in ("val", "test") if self.split_names[split] is not None}
-        super().__init__(self.create("train"), **others, **kwargs)
+        made = {split: self.create(split) for split, each in self.split_names.items() if each is not None}
+        for split, data in made.items() if not name else ():
+            ours, theirs = (Path(each.reader.root).resolve() for each in (made["train"], data))
+            if split != "train" and (theirs == ours or theirs in ours.parents):
+                raise ValueError(
+                    f"TimmData: there is no {split} {self.split_names[split]!r} in {root!r}, and timm would show "
+                    f"training images for it. Name its folder or file ({{split}} in root stands for it), or set "
+                    f"{split} to null."
+                )
+        super().__init__(**made, **kwargs)
 
     def create(self, split: str, **streamed: Any) -> Any:
         """Returns timm's data set of a split, or what reads it where that is random access to files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -61,8 +60,3 @@ def round_times_ms(networks: Sequence[Network], batch_size: int = 1, rounds: int
             torch.accelerator.synchronize(images[i].device)
         times[i].append(1000 * (time.perf_counter() - start))
     return [each[WARM_UP:] for each in times]
-
-
-def latency_ms(network: Network) -> float:
-    """Returns the median time of one image, in milliseconds, on the device of the network."""
-    return statistics.median(round_times_ms([network])[0])

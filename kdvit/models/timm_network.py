@@ -56,11 +56,11 @@ class TimmNetwork(Network):
         """
         wanted = [self.resolve(layer) for layer in layers]
         blocks = sorted({index for index in wanted if index < self.depth})
-        needs_end = logits or any(index >= self.depth for index in wanted)
         model: Any = self.model
+        logits = logits and has_head(model)
+        needs_end = logits or any(index >= self.depth for index in wanted)
         maps: list[Tensor] = []
         end = None
-        logits = logits and has_head(model)
         if not blocks and needs_end:
             end = model.forward_features(image)
         elif needs_end:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdvit.errors import UserError
+from kdvit.files import one_after_the_other
 
 LOCK = "run.lock"
 BEAT = 20.0  # seconds between two signs of life
@@ -20,31 +21,32 @@ SILENCE = 180.0  # seconds without one, after which a process on another machine
 
 
 @contextlib.contextmanager
-def run_lock(root: str | Path) -> Iterator[None]:
-    """Locks a run directory, so that no second training writes into it.
+def run_lock(root: str | Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
+    """Locks a run directory or cache, so that no second process writes into it.
 
     The lock names host, process, Slurm job and time, and is touched every 20 seconds. It counts as left behind if its
     process is gone, if it is of this Slurm job (which was requeued), or, of another machine, after three minutes of
     silence by the clock of the file system.
 
     Raises:
-        UserError: If another process trains there; the message says which.
+        UserError: If another process works there; the message says which, and that `option` gives another folder.
     """
     file, ended = Path(root) / LOCK, threading.Event()
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     ours = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    if not _create(file, ours):
-        held = _read(file)
-        if held is not None and _is_held(held, file):
-            raise UserError(
-                f"{str(root)!r} is in use: process {held['process']} on {held['host'].split()[0]} trains there since "
-                f"{held['since']}. Wait for it, end it, or choose another --trainer.default_root_dir. (If it is gone "
-                f"for sure, remove {str(file)!r}.)"
-            )
-        file.unlink(missing_ok=True)
+    with one_after_the_other(file.parent):  # else one could take the new lock of another for the old one
         if not _create(file, ours):
-            raise UserError(f"Another process has just begun to train in {str(root)!r}.")
+            held = _read(file)
+            if held is not None and _is_held(held, file):
+                raise UserError(
+                    f"{str(root)!r} is in use: process {held['process']} on {held['host'].split()[0]} works there "
+                    f"since {held['since']}. Wait for it, end it, or choose another {option}. (If it is gone for sure, "
+                    f"remove {str(file)!r}.)"
+                )
+            file.unlink(missing_ok=True)
+            if not _create(file, ours):
+                raise UserError(f"Another process has just begun to work in {str(root)!r}.")
     threading.Thread(target=_beat, args=(file, ended), daemon=True).start()
     try:
         yield

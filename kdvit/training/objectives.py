@@ -15,6 +15,9 @@ from kdvit.models import FrozenTeacher, Network
 from kdvit.structures import Batch, Layer, OutputShapes, TeacherMap, ViTOutput
 from kdvit.training.heads import leave_unreached, require_logits
 
+LOGGED = ("task", "loss", "acc1", "grad_norm", "lr")
+"""Names in the log that no term may have."""
+
 
 @dataclass
 class TeacherRequest:
@@ -51,8 +54,8 @@ class Objectives(nn.ModuleDict):
         conversions: What is converted on the way, in words: the teacher's input, and maps of unequal grids.
 
     Raises:
-        ValueError: If a distiller is named task, does not go with the pair or has no teacher, or a teacher has no
-            distiller.
+        ValueError: If a distiller has a name that it cannot have, does not go with the pair or has no teacher, or a
+            teacher has no distiller.
     """
 
     def __init__(
@@ -69,8 +72,12 @@ class Objectives(nn.ModuleDict):
         self.requests = {name: TeacherRequest() for name in teachers}
         self.conversions = [each for teacher in teachers.values() for each in teacher.conversions()]
         self._slices: dict[str, tuple[slice, slice]] = {}
-        if "task" in distillers:
-            raise ValueError("distillers: 'task' is the name of the cross-entropy. Give another.")
+        for name in distillers:
+            if name in LOGGED or "." in name or hasattr(self, name):
+                raise ValueError(
+                    f"distillers: {name!r} cannot be the name of one, which is that of its term in the log. Take "
+                    f"another (with no dot, and none of {', '.join(LOGGED)})."
+                )
         self.update(distillers)
         self.teacher_of = {name: _teacher_of(name, each, teachers) for name, each in self.items()}
         for name, teacher in teachers.items():

@@ -80,7 +80,7 @@ class OptimizerOptions:
         taken |= dict.fromkeys(("param_group_fn", "layer_decay_no_opt_scale"), False)  # kdvit groups the parameters
         if idle := [name for name in self.args if not taken.get(name, True)]:  # timm would drop them without a word
             raise ValueError(f"optimizer.args: {self.name} has no {' and no '.join(idle)}.")
-        if not 0 < self.args.get("layer_decay", 1.0) <= 1:
+        if not 0 < (self.args.get("layer_decay", 1.0) or 0) <= 1:
             raise ValueError(f"optimizer.args: layer_decay must be above 0, and 1 or less; got {self.args}.")
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(1))]}], global_batch=1)

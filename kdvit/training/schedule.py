@@ -12,6 +12,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
+TAKEN_BY = {
+    "decay_epochs": ("step",),
+    "decay_milestones": ("multistep",),
+    "decay_rate": ("step", "multistep", "poly"),
+    "patience_epochs": (),
+    "plateau_mode": (),
+}
+"""Arguments of timm's that have an effect on some schedules alone."""
 IN_EPOCHS = ("decay_epochs", "decay_milestones", "cooldown_epochs")
 """Arguments of timm's that are numbers of epochs."""
 IN_TIMM: dict[str, dict[str, Any]] = {
@@ -64,13 +72,14 @@ class ScheduleOptions:
     """The learning rate over a run. It follows from the epoch or step and these options, and is never restored.
 
     Attributes:
-        name: timm's name of the schedule.
+        name: timm's name of the schedule. (Its multistep falls one epoch, or step, before a milestone; its poly has the
+            power `args: {decay_rate: 1.0}`, by default 0.1.)
         interval: What moves it. By steps, all that is given in epochs counts as that many steps.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup_epochs: Epochs of linear warm-up, rounded to whole ones for `interval: epoch`.
         warmup_steps: Steps of the warm-up, instead of `warmup_epochs`; for `interval: step`.
         warmup_share: Share of the run that is warm-up, instead of `warmup_epochs`.
         warmup_lr: Learning rate at the start of the warm-up.
-        min_lr: Learning rate at the end.
+        min_lr: Learning rate at the end of cosine, tanh and poly.
         lag_epochs: Epochs by which the learning rate is late; till then it is that of epoch 0. The authors' code
             (arXiv:2511.15572) is one late, for it moves the rate after an epoch: epochs 0 and 1 have `warmup_lr`. The
             default is better founded: no epoch is spent at the first rate of the warm-up twice.
@@ -96,14 +105,16 @@ class ScheduleOptions:
             raise ValueError(f"schedule.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}.")
         if self.warmup_steps is not None and (self.interval == "epoch" or self.warmup_share is not None):
             raise ValueError("schedule.warmup_steps goes with schedule.interval: step, and without warmup_share.")
-        if self.lag_epochs < 0:
-            raise ValueError(f"schedule.lag_epochs must be 0 or more, got {self.lag_epochs}.")
-        for name, needed in {"decay_epochs": "step", "decay_milestones": "multistep"}.items():
-            if name in self.args and self.name != needed:
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "lag_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} must be 0 or more, got {getattr(self, name)}.")
+        for name in self.args:
+            if name in TAKEN_BY and self.name not in TAKEN_BY[name]:
+                needed = " or ".join(TAKEN_BY[name]) or "a schedule that kdvit has not"
                 raise ValueError(f"schedule.args: {name} has no effect on {self.name}; it goes with {needed}.")
         try:
             self.rates(1.0, RunLength(1, 1, 1))
-        except TypeError as error:  # an argument that timm does not have, or that kdvit sets
+        except (TypeError, ArithmeticError) as error:  # an argument that timm does not have, or that kdvit sets
             raise ValueError(f"schedule.args: {error}.") from error
 
     def build(self, optimizer: torch.optim.Optimizer, length: RunLength) -> LearningRate:
@@ -155,7 +166,7 @@ class ScheduleOptions:
             return ""
         return (
             f"the warm-up of {warmup} {self.interval}s fills the run of {total}, which never comes to its learning "
-            "rate: lower schedule.warmup_epochs."
+            "rate: lower the warm-up of schedule."
         )
 
     def rates(self, lr: float, length: RunLength) -> list[float]:

@@ -56,7 +56,7 @@ def test_a_page_shows_its_pictures_and_asks_for_nothing(write: Any, pictures: in
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     logged = ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [str(BROWSER), *flags, *logged, f"--window-size={width},2000", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found is not None

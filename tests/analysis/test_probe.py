@@ -129,6 +129,10 @@ def test_a_network_comes_back_as_it_was_and_a_layer_can_be_named() -> None:
         (["no_such_net", "--data", "Digits"], "has no model 'no_such_net'"),
         (["vit_tiny_patch16_224", "--data", "nowhere"], "vit_tiny_patch16_224: Expected layout: ROOT/train/CLASS"),
         (["vit_tiny_patch16_224", "--data", "Digits", "--layer", "99"], "vit_tiny_patch16_224: .*has no layer 99"),
+        (
+            ["vit_tiny_patch16_224", "--data", "Digits", "--trainer.strategy", "x"],
+            "invalid strategy name: `strategy='x'`",
+        ),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(args: list[str], text: str, capsys) -> None:

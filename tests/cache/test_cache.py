@@ -23,6 +23,7 @@ from kdvit.cli import main
 from kdvit.data import Digits
 from kdvit.data.sampling import ViewSampler
 from kdvit.models import FrozenTeacher
+from kdvit.runtime.lock import run_lock
 from kdvit.structures import View, ViTOutput
 from tests.runs import QUIET, SHORT, fit
 
@@ -183,7 +184,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str,
             cache(demo_teacher, *views)
     left = {file.name for file in Path("cache").iterdir()}
     assert left == {"manifest.json", "000000.npy", "000001.npy.tmp"}
-    assert "'cache' is not complete: 3 of 4 shards are missing" in refusal(
+    assert "'cache' is not complete: 3 of 4 shards are missing or cut off" in refusal(
         capsys, "lift", demo_teacher, *EPOCHS, *cached()
     )
     first = Path("cache/000000.npy").stat().st_mtime_ns
@@ -198,8 +199,10 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bytes(demo_teacher: str,
 
 def test_missing_shards_are_dealt_out_evenly_however_they_came_to_be_missing() -> None:
     manifest = Manifest(cache_store.ROWS * 8, 1, 1, (), (), 10, None, "32-true", {})
+    whole = np.zeros(cache_store.ROWS, record_type(manifest))
     for done in (0, 2, 4):  # as if the one of two ranks had been faster
-        shard_file(Path(), done).touch()
+        np.save(shard_file(Path(), done), whole)
+    np.save(shard_file(Path(), 6), whole[:-1])  # cut off
     rows: list[list[int]] = []
     heard: list[list[int]] = []
     for rank in range(2):
@@ -207,9 +210,24 @@ def test_missing_shards_are_dealt_out_evenly_however_they_came_to_be_missing() -
         strategy = SimpleNamespace(broadcast=lambda missing: heard.append(missing) or heard[0])
         writing.trainer = SimpleNamespace(world_size=2, global_rank=rank, is_global_zero=rank == 0, strategy=strategy)
         writing.setup("predict")
-        shard_file(Path(), 1).touch()  # the first rank has written before the other looks
+        np.save(shard_file(Path(), 1), whole)  # the first rank has written before the other looks
         rows.append([batch[0] // cache_store.ROWS for batch in writing.batches()])
     assert rows == [[1, 5, 7], [3, 6]]
+
+
+def test_a_cut_off_shard_is_told_and_written_again(stored: None, demo_teacher: str, capsys) -> None:
+    before, shard = contents("cache"), Path("cache/000001.npy")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "1 of 2 shards are missing or cut off" in refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached())
+    cache(demo_teacher)
+    assert contents("cache") == before
+
+
+def test_a_cache_is_written_by_one_command_at_a_time(demo_teacher: str, capsys) -> None:
+    with run_lock("cache"):
+        message = refusal(capsys, demo_teacher, run=cache)
+    assert "'cache' is in use: process " in message
+    assert "or choose another --out." in message
 
 
 def test_too_little_disk_is_said_before_anything_is_written(demo_teacher: str, monkeypatch, capsys) -> None:

@@ -326,7 +326,7 @@ def test_two_processes_stop_together_and_say_whose_batch_it_was(demo_teacher: st
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2, done.stderr[-3000:]

@@ -50,6 +50,20 @@ def test_folders_may_have_any_names() -> None:
     assert read(train=".").class_names == ["2024", "old", "training"]
 
 
+@pytest.mark.parametrize("inside", [{"val": "val"}, {"test": "old/held"}])
+def test_images_of_another_split_are_not_trained_on(inside: dict[str, str]) -> None:
+    put("a.png", "b.png", *(f"{folder}/{i}.png" for folder in inside.values() for i in range(2)))
+    with pytest.raises(ValueError, match=rf"images', of the training images, holds those of {next(iter(inside))}, too"):
+        read(train=".", labels=False, **inside)
+
+
+def test_a_folder_comes_before_a_data_module_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    put("Digits/cat/1.png", "Digits/cat/2.png", "Digits/dog/1.png", "Digits/dog/2.png")
+    monkeypatch.chdir("images")
+    form = ImageFormat((16, 16), (0.5,) * 3, (0.5,) * 3)
+    assert find_images("Digits", form).classes == labelled_images("Digits", form).num_classes == 2
+
+
 def test_an_analysis_shows_the_images_that_would_be_validated_on() -> None:
     classes()
     images = ImageFormat((16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -105,9 +119,9 @@ def test_without_labels_a_tree_is_listed_whole_and_nothing_hidden() -> None:
     put("1.png", "a/2.png", "a/b/3.png", ".ipynb_checkpoints/1.png", "a/.hidden/2.png", "a/4.svg", "test/5.png")
     with pytest.raises(FileNotFoundError, match=r"has the folder\(s\) test, and no folder 'val'"):
         read(labels=False)
-    data = read(labels=False, train=".", test="test", val_share=0.5)
+    data = read(labels=False, train=".", test=".", val_share=0.5)
     assert sorted(paths(data, "train") + paths(data, "val")) == ["1.png", "a/2.png", "a/b/3.png", "test/5.png"]
-    assert paths(data, "test") == ["test/5.png"]
+    assert len(paths(data, "test")) == 4
     assert (data.class_names, data.num_classes) == ((), 0)
     assert data.summary().startswith("train: 2 images without labels (skipped: 1 .svg); val: 2 images without labels; ")
     assert next(iter(data.train_dataloader())).target.tolist() == [-1, -1]

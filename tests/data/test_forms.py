@@ -250,7 +250,33 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "timm's unknown": (
         lambda: TimmData("torch/cifar1000", "data", **FOUND),
         ValueError,
-        "timm cannot read 'torch/cifar1000', split 'validation', root 'data': Unknown torchvision dataset",
+        "timm cannot read 'torch/cifar1000', split 'train', root 'data': Unknown torchvision dataset",
+    ),
+    "a class less": (
+        lambda: (
+            write_folders("train/cat", "train/cow", "train/dog", "val/cat", "val/dog"),
+            TimmData(root="folders", classes=["cat", "cow", "dog"], **FOUND),
+        ),
+        ValueError,
+        "different classes, 3 and 2: cat, dog. A number means another class in each",
+    ),
+    "no folder of val": (
+        lambda: (write_folders("train/cat", "train/dog"), TimmData(root="folders", **FOUND)),
+        ValueError,
+        "there is no val 'validation' in 'folders', and timm would show training images for it",
+    ),
+    "no folder of test": (
+        lambda: (
+            write_folders("train/cat", "train/dog", "val/cat", "val/dog"),
+            TimmData(root="folders", test="test", **FOUND),
+        ),
+        ValueError,
+        "there is no test 'test' in 'folders'",
+    ),
+    "one tar file for all": (
+        lambda: TimmData(root="train.tar", **FOUND),
+        ValueError,
+        "there is no val 'validation' in 'train.tar'.* or set val to null",
     ),
     "folders of other classes": (
         lambda: (write_folders("train/cat", "train/dog", "val/cat"), TimmData(root="folders", **FOUND)),
@@ -440,6 +466,11 @@ def test_a_damaged_item_of_a_stream_is_named_or_left_out() -> None:
         list(Images(**given).train_dataloader())
     batches = list(Images(**given, on_error="skip").train_dataloader())
     assert [batch.index.tolist() for batch in batches] == [[0, 1], [3, 4]]
+    skipping = Images(**given, on_error="skip")
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    skipping.trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=strategy)
+    with pytest.raises(UserError, match="on_error: skip leaves damaged images of a stream out"):
+        skipping.train_dataloader()
 
 
 def test_labels_are_read_off_labels_too() -> None:

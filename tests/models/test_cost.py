@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdvit.models import Network
-from kdvit.models.cost import WARM_UP, latency_ms, round_times_ms
+from kdvit.models.cost import WARM_UP, round_times_ms
 from kdvit.structures import Layer, ViTOutput
 from tests.tiny import FORMAT
 
@@ -57,10 +57,6 @@ def test_each_gets_its_own_time_and_the_warm_up_does_not_count(make) -> None:
     one, other = round_times_ms([make.network("a", 1), make.network("b", 100)], rounds=3)
     assert one == [1000.0 * (WARM_UP + n) for n in (1, 2, 3)]
     assert other == [1000.0 * (WARM_UP + n) for n in (100, 101, 102)]
-
-
-def test_the_latency_is_the_median_in_milliseconds(make) -> None:
-    assert latency_ms(make.network("a", 1)) == 1000 * (WARM_UP + 25.5)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

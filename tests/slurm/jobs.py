@@ -67,16 +67,16 @@ class Job(NamedTuple):
 
     def wait_for_step(self, step: int) -> None:
         """Waits until the training has come to a step."""
-        self.wait(90, lambda: self.step >= step)
+        self.wait(240, lambda: self.step >= step)
 
-    def wait_for_end(self, state: str = "COMPLETED", seconds: float = 120) -> None:
+    def wait_for_end(self, state: str = "COMPLETED", seconds: float = 300) -> None:
         """Waits until the job has ended as it should."""
         self.wait(seconds, lambda: self.told("JobState") == state and not _slurm("squeue", "-h", "-j", self.number))
 
     def wait_for_requeue(self, times: int = 1) -> int:
         """Waits until the job has saved itself and been requeued, and returns the step."""
         pattern = r"at step (\d+), and Slurm has requeued the job\."
-        self.wait(60, lambda: len(re.findall(pattern, self.log)) == times)
+        self.wait(180, lambda: len(re.findall(pattern, self.log)) == times)
         return int(re.findall(pattern, self.log)[-1])
 
 
@@ -97,4 +97,4 @@ def submit(run: Path, *options: str, seconds: float = 0.02) -> Job:
 
 
 def _slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180).stdout

@@ -44,7 +44,7 @@ def test_seeds_are_an_array_whose_jobs_are_requeued_one_by_one() -> None:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_srun_starts_the_processes_of_a_run() -> None:

@@ -73,7 +73,7 @@ def test_scancel_saves_and_the_same_command_goes_on(whole: Job) -> None:
 
 def test_a_signal_while_python_starts_is_remembered() -> None:
     job = submit(RUN.absolute(), *TWO_TASKS)
-    job.wait(60, lambda: listening(job) == 2)
+    job.wait(180, lambda: listening(job) == 2)
     job.signal("USR1")
     assert "Initializing distributed" not in job.log
     step = job.wait_for_requeue()

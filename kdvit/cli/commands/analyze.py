@@ -47,7 +47,7 @@ def analyze(
     centred: bool = False,
     permutations: int = 100,
     subspaces: NonNegativeInt = 0,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     against: Literal["published"] | None = None,
     out: str = "runs/analysis",
     batch_size: PositiveInt = 32,
