@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
-from kdvit.structures import ViTOutput
+from kdvit.structures import ViTOutput, at_least_float32
 
 
 def pearson_distance(one: Tensor, other: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0
         gamma: Weight of the columns.
         temperature: Divides both logits.
     """
-    ours, theirs = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
+    ours, theirs = ((logits / temperature).softmax(dim=1) for logits in map(at_least_float32, (student, teacher)))
     inter, intra = pearson_distance(ours, theirs), pearson_distance(ours.T, theirs.T)
     return temperature**2 * (beta * inter + gamma * intra)
 

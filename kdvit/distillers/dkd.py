@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
-from kdvit.structures import OutputShapes, ViTOutput
+from kdvit.structures import OutputShapes, ViTOutput, at_least_float32
 
 
 def dkd(
@@ -32,7 +32,7 @@ def dkd(
     """
     of_target = F.one_hot(target, student.shape[1]).bool()
     binary, others = [], []
-    for logits in (student, teacher):
+    for logits in map(at_least_float32, (student, teacher)):
         log_probability = F.log_softmax(logits / temperature, dim=1)
         not_target = log_probability.masked_fill(of_target, -torch.inf).logsumexp(dim=1)
         binary.append(torch.stack([log_probability[of_target], not_target], dim=1))

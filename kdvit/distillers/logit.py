@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.classes import Classes, require_same_classes, share_classes
 from kdvit.distillers.weights import Weight
-from kdvit.structures import OutputShapes, ViTOutput
+from kdvit.structures import OutputShapes, ViTOutput, at_least_float32
 
 
 def soft_kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -31,9 +31,8 @@ def soft_kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
         >>> soft_kd(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
         tensor(0.)
     """
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    ours, theirs = (F.log_softmax(at_least_float32(logits) / temperature, dim=1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def hard_kd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def hard_kd(student: Tensor, teacher: Tensor) -> Tensor:
         student: Logits ``[B, K]``.
         teacher: Logits ``[B, K]``.
     """
-    return F.cross_entropy(student, teacher.argmax(dim=1))
+    return F.cross_entropy(at_least_float32(student), teacher.argmax(dim=1))
 
 
 def standardized(logits: Tensor) -> Tensor:

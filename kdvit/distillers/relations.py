@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kdvit.distillers.base import Distiller
 from kdvit.distillers.feature import same_grid
 from kdvit.distillers.weights import Weight
-from kdvit.structures import Layer, OutputShapes, ViTOutput
+from kdvit.structures import Layer, OutputShapes, ViTOutput, at_least_float32
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -20,7 +20,9 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``[B, C_s, H, W]``.
         teacher: ``[B, C_t, H, W]``.
     """
-    ours, theirs = (F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (student, teacher))
+    ours, theirs = (
+        F.normalize(x.square().mean(1).flatten(1), dim=1) for x in map(at_least_float32, (student, teacher))
+    )
     return F.mse_loss(ours, theirs)
 
 
@@ -31,7 +33,7 @@ def token_relations(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``[B, C_s, H, W]``.
         teacher: ``[B, C_t, H, W]``.
     """
-    ours, theirs = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    ours, theirs = (F.normalize(x.flatten(2), dim=1) for x in map(at_least_float32, (student, teacher)))
     return F.mse_loss(ours.mT @ ours, theirs.mT @ theirs)
 
 

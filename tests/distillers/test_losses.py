@@ -19,10 +19,14 @@ from kdvit.distillers import (
     TokenRelationDistiller,
     ViTKDDistiller,
     WideLastDistiller,
+    attention_transfer,
+    dist,
+    dkd,
     feature_mse,
     hard_kd,
     soft_kd,
     spectral_mse,
+    token_relations,
 )
 from kdvit.distillers.feature import same_grid
 from kdvit.distillers.plugins import known_distillers
@@ -77,6 +81,16 @@ def test_losses_are_zero_only_when_equal(loss) -> None:
     one, other = (torch.randn(2, 5), torch.randn(2, 5)) if loss is soft_kd else torch.randn(2, 2, 5, 4, 4)
     assert loss(one, one).item() == pytest.approx(0, abs=1e-7)
     assert loss(one, other) > 0.1
+
+
+@pytest.mark.parametrize(
+    "loss", [soft_kd, hard_kd, dkd, dist, feature_mse, spectral_mse, attention_transfer, token_relations]
+)
+def test_losses_of_half_precision_are_computed_in_float32(loss) -> None:
+    torch.manual_seed(0)
+    target = (torch.tensor([0, 1, 2, 3]),) if loss is dkd else ()
+    pair = torch.randn(2, 4, 5, *(() if loss in (soft_kd, hard_kd, dkd, dist) else (3, 3))).bfloat16()
+    assert torch.equal(loss(*pair, *target), loss(*pair.float(), *target))
 
 
 def _fresh() -> list[tuple[Distiller, dict]]:
