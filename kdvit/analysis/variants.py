@@ -87,18 +87,8 @@ class Ranks(NamedTuple):
         """Returns PCA dimension over SVD rank, 99th percentiles."""
         return p99(self.pca_dimension(level)) / p99(self.svd_rank(level))
 
-    @property
-    def need(self) -> int:
-        """Shared axes that hold 95 % of the energy of 99 % of the images."""
-        return int(_of_99(self.pca_dimension()))
-
-    @property
-    def rank(self) -> int:
-        """Directions that hold 95 % of the energy of one image alone, of 99 % of the images."""
-        return int(_of_99(self.svd_rank()))
-
     def held(self, axes: int) -> Interval:
-        """Returns the share of the energy that so many shared axes hold of 99 % of the images: 95 % from `need` on."""
+        """Returns the share of energy that so many shared axes hold of 99 % of the images: 95 % from the need on."""
         (shares,) = _resampled(np.random.default_rng(0), self.pca_energy[:, axes - 1])
         return _interval(-_of_99(-shares))
 
@@ -119,8 +109,8 @@ class Spread(NamedTuple):
     """Figures at 95 % of the energy, with intervals.
 
     Attributes:
-        need: See `Ranks.need`.
-        rank: See `Ranks.rank`.
+        need: Shared axes that hold 95 % of the energy of 99 % of the images.
+        rank: Directions that hold 95 % of the energy of one image alone, of 99 % of the images.
         rotation: PCA dimension over SVD rank, 99th percentiles.
         shuffled: The same of tokens shuffled among images. It grows with D over N: one distribution for all images, and
             no rotation at all, has 13.7 at N = 49, D = 768, and 1.15 at N = 1024, D = 384.

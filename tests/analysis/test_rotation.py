@@ -153,12 +153,12 @@ def test_a_rank_that_leaves_the_advice_undecided_is_said() -> None:
 def test_need_and_holding_are_of_the_same_images() -> None:
     ranks = _ranks([16] * 990 + [17] * 10, [5] * 1000, 24)
     assert p99(ranks.pca_dimension()) == pytest.approx(16.01)
-    assert (ranks.need, ranks.held(16).value, ranks.held(15).value) == (16, 0.96, 0.9)
+    assert (ranks.spread().need.value, ranks.held(16).value, ranks.held(15).value) == (16, 0.96, 0.9)
     one_more = _ranks([16] * 989 + [17] * 11, [5] * 1000, 24)
-    assert (one_more.need, one_more.held(16).value) == (17, 0.9)
+    assert (one_more.spread().need.value, one_more.held(16).value) == (17, 0.9)
     advice = advise(measure(torch.randn(3, 4, 24), FEW, robust=False)._replace(variants={"raw": ranks}), student())
     assert advice.rests_on.verdict == "phi_s"
     assert "16 channels can hold the 16 axes" in advice.why
     energy = measure(isotropic((7, 30, 12), 0), FEW).ranks
     for axes in range(1, 13):
-        assert (axes >= energy.need) == (energy.held(axes).value >= 0.95)
+        assert (axes >= energy.spread().need.value) == (energy.held(axes).value >= 0.95)
