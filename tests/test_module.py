@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.nn import functional as F
@@ -90,6 +91,20 @@ def test_losses_get_student_and_teacher_in_one_type(precision: str, tmp_path) ->
     module = _module(distillers={"odd": Asks()})
     trainer(tmp_path, precision=precision, limit_train_batches=2).fit(module, datamodule=TinyData())
     assert Asks.types == {torch.float64 if precision == "64-true" else torch.float32}
+
+
+def test_an_error_of_the_last_export_does_not_hide_what_has_ended_the_run(tmp_path, monkeypatch, caplog) -> None:
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ZeroDivisionError("the device is lost")
+
+    def write(*args: Any) -> None:
+        raise RuntimeError("nothing can be copied from it")
+
+    monkeypatch.setattr(StudentExport, "_write", write)
+    with pytest.raises(ZeroDivisionError, match="the device is lost"):
+        trainer(tmp_path, callbacks=[Fails(), StudentExport()]).fit(_module(), datamodule=TinyData())
+    assert "The student could not be written: nothing can be copied from it" in caplog.text
 
 
 @pytest.mark.parametrize("remedy", [None, "lift", "wide_last"])

@@ -84,7 +84,7 @@ class StudentExport(pl.Callback):
             return
         try:
             self._write(trainer, pl_module)
-        except OSError as error:
+        except Exception as error:  # after that of a device, say, which is the one to be told
             rank_zero_info(f"The student could not be written: {error}")
 
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
