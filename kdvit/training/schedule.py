@@ -166,7 +166,7 @@ class ScheduleOptions:
             return ""
         return (
             f"the warm-up of {warmup} {self.interval}s fills the run of {total}, which never comes to its learning "
-            "rate: lower the warm-up of schedule."
+            "rate: lower schedule.warmup_epochs (or what stands for it)."
         )
 
     def rates(self, lr: float, length: RunLength) -> list[float]:
