@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -18,6 +19,8 @@ from kdvit.analysis import ProbeOptions, probe
 from kdvit.analysis.probes import LabelledFeatures, fit_linear, knn_hits, nearest, votes
 from kdvit.analysis.run import analysis_trainer
 from kdvit.cli import main
+from kdvit.cli.config_files import packaged_configs
+from kdvit.cli.lookup import find_networks
 from kdvit.data import Digits
 from kdvit.models import TimmStudent
 from tests import tiny
@@ -139,3 +142,18 @@ def test_a_mistake_is_answered_in_one_line(args: list[str], text: str, capsys) -
     with pytest.raises(SystemExit):
         main(["probe", *args, "--pretrained", "false", "--num_workers", "0", "--trainer.accelerator", "cpu"])
     assert re.search(text, capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+def test_a_config_keeps_the_weights_of_its_exported_teacher_and_gives_its_networks_the_name_of_its_run(
+    demo_teacher: str,
+) -> None:
+    config = yaml.safe_load((packaged_configs() / "demo" / "lift.yaml").read_text())
+    config["model"]["teacher"]["init_args"]["arch"] = demo_teacher
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    networks = dict(find_networks("run/config.yaml"))  # pretrained false: random weights for names of timm
+    assert list(networks) == ["run: student", "run: teacher"]
+    expected = load_student(demo_teacher.removeprefix("local-dir:")).state_dict()
+    found = networks["run: teacher"].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
