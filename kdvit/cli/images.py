@@ -14,13 +14,14 @@ from kdvit.cli.fit import format_of
 from kdvit.cli.lookup import Experiment
 from kdvit.data import ImageDataModule
 from kdvit.data.cached import collate
+from kdvit.data.labelled import module_named
 from kdvit.data.listed import FolderImages
 from kdvit.data.listing import LAYOUT
 from kdvit.data.splits import VAL_SHARE, images_to_show
 from kdvit.data.workers import start_worker
 from kdvit.errors import UserError, shown
 from kdvit.models.network import eval_transform
-from kdvit.structures import ImageFormat, subclasses
+from kdvit.structures import ImageFormat
 
 
 class Images(NamedTuple):
@@ -93,10 +94,9 @@ def find_images(name: str | None, image_format: ImageFormat) -> Images:
     Raises:
         UserError: If there are none.
     """
-    modules = subclasses(ImageDataModule)
-    if name is not None and name in modules and not Path(name).is_dir():
+    if name is not None and (kind := module_named(name)) is not None:
         with shown((ValueError, TypeError, ImportError), prefix=f"--data {name}: "):
-            module = modules[name](img_size=image_format.size, mean=image_format.mean, std=image_format.std)
+            module = kind(img_size=image_format.size, mean=image_format.mean, std=image_format.std)
         return _of_module(module, name, {"class_path": name, "init_args": {}})
     if name is None or not Path(name).is_dir():
         raise UserError(f"--data: expected a folder of images, Digits or FashionMNIST; got {name!r}. {LAYOUT}")

@@ -10,6 +10,11 @@ from kdvit.data.image_folder import ImageFolder
 from kdvit.structures import ImageFormat, subclasses
 
 
+def module_named(name: str) -> type[ImageDataModule] | None:
+    """Returns the data module of a class name; a folder of that name comes first."""
+    return None if Path(name).is_dir() else subclasses(ImageDataModule).get(name)
+
+
 def labelled_images(name: str, image_format: ImageFormat, **loading: Any) -> ImageDataModule:
     """Returns the images of a folder as `ImageFolder` reads it, or those of a data module by its class name.
 
@@ -23,9 +28,9 @@ def labelled_images(name: str, image_format: ImageFormat, **loading: Any) -> Ima
     """
     size, mean, std, crop_pct, interpolation = image_format
     given = {"img_size": size, "mean": mean, "std": std, **loading}
-    modules = subclasses(ImageDataModule)
-    if name in modules and not Path(name).is_dir():
-        data: ImageDataModule = modules[name](**given)
+    module = module_named(name)
+    if module is not None:
+        data: ImageDataModule = module(**given)
     else:
         data = ImageFolder(name, crop_pct=crop_pct, interpolation=interpolation, **given)
     if data.num_classes < 2:
