@@ -240,7 +240,7 @@ def _living() -> list[int]:
 def test_no_process_outlives_another_by_a_minute(launcher: str, faults: dict[int, str], message: str) -> None:
     fault = {"class_path": "tests.several.Fault", "init_args": {"faults": faults}}
     run = _launched(launcher, *DDP, "--trainer.max_epochs", "2", f"--trainer.callbacks+={json.dumps(fault)}")
-    assert run.wait(300) != 0
+    assert run.wait(90) != 0
     _nothing_lives(60)
     said = Path("said.txt").read_text()
     assert message in said, said[-3000:]
@@ -275,7 +275,7 @@ def test_a_port_that_is_taken_is_one_message_and_no_process_waits_for_it() -> No
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert _launched("lightning", *DDP, "--trainer.max_epochs=1", MASTER_PORT=port).wait(300) == 2
+        assert _launched("lightning", *DDP, "--trainer.max_epochs=1", MASTER_PORT=port).wait(90) == 2
         _nothing_lives(5)
     said = Path("said.txt").read_text()
     assert f"kdvit: error: MASTER_PORT {port} is taken on this machine" in said
