@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kdvit import DistillationModule
 from kdvit.cli import main
-from kdvit.cli.machine import process_bytes
+from kdvit.cli.machine import network_costs, process_bytes
 from kdvit.distillers import LogitDistiller
 from tests.runs import QUIET, demo_fit, fit
 from tests.tiny import FORMAT, STUDENT, Blobs, TinyData, _collate, student, teacher
@@ -128,8 +128,9 @@ def test_a_plan_is_compared_with_the_machine(capsys, monkeypatch) -> None:
 
 def test_the_memory_of_a_process_follows_its_formula() -> None:
     module = DistillationModule(student(), teacher(), {"logit": LogitDistiller()})
+    costs = network_costs(module)
     trained, frozen = (sum(p.numel() for p in each.parameters()) for each in (module.student, teacher()))
-    (one, rest), (two, more) = (process_bytes(module, batch, workers) for batch, workers in ((1, 0), (2, 3)))
+    (one, rest), (two, more) = (process_bytes(module, costs, batch, workers) for batch, workers in ((1, 0), (2, 3)))
     assert 2 * one - two == 16 * trained + 4 * frozen
     assert more - rest == pytest.approx(3 * (0.1e9 + 2 * 2 * 4 * 3 * 16 * 16))
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdvit import DistillationModule, load_student
 from kdvit.callbacks import BadImages, FirstBatch, NonFiniteGuard, StudentEMA, StudentExport, Throughput, nonfinite
-from kdvit.cli.machine import saved_bytes
 from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller, WideLastDistiller
 from kdvit.models import TimmStudent, WideLastViT, avoid_slow_attention
+from kdvit.models.cost import forward_cost
 from kdvit.training.optim import OptimizerOptions
 from kdvit.training.schedule import ScheduleOptions
 from tests.tiny import FORMAT, SizedData, TinyData, student, teacher, trainer
@@ -259,7 +259,7 @@ def test_activations_computed_again_change_no_gradient_and_no_file(remedy: str |
     for name, gradient in kept.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-10, atol=1e-14)
     assert spec == same
-    assert saved_bytes(other) < 0.4 * saved_bytes(one)
+    assert forward_cost(other).kept_bytes < 0.4 * forward_cost(one).kept_bytes
 
 
 def test_rotary_positions_reach_blocks_that_are_computed_again() -> None:

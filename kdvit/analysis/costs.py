@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from kdvit.models import LiftViT, Network, TimmStudent, WideLastViT
-from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.cost import forward_cost, parameter_count
 
 Remedy = Literal["none", "Lift", "WideLast"]
 REMEDIES: dict[Remedy, type[LiftViT] | type[WideLastViT]] = {"Lift": LiftViT, "WideLast": WideLastViT}
@@ -20,7 +20,7 @@ class Cost(NamedTuple):
         remedy: The remedy that it has.
         width: Width of the map that is distilled.
         parameters: Number of parameters.
-        flops: Operations of one image's logits; a multiply-add counts as 2.
+        flops: Operations of one image, see `kdvit.models.cost.ForwardCost`.
         num_heads: Heads of the wide block, where the head dimension does not divide the width.
         folded: Whether it is the cost of a lift that is folded after training.
     """
@@ -57,10 +57,10 @@ def remedy_costs(student: Network, width: int) -> list[Cost]:
                 remedied = remedy(**args)
             except (ValueError, TypeError):  # heads that do not divide the width, another family, or no TimmStudent
                 continue
-            costs.append(Cost(name, width, parameter_count(remedied), forward_flops(remedied), num_heads))
+            costs.append(Cost(name, width, parameter_count(remedied), forward_cost(remedied).flops, num_heads))
             if isinstance(remedied, LiftViT) and remedied.folds:
                 folded = remedied.folded()
-                costs.append(Cost(name, width, parameter_count(folded), forward_flops(folded), folded=True))
+                costs.append(Cost(name, width, parameter_count(folded), forward_cost(folded).flops, folded=True))
             break
     return costs
 

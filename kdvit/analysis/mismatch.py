@@ -19,7 +19,7 @@ from kdvit.analysis.layer_report import LayerReport
 from kdvit.analysis.rule import LABELS, REMEDY, Verdict, judge
 from kdvit.analysis.variants import VARIANTS, Ranks, Spread, decisive, shown, spread_json
 from kdvit.models import Network
-from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.cost import forward_cost, parameter_count
 from kdvit.tables import text_table
 
 
@@ -217,7 +217,7 @@ def advise(teacher: LayerReport, student: Network) -> Advice:
     """
     present, bare = without_remedy(student)
     have = bare.output_shapes((-1,), logits=False).features[0][0]
-    costs = [Cost("none", have, parameter_count(bare), forward_flops(bare)), *remedy_costs(bare, teacher.width)]
+    costs = [Cost("none", have, parameter_count(bare), forward_cost(bare).flops), *remedy_costs(bare, teacher.width)]
     deciding = [each.variant for each in decisive(teacher.variants)]
     opinions = [
         _opinion(ranks, have, teacher.width, costs, ranks.variant in deciding) for ranks in teacher.variants.values()

@@ -35,7 +35,7 @@ class NetworkReport(NamedTuple):
         name: What the user calls it.
         kind: Its class and architecture.
         parameters: Number of parameters.
-        flops: Operations of one image's logits; a multiply-add counts as 2.
+        flops: Operations of one image, see `kdvit.models.cost.ForwardCost`.
         weights_sha256: Hash of all weights.
         image_format: Size and normalisation that it takes; None for features in a file.
         depth: Number of layers that can be asked for.

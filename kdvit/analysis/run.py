@@ -21,7 +21,7 @@ from kdvit.analysis.report import NetworkReport, Report
 from kdvit.analysis.tokens import as_tokens
 from kdvit.models import FrozenTeacher, Network, as_network
 from kdvit.models.checkpoint import weights_sha256
-from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.cost import forward_cost, parameter_count
 from kdvit.models.network import network_name
 from kdvit.structures import Batch, ImageFormat, Layer, as_batch
 
@@ -190,7 +190,7 @@ def describe_network(
         name=measured.name,
         kind=network_name(network),
         parameters=parameter_count(network),
-        flops=forward_flops(network),
+        flops=forward_cost(network).flops,
         weights_sha256=weights_sha256(network),
         image_format=network.image_format,
         depth=network.depth,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdvit.models import Network
-from kdvit.models.cost import parameter_count
+from kdvit.models.cost import ForwardCost, forward_cost, parameter_count
 from kdvit.runtime.processes import planned_processes
 from kdvit.tables import as_size
 from kdvit.training.module import DistillationModule
@@ -38,23 +39,14 @@ def memory() -> int | None:
     return min([1024 * int(kilobytes), *([int(limited)] if limited.isdecimal() else [])])
 
 
-def saved_bytes(network: Network) -> int:
-    """Returns what autograd keeps of one image's forward pass, in float32, weights left out."""
-    kept: dict[int, int] = {}
-    own = {each.untyped_storage().data_ptr() for each in network.parameters()}
-
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.enable_grad(), network.evaluating(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        output = network(network.blank_image().requires_grad_())
-    return sum(kept.values()) if output is not None else 0
+def network_costs(module: DistillationModule) -> dict[Network, ForwardCost]:
+    """Measures what an image costs the student and each teacher."""
+    return {each: forward_cost(each) for each in (module.student, *(each.network for each in module.teachers.values()))}
 
 
-def process_bytes(module: DistillationModule, batch_size: int, workers: int) -> tuple[float, float]:
+def process_bytes(
+    module: DistillationModule, costs: Mapping[Network, ForwardCost], batch_size: int, workers: int
+) -> tuple[float, float]:
     """Estimates the memory of one training process in float32, to about a third.
 
     Networks: 16 bytes a trained parameter (weight, gradient, two moments of Adam's), 4 a frozen one. Activations: what
@@ -67,17 +59,20 @@ def process_bytes(module: DistillationModule, batch_size: int, workers: int) -> 
     trained = parameter_count(module.student) + parameter_count(module.distillers)
     frozen = [each.network for each in module.teachers.values()]
     image = 4 * 3 * module.image_format.size[0] * module.image_format.size[1]
-    of_teachers = max((2 * saved_bytes(each) / max(each.depth, 1) for each in frozen), default=0)
+    of_teachers = max((2 * costs[each].kept_bytes / max(each.depth, 1) for each in frozen), default=0)
     networks = 16 * trained + 4 * sum(map(parameter_count, frozen))
-    activations = batch_size * (saved_bytes(module.student) + of_teachers + image)
+    activations = batch_size * (costs[module.student].kept_bytes + of_teachers + image)
     return networks + activations, PROGRAM + workers * (WORKER + PREFETCHED * batch_size * image)
 
 
-def beside_machine(module: DistillationModule, batch_size: int, workers: int, trainer: Any) -> tuple[str, list[str]]:
+def beside_machine(
+    module: DistillationModule, costs: Mapping[Network, ForwardCost], batch_size: int, workers: int, trainer: Any
+) -> tuple[str, list[str]]:
     """Compares a plan with this machine.
 
     Args:
         module: What will train.
+        costs: Of its networks.
         batch_size: Images a process and step.
         workers: Of each process.
         trainer: Options of the Trainer that will train.
@@ -88,7 +83,7 @@ def beside_machine(module: DistillationModule, batch_size: int, workers: int, tr
     gpus = torch.cuda.device_count()
     on_gpus = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
     processes = planned_processes(trainer.devices, 1) or (max(gpus, 1) if on_gpus else 1)
-    ours, rest = process_bytes(module, batch_size, workers)
+    ours, rest = process_bytes(module, costs, batch_size, workers)
     if "16" in str(trainer.precision):
         ours *= 0.6  # activations of half the size, weights as before
     needed = processes * (rest if on_gpus else ours + rest)

@@ -108,7 +108,8 @@ class FrozenTeacher:
         self.image_format = image_format or network.image_format
         self._running, self._place = network, (torch.device("cpu"), torch.float32)
         self._compiling: dict[str, Any] | None = None
-        self._shapes: dict[tuple[tuple[Layer, ...], bool], OutputShapes] = {}
+        self._shapes: dict[Layer, tuple[int, int, int]] = {}
+        self._classes: list[int | None] = []
         theirs, ours = network.image_format, self.image_format
         if len(theirs.mean) < len(ours.mean):
             raise ValueError(
@@ -170,10 +171,13 @@ class FrozenTeacher:
 
     def output_shapes(self, layers: Sequence[Layer] = (), logits: bool = True) -> OutputShapes:
         """Measures the shapes of the teacher's output, each once; see `Network.output_shapes`."""
-        asked = tuple(map(self.network.canonical, layers)), logits
-        if asked not in self._shapes:
-            self._shapes[asked] = self.network.output_shapes(layers, logits)
-        return self._shapes[asked]
+        asked = tuple(map(self.network.canonical, layers))
+        new = tuple(layer for layer in dict.fromkeys(asked) if layer not in self._shapes)
+        if new or (logits and not self._classes):
+            classes, shapes, _ = self.network.output_shapes(new, logits)
+            self._shapes.update(zip(new, shapes, strict=True))
+            self._classes = [classes] if logits else self._classes
+        return OutputShapes(self._classes[0] if logits else None, tuple(self._shapes[layer] for layer in asked))
 
     def _network_for(self, device: torch.device) -> Network:
         """Returns the network on a device; under autocast, the copy whose weights are cast."""

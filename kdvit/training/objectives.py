@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -86,6 +87,11 @@ class Objectives(nn.ModuleDict):
                     f"A {teacher.label} is given, but nothing is distilled from it. Add distillers, or leave it out "
                     "(teacher: null for a supervised run)."
                 )
+        for name, teacher in teachers.items():
+            asking = [each for asked, each in self.items() if self.teacher_of[asked] == name]
+            layers = [layer for each in asking for layer in each.teacher_layers]
+            with suppress(ValueError):  # of a layer that is not there, told below with the name of its distiller
+                teacher.output_shapes(layers, any(each.needs_teacher_logits for each in asking))
         for name, distiller in self.items():
             self._build(name, distiller, student, teachers[self.teacher_of[name]])
         if not supervised:

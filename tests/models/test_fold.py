@@ -15,7 +15,7 @@ from kdvit.cli import main
 from kdvit.data import Digits
 from kdvit.models import LiftViT, export_student
 from kdvit.models.checkpoint import student_spec
-from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.cost import forward_cost, parameter_count
 from kdvit.models.fold import MahalanobisNorm
 from tests.runs import SHORT, fit
 from tests.tiny import FORMAT, STUDENT, student
@@ -94,8 +94,8 @@ def test_a_folded_deit_tiny_costs_what_the_plain_one_costs() -> None:
     folded = lift.folded()
     plain = student_plain()
     assert [parameter_count(each) for each in (lift, folded, plain)] == [5_983_528, 5_735_560, 5_717_416]
-    tail = forward_flops(folded) - forward_flops(plain)
-    assert tail < 0.006 * forward_flops(plain)
+    tail = forward_cost(folded).flops - forward_cost(plain).flops
+    assert tail < 0.006 * forward_cost(plain).flops
     assert (
         folded(torch.zeros(1, 3, 224, 224)).logits - lift.eval()(torch.zeros(1, 3, 224, 224)).logits
     ).abs().max() < 1e-5

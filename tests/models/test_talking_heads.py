@@ -11,7 +11,7 @@ from timm.models.cait import TalkingHeadAttn
 from torch import nn
 
 from kdvit.models import TimmNetwork, TimmTeacher, use_fast_talking_heads
-from kdvit.models.cost import forward_flops
+from kdvit.models.cost import forward_cost
 from kdvit.models.talking_heads import FastTalkingHeadAttn
 from tests.tiny import student
 
@@ -89,7 +89,7 @@ def test_it_exports_with_a_dynamic_batch() -> None:
 
 def test_operations_are_counted_alike() -> None:
     timms, fast = _pair()
-    assert forward_flops(TimmNetwork(fast)) == forward_flops(TimmNetwork(timms))
+    assert forward_cost(TimmNetwork(fast)).flops == forward_cost(TimmNetwork(timms)).flops
 
 
 @pytest.mark.parametrize(

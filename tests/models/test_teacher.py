@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdvit.distillers import FeatureDistiller, LiftDistiller, LogitDistiller
 from kdvit.models import FrozenTeacher, TimmTeacher, export_student
 from kdvit.models.checkpoint import student_spec
 from kdvit.structures import ImageFormat
+from kdvit.training.module import DistillationModule
 from tests.tiny import FORMAT, STUDENT, student, teacher
 
 
@@ -59,7 +61,20 @@ def test_shapes_of_one_layer_are_measured_once_however_it_is_named(monkeypatch) 
     last = holder.output_shapes([-1])
     assert holder.output_shapes((network.depth - 1,)) == holder.output_shapes([1.0]) == last
     assert holder.output_shapes([1.0]) == network.output_shapes([1.0]) != holder.output_shapes([-1], logits=False)
-    assert len(asked) == 3
+    assert len(asked) == 2  # of which one by the network itself
+
+
+def test_one_pass_of_the_teacher_tells_all_objectives_their_shapes(monkeypatch) -> None:
+    network, asked = teacher(), []
+    run = network.forward
+    monkeypatch.setattr(network, "forward", lambda image, *request: asked.append(request) or run(image, *request))
+    objectives = {
+        "logit": LogitDistiller(),
+        "lift": LiftDistiller(),
+        "early": FeatureDistiller(1.0, [0], [0], projector="linear"),
+    }
+    DistillationModule(student("lift"), network, objectives)
+    assert asked == [((3, 0), True)]
 
 
 def test_a_trained_head_is_never_replaced() -> None:

@@ -31,7 +31,8 @@ def benchmark(
 ) -> None:
     """Show parameters, FLOPs, latency and throughput of networks side by side; of a Lift student also folded.
 
-    The networks are timed by turns, each once a round, after a warm-up. All are held in memory at once.
+    The networks are timed by turns, each once a round, after a warm-up; one without a head to its pooled features. All
+    are held in memory at once.
 
     Args:
         networks: Names of timm, exported folders, checkpoints, import paths such as torchvision.models.resnet18, or
@@ -53,7 +54,7 @@ def benchmark(
     import torch
 
     from kdvit.cli.lookup import find_networks
-    from kdvit.models.cost import forward_flops, parameter_count, round_times_ms
+    from kdvit.models.cost import forward_cost, parameter_count, round_times_ms
 
     if threads:
         torch.set_num_threads(threads)
@@ -62,7 +63,7 @@ def benchmark(
     named = [pair for each in networks for pair in _and_folded(find_networks(each))]
     found = [network.eval() for _, network in named]
     with unforeseen("A network cannot be run."):
-        costs = [{"parameters": parameter_count(each), "gflops": forward_flops(each) / 1e9} for each in found]
+        costs = [{"parameters": parameter_count(each), "gflops": forward_cost(each).flops / 1e9} for each in found]
     for each in found:
         each.to(device, getattr(torch, TYPES[precision]))
     for cost, times in zip(costs, round_times_ms(found, rounds=ROUNDS), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kdvit.analysis import DatasetPCA, as_tokens
-from kdvit.cli.machine import beside_machine
+from kdvit.cli.machine import beside_machine, network_costs
 from kdvit.cli.plan import Rows, describe_plan, free_disk
 from kdvit.data import ImageDataModule
 from kdvit.distillers import FeatureDistiller
 from kdvit.distillers.bases import energies_kept
 from kdvit.models import Network
-from kdvit.models.cost import forward_flops, parameter_count
+from kdvit.models.cost import ForwardCost, parameter_count
 from kdvit.models.network import network_name
 from kdvit.runtime.checkpoints import StepCheckpoint
 from kdvit.structures import ImageFormat, Layer, as_batch
@@ -60,10 +60,11 @@ def describe(
     image, rate = _load(loader) if measure else (None, 0.0)
     plan, warnings = describe_plan(module, loader, trainer, saved)
     images = datamodule.summary() if isinstance(datamodule, ImageDataModule) else ""
-    told, of_machine = beside_machine(module, loader.batch_size, workers, trainer)
+    costs = network_costs(module)
+    told, of_machine = beside_machine(module, costs, loader.batch_size, workers, trainer)
     rows = [
-        ("student", _network(module.student)),
-        *_teachers(module),
+        ("student", _network(module.student, costs[module.student])),
+        *_teachers(module, costs),
         ("classes", str(module.num_classes or "none: the student has no head")),
         ("images", _images(module.image_format)),
         *([("data", images)] if images else []),
@@ -80,10 +81,10 @@ def describe(
     return text_table((), rows, left=2)
 
 
-def _network(network: Network) -> str:
+def _network(network: Network, cost: ForwardCost) -> str:
     return (
         f"{network_name(network)}: {parameter_count(network):,} parameters, "
-        f"{forward_flops(network) / 1e9:.3g} GFLOP an image, {network.depth} layers"
+        f"{cost.flops / 1e9:.3g} GFLOP an image, {network.depth} layers"
     )
 
 
@@ -98,12 +99,12 @@ def _images(images: ImageFormat) -> str:
     return f"{images.size[0]} x {images.size[1]}, mean ({mean}), std ({std})"
 
 
-def _teachers(module: DistillationModule) -> Rows:
+def _teachers(module: DistillationModule, costs: Mapping[Network, ForwardCost]) -> Rows:
     rows = []
     for each in module.teachers.values():
         own = f"{_images(each.network.image_format)} (converted from the images)"
         fed = own if each.converts_size or each.converts_values else "the same images"
-        rows += [(each.label, _network(each.network)), (f"{each.label}'s input", fed)]
+        rows += [(each.label, _network(each.network, costs[each.network])), (f"{each.label}'s input", fed)]
     return rows or [("teacher", "none: a supervised run")]
 
 

@@ -46,7 +46,7 @@ def export(
     if format != "onnx" and (precision != "float32" or dynamic_size or images is not None):
         raise UserError("--precision, --dynamic_size and --images are for --format onnx.")
     from kdvit.models import export_student, load_student
-    from kdvit.models.cost import forward_flops, parameter_count
+    from kdvit.models.cost import forward_cost, parameter_count
     from kdvit.models.export import checked_fold, checked_reparameterization, export_program
 
     folder = Path(out)
@@ -62,7 +62,7 @@ def export(
                 student, agreement = step(before)
                 print(
                     f"{done}: {agreement}; {parameter_count(before):,} parameters became {parameter_count(student):,}, "
-                    f"{forward_flops(before) / 1e9:.4g} GFLOP an image {forward_flops(student) / 1e9:.4g}."
+                    f"{forward_cost(before).flops / 1e9:.4g} GFLOP an image {forward_cost(student).flops / 1e9:.4g}."
                 )
         if format == "torch-export":
             print(f"{folder / 'model.pt2'}: {export_program(student, folder / 'model.pt2')}.")
