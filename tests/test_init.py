@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from kdvit import load_student
 from kdvit.cli import main, starting
 from tests.runs import QUIET
+from tests.tiny import student, teacher
 
 IMAGES = 120
 
@@ -56,12 +57,20 @@ def test_a_gpu_gets_a_batch_that_it_has_room_for_and_is_timed_by_it(
     assert "# compile: both " in text
 
 
+def test_a_teacher_without_a_head_takes_its_time_too() -> None:
+    network, ran = teacher(num_classes=0), []
+    network.model.blocks[-1].register_forward_hook(lambda *_: ran.append(True))
+    assert starting._image_seconds(student(), network, gpu=False, images=2) > 0
+    assert len(ran) == 2
+
+
 def test_labelled_images_and_a_remedy_are_a_config_with_comments_that_runs(
     digits: str, demo_teacher: str, capsys
 ) -> None:
     teacher = demo_teacher.removeprefix("local-dir:")
     main(["init", "--images", digits, "--teacher", teacher, "--out", "lift.yaml"])
     told = capsys.readouterr().out
+    assert "The student has 192 channels and the teacher 64: lift is for wider teachers, so compare with --rem" in told
     assert "Images: train: 110 images of 10 classes" in told
     assert "They are typically 8 x 8 pixels, and scaled to 8 x 8 for the student.\n" in told
     assert "Next: kdvit check --config lift.yaml\n      kdvit fit --config lift.yaml" in told

@@ -57,6 +57,8 @@ def test_words_become_the_values_that_they_say(words: list[str], expected: dict[
     [
         (["analyze", "--layers"], "argument --layers: expected at least one argument"),
         (["analyze", "--memory", "-1"], "memory: must be 0 or more, got -1."),
+        (["analyze", "--layers", "3", "--model", "a", "--layers", "lift"], "--layers is given twice."),
+        (["analyze", "--energies=0.8", "--energies=0.9"], "all its values behind one: --energies A B."),
         (["analyze", "--batch_size", "0"], "batch_size: must be above 0, got 0."),
         (["analyze", "--num_workers", "-1"], "num_workers"),
         (["analyze", "--images", "0"], "images"),

@@ -140,5 +140,5 @@ def find_networks(name: str, *, pretrained: bool = False, trained: bool = False)
     found = read_experiment(name, pretrained=pretrained)
     if trained:
         take_best(found)
-    label = Path(name).absolute().parent.name if Path(name).stem == "config" else Path(name).stem
+    label = str(Path(name).with_suffix("")).removesuffix("/config")
     return [(f"{label}: {role}", each) for role, each in {"student": found.student, **found.teachers}.items()]

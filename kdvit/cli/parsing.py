@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Callable, Container
 from typing import Any, get_args, get_origin, get_type_hints
@@ -40,6 +41,10 @@ def call(function: Callable[..., Any], name: str, args: list[str]) -> Any:
         dotted = not rest and "." in word  # which jsonargparse takes for what stands before the dot
         if word not in options and (hyphened or dotted):
             raise no_option(name, word, options)
+    typed = [word.partition("=")[0] for word in args]
+    for option, action in options.items():
+        if action.nargs == "+" and not isinstance(action, argparse._ExtendAction) and typed.count(option) > 1:
+            raise UserError(f"{option} is given twice. Give all its values behind one: {option} A B.")
     with options_known(name, options):
         given = parser.instantiate(parser.parse_args(own))
     passed = {"rest": rest, "typed": args}

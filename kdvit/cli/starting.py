@@ -219,7 +219,7 @@ def _image_seconds(student: Network, teacher: Network, gpu: bool, images: int) -
         for _ in range(2):  # the first is slower
             start = time.perf_counter()
             with torch.no_grad():
-                teacher(theirs)
+                teacher(theirs, [-1])
             output = student(ours, [-1], student.output_shapes().classes is not None)
             output.features[0].float().sum().backward()
             if gpu:
@@ -246,10 +246,16 @@ def _objectives(
         logit = False
         why = f"The teacher's {classes} classes are others than the student's, so its maps alone are distilled."
     found = [("logit", "LogitDistiller", f"{{weight: 0.5, temperature: 1.0{by_name}}}", "")] if logit else []
+    narrow = TimmStudent(**{key: value for key, value in student.init_args.items() if key != "width"})
+    ours, theirs = (each.output_shapes([-1], logits=False).features[0][0] for each in (narrow, teacher))
     if remedy in OBJECTIVES:
         found.append((remedy, OBJECTIVES[remedy], "{weight: 0.2}", "the published weight"))
+        if ours > theirs:
+            why += (
+                f" The student has {ours} channels and the teacher {theirs}: {remedy} is for wider teachers, so "
+                "compare with --remedy none."
+            )
     elif not logit:
-        ours, theirs = (each.output_shapes([-1], logits=False).features[0][0] for each in (student, teacher))
         projector, is_so = ("linear", "dropped after training") if ours > theirs else PHI_S
         found.append(("feature", "FeatureDistiller", f"{{weight: 1.0, projector: {projector}}}", is_so))
     return found, why

@@ -95,7 +95,7 @@ def test_the_command_sets_networks_side_by_side(demo_teacher: str, capsys) -> No
     assert "it/s" not in table + noise
     assert "1,297 images to learn from, 500 held out, of Digits.\n" in table
     teacher, plain = json.loads(Path("probe.json").read_text())["networks"]
-    assert (teacher["name"], plain["name"]) == (folder, "plain: student")
+    assert (teacher["name"], plain["name"]) == (folder, "demo/plain: student")
     assert (teacher["width"], plain["width"]) == (64, 16)
     for each in (teacher, plain):
         assert f"{each['knn']:.2%}        {each['linear']:.2%}" in table
