@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import OpenUnitInterval
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.utils import ModelEmaV3
 
 from kdvit.structures import Batch, as_batch
@@ -52,7 +54,14 @@ class StudentEMA(pl.Callback):
                 self._average.set(pl_module.student)  # type: ignore[no-untyped-call]
                 self._started = True
 
-    on_validation_start = on_test_start = on_train_start  # without fit, or in the sanity check
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts in the sanity check too; without a fit, what has no average gets no scores of one."""
+        if self._average is not None and not self._started and trainer.state.fn != TrainerFn.FITTING:
+            rank_zero_warn("The student that is scored has no average of its weights, so ema.decay gives no scores.")
+            self._average = None
+        self.on_train_start(trainer, pl_module)
+
+    on_test_start = on_validation_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.runs import SHORT, fit, numbers
+from kdvit.cli import main
+from tests.runs import QUIET, SHORT, fit, numbers
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,12 @@ def test_the_average_goes_with_weights_of_another_precision(precision: str, kept
     assert len(moved) > len(averages) / 2
     for name, average in averages.items():
         torch.testing.assert_close(average, raw[name].to(kept), rtol=0.05, atol=0.05)
+
+
+def test_a_student_without_an_average_gets_no_scores_of_one(capsys) -> None:
+    fit("plain", "", *SHORT)
+    with pytest.warns(UserWarning, match="no average of its weights, so ema.decay gives no scores"):
+        main(["validate", "--config", "run/config.yaml", "--ema.decay", "0.9", *QUIET])
+    told = capsys.readouterr().out
+    assert told.startswith("Validation on 128 images: accuracy ")
+    assert "average" not in told
