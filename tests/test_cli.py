@@ -252,12 +252,6 @@ def test_other_ranks_of_a_resumed_run_leave_its_table_alone(plain_run: str, monk
     assert len(Path("run/metrics.csv").read_text().splitlines()) == len(before.splitlines())
 
 
-def test_an_average_that_starts_late_starts_from_the_restored_weights(plain_run: str, capsys) -> None:
-    main(["validate", "--config", "run/config.yaml", "--ema.decay", "0.9"])
-    own, average = re.findall(r" accuracy(?: \(EMA\))? (\S+),", capsys.readouterr().out)[::2]
-    assert own == average
-
-
 def test_nothing_is_logged_where_nothing_is_asked_for(demo_teacher: str) -> None:
     fit("lift", demo_teacher, *SHORT, "--trainer.log_every_n_steps", "0")
 

@@ -13,6 +13,9 @@ from sklearn.datasets import load_digits
 
 from kdvit import load_student
 from kdvit.cli import main, starting
+from kdvit.models import export_student
+from kdvit.models.checkpoint import student_spec
+from kdvit.structures import ImageFormat
 from tests.runs import QUIET
 from tests.tiny import student, teacher
 
@@ -152,3 +155,11 @@ def test_what_is_not_there_is_one_message(digits: str, capsys) -> None:
         (message,) = capsys.readouterr().err.splitlines()
         assert expected in message
         assert not Path("kdvit.yaml").exists()
+
+
+def test_a_grey_teacher_gets_a_grey_student(digits: str) -> None:
+    grey = teacher(num_classes=0, in_chans=1)
+    images = ImageFormat((16, 16), (0.3,), (0.4,))
+    export_student(grey, student_spec(grey, images), "grey")
+    main(["init", "--images", digits, "--teacher", "grey", "--out", "grey.yaml"])
+    runs_as_it_is("grey.yaml")

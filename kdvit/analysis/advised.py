@@ -9,6 +9,7 @@ from kdvit.analysis.costs import OF_A_REMEDY, REMEDIES, Remedy
 from kdvit.analysis.mismatch import Advice
 from kdvit.analysis.rule import Verdict
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
+from kdvit.models.one_token import NAMES as ONE_TOKEN
 from kdvit.structures import Layer
 
 DISTILLERS: dict[Remedy, tuple[str, type[FeatureDistiller]]] = {
@@ -31,21 +32,32 @@ REMEDY_LAYERS = [name for remedy, (name, _) in DISTILLERS.items() if remedy != "
 
 
 def distilled_layer(model: Mapping[str, Any]) -> Layer | None:
-    """Returns the teacher's layer that a config names for its map objective; of several the last, or None.
+    """Returns the teacher's map that a config names for its map objective; of several the last, or None.
 
     Args:
         model: The `model` part of a config.
     """
-    named: list[Layer] = []
-    for each in _maps(model).values():
-        asked = [v for k, v in each.get("init_args", {}).items() if k in ("teacher_layer", "teacher_layers")]
-        named += [layer for one in asked for layer in (one if isinstance(one, list) else [one])]
+    named = [layer for each in _maps(model).values() for layer in _teacher_layers(each) if layer not in ONE_TOKEN]
     return named[-1] if named else None
 
 
 def _maps(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the map objectives of a config."""
-    return {key: each for key, each in (model.get("distillers") or {}).items() if each["class_path"] in MAP_OBJECTIVES}
+    """Returns the map objectives of a config; what looks at one token an image alone is none."""
+    return {
+        key: each
+        for key, each in (model.get("distillers") or {}).items()
+        if each["class_path"] in MAP_OBJECTIVES and not _of_one_token(each)
+    }
+
+
+def _of_one_token(objective: Mapping[str, Any]) -> bool:
+    layers = _teacher_layers(objective)
+    return bool(layers) and {*layers} <= {*ONE_TOKEN}
+
+
+def _teacher_layers(objective: Mapping[str, Any]) -> list[Layer]:
+    asked = [v for k, v in objective.get("init_args", {}).items() if k in ("teacher_layer", "teacher_layers")]
+    return [layer for one in asked for layer in (one if isinstance(one, list) else [one])]
 
 
 def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +94,7 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         options |= {"teacher_layers": [layer]} if advice.remedy == "none" else {"teacher_layer": layer}
     if advice.remedy == "none":
         options |= {"projector": projector}
+    name = f"{name}_map" if name in kept else name
     new = {name: {"class_path": objective.__name__, "init_args": options}}
     moved = {key: _with_layer(each, -1 if advice.remedy == "none" else name) for key, each in kept.items()}
     distillers = {**moved, **new} if fits or not kept else moved

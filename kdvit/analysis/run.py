@@ -118,7 +118,7 @@ class AnalysisModule(pl.LightningModule):
             shapes = network.output_shapes(chosen, logits=False).features
             face = [network.resolve(x) for x in chosen].index(network.resolve(compared.get(name, chosen[-1])))
             geometries = [LayerGeometry(width, options, i == face) for i, (width, _, _) in enumerate(shapes)]
-            self.measured.append(Measured(name, FrozenTeacher(network, image_format), chosen, face, geometries))
+            self.measured.append(Measured(name, FrozenTeacher(network, image_format, name), chosen, face, geometries))
             for (width, height, across), geometry in zip(shapes, geometries, strict=True):
                 self.token_bytes += 4 * width * height * across
                 self.curve_bytes += geometry.curve_bytes(height * across)

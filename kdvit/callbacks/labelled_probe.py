@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from kdvit.analysis.probes import (
     LabelledFeatures,
@@ -37,7 +38,8 @@ class LabelledProbe(pl.Callback):
         every_n_epochs: How often.
         k: Neighbours that vote.
         c: Inverse strength of the linear probe's penalty.
-        layer: Whose mean token is the feature; by default "pooled", what the head reads, or else the last layer.
+        layer: Whose mean token is the feature; by default "pooled", what the head reads, or else the last layer. So of
+            a teacher that lacks the layer.
         batch_size: Images at once.
         num_workers: Processes that load them.
     """
@@ -70,7 +72,13 @@ class LabelledProbe(pl.Callback):
         if self._data is None or trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for teacher in pl_module.teachers.values():
-            scores = self._probe(trainer, pl_module, self._data, teacher.network, teacher)
+            layer = features_layer(teacher.network, self.options.layer)
+            try:
+                teacher.network.resolve(layer)
+            except ValueError as error:
+                layer = features_layer(teacher.network, None)
+                rank_zero_info(f"The {teacher.label} is probed at {layer!r}: {error}")
+            scores = self._probe(trainer, pl_module, self._data, teacher.network, teacher, layer)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{teacher.label}/{name}": value for name, value in named(scores).items()}, step=0)
 
@@ -84,7 +92,8 @@ class LabelledProbe(pl.Callback):
             return
         scores = ProbeScores(0.0, 0.0, 0, 0, 0)
         if not before:
-            scores = self._probe(trainer, pl_module, self._data, pl_module.student, pl_module.student)
+            layer = features_layer(pl_module.student, self.options.layer)
+            scores = self._probe(trainer, pl_module, self._data, pl_module.student, pl_module.student, layer)
         pl_module.log_dict({f"val/{name}": value for name, value in named(scores).items()}, prog_bar=True)
 
     def is_due(self, epoch: int) -> bool:
@@ -93,11 +102,10 @@ class LabelledProbe(pl.Callback):
 
     @torch.no_grad()
     def _probe(
-        self, trainer: pl.Trainer, pl_module: Any, data: ImageDataModule, network: Network, forward: Any
+        self, trainer: pl.Trainer, pl_module: Any, data: ImageDataModule, network: Network, forward: Any, layer: Layer
     ) -> ProbeScores:
         """Runs `forward` (a network, or the holder that converts its images) in eval over both parts of the images."""
         found = []
-        layer = features_layer(network, self.options.layer)
         for loader in (data.plain_dataloader("train"), data.plain_dataloader("val")):
             part = None
             for batch in loader:

@@ -16,8 +16,9 @@ from timm import is_model
 from kdvit.cli.config_files import ENDINGS, find_configs
 from kdvit.cli.parsed import ReadFit
 from kdvit.errors import UserError, own_errors, shown
-from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, load_student
+from kdvit.models import ModuleNetwork, Network, TimmStudent, TimmTeacher, fit_to_data, load_student
 from kdvit.models.own import find_object
+from kdvit.structures import ImageFormat
 
 
 class Experiment(NamedTuple):
@@ -28,7 +29,7 @@ class Experiment(NamedTuple):
         root: Its run directory.
         student: Its student.
         teachers: Its teachers, "teacher" where there is one, else "teacher_NAME".
-        data: Its data, if they are asked for.
+        data: Its data, where they are.
     """
 
     config: dict[str, Any]
@@ -41,13 +42,14 @@ class Experiment(NamedTuple):
 def read_experiment(
     name: str, changes: Sequence[str] = (), *, pretrained: bool = True, data: bool = False
 ) -> Experiment:
-    """Builds parts of a config, which is read as `kdvit fit` reads it.
+    """Builds parts of a config, which is read as `kdvit fit` reads it; the student sees images as in the run.
 
     Args:
         name: Path or short name of the config.
         changes: More options of `kdvit fit`.
         pretrained: Whether student and teachers load published weights; those of a folder are loaded anyway.
-        data: Whether to build the data, too.
+        data: Whether the data are needed. Without them the student keeps the size, mean and std of its own name, and
+            a line says so.
 
     Raises:
         UserError: If it is no such config, or a part cannot be built.
@@ -61,7 +63,17 @@ def read_experiment(
             spec["init_args"]["pretrained"] = False
     student = build("student", Network, config.model.student)
     built = {label: build(label, Network, spec) for label, spec in teachers.items()}
-    images = build("data", pl.LightningDataModule, config.data) if data else None
+    images = None
+    try:
+        images = build("data", pl.LightningDataModule, config.data)
+    except UserError as error:
+        if data:
+            raise
+        rank_zero_info(f"Of {name} there are no images, so its student sees those of its own name: {error}")
+    given = getattr(images, "image_format", None)
+    if isinstance(given, ImageFormat):
+        with shown((ValueError,)):
+            fit_to_data(student, given)
     return Experiment(read.plain(), Path(config.trainer.default_root_dir), student, built, images)
 
 
@@ -118,7 +130,9 @@ def take_best(experiment: Experiment) -> str:
     note = f"The student is untrained, as there is no {best}: its ranks say nothing yet, its width does."
     if best.is_file():
         with shown((ValueError, RuntimeError), prefix=f"{str(best)!r} is of another student than the config's: "):
-            experiment.student.load_state_dict(load_student(best).state_dict())
+            trained = load_student(best)
+            experiment.student.load_state_dict(trained.state_dict())
+            experiment.student.image_format = trained.image_format
         note = f"The student is that of {best}."
     rank_zero_info(note)
     return note

@@ -179,6 +179,8 @@ def _teacher(name: str, file: Path) -> str:
 def _student(arch: str, remedy: str, teacher: Network, classes: int) -> tuple[TimmStudent, dict[str, Any]]:
     """Builds the student; for a teacher of smaller images, at their size and with the same patches."""
     args: dict[str, Any] = {"arch": arch, "num_classes": classes}
+    if len(teacher.image_format.mean) == 1:
+        args["in_chans"] = 1
     channels, height, _ = teacher.output_shapes([-1], logits=False).features[0]
     plain, size = TimmStudent(**args), teacher.image_format.size
     smaller = size[0] < plain.image_format.size[0]

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from kdvit.models.network import Network
-from kdvit.models.one_token import POOLED
 from kdvit.structures import Layer
 
 WARM_UP = 3
@@ -45,12 +44,7 @@ def parameter_count(module: nn.Module, trainable: bool = False) -> int:
 def forward_cost(network: Network) -> ForwardCost:
     """Measures one pass of a blank image, in eval."""
     cost, has_logits = _cost(network, ())
-    return cost if has_logits else _cost(network, _end(network))[0]
-
-
-def _end(network: Network) -> tuple[Layer]:
-    """Returns the last that a network without a head can give."""
-    return (POOLED if POOLED in network.token_layers() else network.depth - 1,)
+    return cost if has_logits else _cost(network, (network.end_layer(),))[0]
 
 
 @torch.enable_grad()
@@ -87,7 +81,7 @@ def round_times_ms(networks: Sequence[Network], batch_size: int = 1, rounds: int
     """
     images = [network.blank_image().expand(batch_size, -1, -1, -1).contiguous() for network in networks]
     ends = [
-        () if network(image).logits is not None else _end(network)
+        () if network(image).logits is not None else (network.end_layer(),)
         for network, image in zip(networks, images, strict=True)
     ]
     times: list[list[float]] = [[] for _ in networks]

@@ -95,6 +95,8 @@ class ModuleNetwork(Network):
         Raises:
             ValueError: If there is no such layer.
         """
+        if layer == POOLED and not self.head:
+            raise ValueError(f"{self.name} has no layer {POOLED!r}: name its last linear layer as `head`.")
         if not self.paths and layer not in self.token_layers():
             children = ", ".join(name for name, _ in self.model.named_children())
             raise ValueError(f"{self.name} has no layer {layer!r}: name paths in `layers`. Its modules: {children}.")

@@ -78,6 +78,10 @@ class Network(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must override forward(image, layers, logits).")
 
+    def end_layer(self) -> Layer:
+        """Returns the last layer that there is to ask of a network without a head: "pooled", or its last block."""
+        return POOLED if POOLED in self.token_layers() else self.depth - 1
+
     def deployed(self, image: Tensor) -> Tensor:
         """Returns what the network is used for: its logits ``[B, K]``; without a head its pooled features ``[B, C]``.
 

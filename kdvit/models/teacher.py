@@ -113,7 +113,7 @@ class FrozenTeacher:
         theirs, ours = network.image_format, self.image_format
         if len(theirs.mean) < len(ours.mean):
             raise ValueError(
-                f"The {label} takes grey images and the data gives colour ones. Take a teacher of three channels, or "
+                f"The {label} takes grey images and the data gives colour ones. Take a network of three channels, or "
                 "grey data (mean and std of one number)."
             )
         self.converts_size = theirs.size != ours.size

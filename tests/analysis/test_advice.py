@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kdvit.analysis import Options, Outliers, advise, advised_model, measure
+from kdvit.analysis.advised import distilled_layer
 from kdvit.analysis.layer_report import LayerReport
 from kdvit.analysis.rule import HOLDS, RULE
 from kdvit.distillers import FeatureDistiller, LiftDistiller, WideLastDistiller
@@ -238,3 +239,21 @@ def test_the_objectives_of_remedies_normalise_as_the_feature_objective_does(kind
         objective.build(shapes, shapes)
         losses.append(objective(ours, theirs, torch.zeros(2)))
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_what_looks_at_one_token_an_image_is_no_map_objective_and_stays() -> None:
+    pooled = {
+        "class_path": "FeatureDistiller",
+        "init_args": {"student_layers": ["pooled"], "teacher_layers": ["pooled"]},
+    }
+    for asked, expected in (([0, "pooled"], 0), (["pooled"], None)):
+        both = {"class_path": "kdvit.distillers.FeatureDistiller", "init_args": {"teacher_layers": asked}}
+        model = {
+            "student": {"class_path": "TimmStudent", "init_args": student().init_args},
+            "distillers": {"wide_last": pooled, "both": both},
+        }
+        assert distilled_layer(model) == expected
+        advised = advised_model(advise(_layer(20, 18, 24), student()), model)["distillers"]
+        assert advised.pop("wide_last") == pooled
+        assert advised.pop("wide_last_map")["class_path"] == "WideLastDistiller"
+        assert advised == ({} if expected == 0 else {"both": both})

@@ -19,7 +19,8 @@ from kdvit.analysis.published import PUBLISHED, published
 from kdvit.cli import main
 from kdvit.cli.config_files import packaged_configs
 from kdvit.cli.images import Images, choose
-from kdvit.models import TimmTeacher, export_student
+from kdvit.cli.lookup import find_networks
+from kdvit.models import TimmStudent, TimmTeacher, export_student, load_student
 from kdvit.models.checkpoint import student_spec
 from tests.runs import SHORT, fit
 from tests.tiny import FORMAT, WIDE, student, teacher
@@ -241,6 +242,10 @@ def test_a_config_gives_its_pair_its_data_and_its_trained_student(
     assert report["notes"] == ["The student is that of run/checkpoints/best.ckpt."]
     assert [network["name"] for network in report["networks"]] == ["teacher", "student"]
     assert report["advice"]["teacher_width"] == 64
+    (trained,) = (each for name, each in find_networks("run/config.yaml", trained=True) if name == "run: student")
+    (new,) = (each for name, each in find_networks("run/config.yaml") if name == "run: student")
+    seen = load_student("run/checkpoints/best.ckpt").image_format
+    assert trained.image_format == new.image_format == seen != TimmStudent("deit_tiny_patch16_224").image_format
     main(["check", "--config", "out/advised.yaml"])
     assert "ready for `kdvit fit`" in capsys.readouterr().out
 

@@ -24,6 +24,7 @@ from kdvit.cli.lookup import find_networks
 from kdvit.data import Digits
 from kdvit.models import TimmStudent
 from tests import tiny
+from tests.runs import SHORT, fit, numbers
 
 CLASSES = 4
 
@@ -157,3 +158,12 @@ def test_a_config_keeps_the_weights_of_its_exported_teacher_and_gives_its_networ
     expected = load_student(demo_teacher.removeprefix("local-dir:")).state_dict()
     found = networks["run: teacher"].state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_teacher_that_lacks_the_students_layer_is_probed_at_its_own(demo_teacher: str, caplog) -> None:
+    probe = ["--probe.images", "Digits", "--probe.k", "3", "--probe.every_n_epochs", "9", "--probe.layer", "lift"]
+    fit("lift", demo_teacher, *SHORT, "--trainer.max_epochs", "1", *probe)
+    (said,) = (each for each in caplog.messages if "is probed at" in each)
+    assert said.startswith("The teacher is probed at 'pooled': TimmTeacher has no layer 'lift'.")
+    (score,) = numbers("run", "teacher/knn_acc1")
+    assert 0 < score <= 1

@@ -39,3 +39,13 @@ def test_a_student_without_an_average_gets_no_scores_of_one(capsys) -> None:
     told = capsys.readouterr().out
     assert told.startswith("Validation on 128 images: accuracy ")
     assert "average" not in told
+
+
+def test_an_average_that_starts_late_starts_from_the_restored_weights() -> None:
+    fit("plain", "", *SHORT)
+    restored = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    fit("plain", "", *SHORT, "--trainer.max_epochs", "3", "--ema.decay", "0.99999999")
+    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    for name, average in saved["callbacks"]["StudentEMA"]["student"].items():
+        torch.testing.assert_close(average, restored[f"student.{name}"], rtol=0, atol=1e-6)
+    assert any(not torch.equal(weight, saved["state_dict"][name]) for name, weight in restored.items())

@@ -183,6 +183,13 @@ def test_layers_that_nobody_has_named_are_asked_for_in_vain() -> None:
         network.resolve(-1)
 
 
+def test_one_whose_only_layer_is_what_its_head_reads_comes_back() -> None:
+    network = plain(layers=[], logits=None)
+    require_loadable(network, student_spec(network, network.image_format))
+    with pytest.raises(ValueError, match="has no layer 'pooled': name its last linear layer as `head`"):
+        plain(head=None).resolve("pooled")
+
+
 def build(width: int) -> nn.Module:
     """Makes a network, as a function does that a user has written."""
     return Plain(width)
