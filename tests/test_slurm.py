@@ -40,6 +40,12 @@ def test_the_template_is_what_the_command_writes_for_its_first_line(tmp_path: Pa
     assert written.replace(sys.executable, "/path/to/python").replace(str(tmp_path), "/path/to/here") == template
 
 
+def test_processes_of_a_job_that_draws_its_seed_share_it(capsys) -> None:
+    words = srun(script(capsys, "--gpus=2", "--seed_everything=true"))
+    assert words[-2] == "--seed_everything"
+    assert words[-1].isdecimal()
+
+
 def test_a_job_has_the_size_that_was_asked_for(tmp_path: Path, capsys) -> None:
     size = ["--nodes=2", "--gpus=8", "--time=1-00", "--mem=64G", "--cpus_per_task=6"]
     where = ["--partition=p", "--account=a", "--qos=q"]
@@ -68,7 +74,7 @@ def test_a_job_has_the_size_that_was_asked_for(tmp_path: Path, capsys) -> None:
     command = srun(text)
     assert command[:3] == ["srun", "--cpus-per-task=6", "--kill-on-bad-exit=1"]
     planned = "--trainer.accelerator gpu --trainer.devices 8 --trainer.num_nodes 2 --trainer.strategy ddp"
-    assert " ".join(command).endswith(f" {planned} --trainer.default_root_dir {run}")
+    assert " ".join(command).endswith(f" {planned} --trainer.default_root_dir {run} --seed_everything 0")
     assert list(tmp_path.iterdir()) == []
 
 

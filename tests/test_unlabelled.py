@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdvit import load_student
+from kdvit import OptimizerOptions, load_student
 from kdvit.callbacks import PredictionWriter
 from kdvit.cli import main
 from kdvit.data import ImageFolder
@@ -204,9 +204,11 @@ def test_a_student_without_a_head_predicts_nothing_and_learns_no_labels() -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("alone", [False, True])
-def test_targets_that_are_measured_are_measured_before_the_first_validation(alone: bool) -> None:
-    measured = module(distillers={"feature": FeatureDistiller(projector="phi_s", calibration_images=20)})
+@pytest.mark.parametrize(("alone", "base"), [(False, 512), (True, 512), (True, None)])
+def test_targets_that_are_measured_are_measured_before_the_first_validation(alone: bool, base: int | None) -> None:
+    """Also where nothing has asked for the training images yet, as the learning rate does that follows the batch."""
+    objective = {"feature": FeatureDistiller(projector="phi_s", calibration_images=20)}
+    measured = module(distillers=objective, optimizer=OptimizerOptions(lr_base_batch=base))
     data = tiny.TinyData()
     loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
     runner = tiny.trainer("run", max_epochs=1, limit_train_batches=2)

@@ -145,9 +145,9 @@ def nearest(bank: LabelledFeatures, queries: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def votes(cosines: Tensor, classes: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Returns the sum of ``exp(cosine / temperature)`` of the neighbours of each class, ``[B, K]``."""
+    """Returns the share of each class in the sum of ``exp(cosine / temperature)`` of the neighbours, ``[B, K]``."""
     empty = cosines.new_zeros(len(cosines), num_classes)
-    return empty.scatter_add(1, classes, (cosines / temperature).exp())
+    return empty.scatter_add(1, classes, (cosines / temperature).softmax(dim=1))
 
 
 def knn_hits(

@@ -55,11 +55,17 @@ class StudentEMA(pl.Callback):
                 self._started = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Starts in the sanity check too; without a fit, what has no average gets no scores of one."""
+        """Starts in the sanity check too; without a fit, what has no average gets no scores of one.
+
+        All ranks take the buffers of the first, whose average is in the checkpoints: statistics of batch norm differ.
+        """
         if self._average is not None and not self._started and trainer.state.fn != TrainerFn.FITTING:
             rank_zero_warn("The student that is scored has no average of its weights, so ema.decay gives no scores.")
             self._average = None
         self.on_train_start(trainer, pl_module)
+        if self._average is not None and trainer.world_size > 1:
+            for buffer in self._average.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     on_test_start = on_validation_start
 

@@ -38,6 +38,10 @@ def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0
 class DISTDistiller(LogitObjective):
     """DIST: the student's probabilities correlate with the teacher's, in each image and in each class.
 
+    A correlation's gradient grows as one over the spread of the student's logits. Where a head begins at zero (timm's
+    `weight_init: jax`, ResMLP, Hiera), clip it, or the first step spoils Adam's averages for the head:
+    ``--trainer.gradient_clip_val 1``.
+
     Args:
         weight: Factor of this term in the total loss.
         beta: Weight of the correlations in each image; 2 in the paper's ImageNet runs.

@@ -26,10 +26,10 @@ def grown_widths(narrow: int, target: int, blocks: int, growth: Growth) -> list[
         >>> grown_widths(192, 384, 3, "linear"), grown_widths(192, 384, 3, "exponential")
         ([256, 320, 384], [241, 304, 384])
     """
-    shares = [(i + 1) / blocks for i in range(blocks)]
+    shares = [(i + 1) / blocks for i in range(blocks - 1)]
     if growth == "linear":
-        return [int(narrow + (target - narrow) * share) for share in shares]
-    return [int(narrow * (target / narrow) ** share) for share in shares]
+        return [*(int(narrow + (target - narrow) * share) for share in shares), target]
+    return [*(int(narrow * (target / narrow) ** share) for share in shares), target]
 
 
 class LiftDistiller(FeatureDistiller):

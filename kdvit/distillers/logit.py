@@ -127,7 +127,8 @@ class LogitDistiller(LogitObjective):
         temperature: Softens both distributions; 1 in the paper's runs.
         hard: Use the teacher's most probable class as the label, instead of its probabilities.
         standardize: Standardise both logits before they are softened (arXiv:2403.01427, with temperature 2 and weight
-            9), so that the student need not match the range of the teacher's.
+            9), so that the student need not match the range of the teacher's. Its gradient grows as one over the
+            spread of the student's logits: where a head begins at zero, clip it (``--trainer.gradient_clip_val 1``).
         classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
             teacher's to the student's, by index or name. Softmax, standardisation and the most probable class are over
             these alone; see `LogitObjective`.

@@ -32,9 +32,9 @@ class BoardLogger(TensorBoardLogger):
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Tells whether Lightning logs a step, of those from 1 on."""
+    """Tells whether Lightning logs a step, of those from 1 on; the last of `max_steps` too."""
     every: int = trainer.log_every_n_steps
-    return every > 0 and step % every == 0
+    return every > 0 and (step % every == 0 or step == trainer.max_steps)
 
 
 def card(name: str) -> str:

@@ -112,6 +112,8 @@ def _batches(trainer: pl.Trainer, data: Any, images: int) -> Any:
 
     Where the data module leaves it to the Trainer to deal images out to the ranks, the loader is the Trainer's.
     """
+    if trainer.train_dataloader is None:  # before the sanity check Lightning has not asked for it
+        trainer.fit_loop.setup_data()
     loader: Any = trainer.train_dataloader if data is None else data.train_dataloader()
     if trainer.world_size > 1 and not isinstance(loader.sampler, DistributedSampler):
         loader = trainer.train_dataloader

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
 
+from kdvit import load_student
 from kdvit.cli import main
+from kdvit.cli.config_files import packaged_configs
+from kdvit.data import Digits
 from tests.runs import QUIET, SHORT, fit, numbers
+from tests.several import together
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,22 @@ def test_an_average_that_starts_late_starts_from_the_restored_weights() -> None:
     for name, average in saved["callbacks"]["StudentEMA"]["student"].items():
         torch.testing.assert_close(average, restored[f"student.{name}"], rtol=0, atol=1e-6)
     assert any(not torch.equal(weight, saved["state_dict"][name]) for name, weight in restored.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_several_processes_score_the_average_that_is_in_the_checkpoint() -> None:
+    """Each has statistics of batch norm of its own, of its own images."""
+    config = yaml.safe_load((packaged_configs() / "demo/plain.yaml").read_text())
+    args = {"arch": "resnet10t", "num_classes": 10, "model_args": {"channels": [8, 8, 16, 16]}}
+    config["model"]["student"] = {"class_path": "TimmStudent", "init_args": args}
+    Path("bn.yaml").write_text(yaml.safe_dump(config))
+    run = ["--config", "bn.yaml", *QUIET, "--trainer.default_root_dir", "run", "--ema.decay", "0.9"]
+    epoch = ["--trainer.max_epochs", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    together(2, ["fit", *run, *epoch])
+    logged = numbers("run", "val/loss_ema")[-1]
+    average = load_student("run/checkpoints/last.ckpt", ema=True).eval()
+    data = Digits(img_size=8, mean=average.image_format.mean, std=average.image_format.std)
+    with torch.no_grad():
+        losses = [F.cross_entropy(average(b.image).logits, b.target, reduction="sum") for b in data.val_dataloader()]
+    assert logged == pytest.approx(float(sum(losses)) / 500, abs=2e-6)

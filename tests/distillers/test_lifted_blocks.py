@@ -50,6 +50,12 @@ def test_widths_are_those_of_the_authors_start_layer(start: int, growth: Any, wi
     assert grown_widths(192, 384, 12 - start, growth) == widths
 
 
+@pytest.mark.parametrize(("narrow", "target"), [(176, 480), (192, 384)])
+def test_the_last_block_is_as_wide_as_the_teacher_whatever_the_rounding(narrow: int, target: int) -> None:
+    for growth in ("linear", "exponential"):
+        assert grown_widths(narrow, target, 2, growth)[-1] == target
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("growth", ["linear", "exponential"])
 def test_earlier_blocks_are_lifted_each_by_its_own_projector(growth: Any, loss: Any) -> None:

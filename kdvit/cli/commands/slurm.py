@@ -114,7 +114,7 @@ def slurm(
         "--trainer.num_nodes": nodes,
         "--trainer.strategy": "ddp" if nodes * tasks > 1 and config.trainer.strategy == "auto" else None,
         "--trainer.default_root_dir": shlex.quote(f"{root}/seed_") + SEED if seeds else shlex.quote(str(root)),
-        "--seed_everything": SEED if seeds else None,
+        "--seed_everything": SEED if seeds else config.seed_everything if nodes * tasks > 1 else None,
     }
     words = [shlex.quote(word) for word in (sys.executable, "-m", "kdvit", "fit", *rest)]
     words += [str(word) for option in planned.items() if option[1] is not None for word in option]
