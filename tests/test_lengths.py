@@ -105,6 +105,18 @@ def test_a_run_stopped_at_its_last_step_validates_when_it_goes_on(hook: str, cou
     assert torch.load("run/checkpoints/best.ckpt", weights_only=True)["global_step"] == 7
 
 
+def test_the_last_row_of_a_run_by_steps_is_measured_at_its_last_step() -> None:
+    steps = ["--trainer.max_epochs=-1", "--trainer.max_steps=7", "--model.schedule.interval=step"]
+    for every, root in ((5, "some"), (1, "all")):
+        fit("plain", "", *EPOCHS, *steps, f"--trainer.log_every_n_steps={every}", f"--trainer.default_root_dir={root}")
+    some, every = ({row["step"]: row for row in rows(root) if row["train/lr"]} for root in ("some", "all"))
+    assert [*some] == ["4", "6"]
+    for step, row in some.items():
+        assert [row[name] for name in ("train/loss", "train/lr")] == [
+            every[step][name] for name in ("train/loss", "train/lr")
+        ]
+
+
 def test_a_finished_run_by_steps_is_left_alone(caplog) -> None:
     by_steps = [*EPOCHS, "--trainer.max_epochs=-1", "--trainer.max_steps=7"]
     fit("plain", "", *by_steps)

@@ -32,9 +32,10 @@ class BoardLogger(TensorBoardLogger):
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Tells whether Lightning logs a step, of those from 1 on; the last of `max_steps` too."""
+    """Tells whether Lightning logs a step, of those from 1 on; of a run also the last of `max_steps`."""
     every: int = trainer.log_every_n_steps
-    return every > 0 and (step % every == 0 or step == trainer.max_steps)
+    is_last = step == trainer.max_steps and not trainer.fast_dev_run
+    return every > 0 and (step % every == 0 or is_last)
 
 
 def card(name: str) -> str:
