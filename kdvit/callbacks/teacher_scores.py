@@ -94,10 +94,14 @@ class TeacherScores(pl.Callback):
 def is_chance(acc1: float, classes: int, images: int) -> bool:
     """Tells whether an accuracy is that of guessing, to within two standard errors.
 
+    So few images that these reach half of the way to a perfect score tell nothing.
+
     Examples:
         >>> is_chance(0.95, classes=10, images=500), is_chance(0.11, classes=10, images=500)
         (False, True)
+        >>> is_chance(0.0, classes=10, images=4), is_chance(1.0, classes=2, images=4)
+        (True, False)
     """
     share = 1 / classes
     error: float = (share * (1 - share) / images) ** 0.5
-    return acc1 <= share + 2 * error
+    return error < (1 - share) / 4 and acc1 <= share + 2 * error

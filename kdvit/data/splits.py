@@ -110,6 +110,6 @@ def _require_no_other(root: Path, known: tuple[str, ...]) -> None:
     if found:
         raise FileNotFoundError(
             f"{str(root)!r} has the folder(s) {', '.join(found)}, and no folder 'val'. Name those of the splits, such "
-            f"as --data.init_args.val {found[0]}, or give the folder of one alone. (If they are classes: "
-            "--data.init_args.train and a dot, the root.)"
+            f"as --data.init_args.val {found[0]} (where a command has no such option, rename the folder), or give the "
+            "folder of one alone. (If they are classes: --data.init_args.train and a dot, the root.)"
         )

@@ -74,7 +74,7 @@ class TimmTeacher(TimmNetwork):
         if getattr(model, "in_chans", 3) != len(image_format_of(model).mean) and not (mean and std):
             raise ValueError(
                 f"TimmTeacher: mean and std of {arch} are those of colour images, and its images are grey. Give mean "
-                "and std, a number each, that it was trained with."
+                "and std that it was trained with, a list of one number each, such as mean: [0.5]."
             )
         super().__init__(model, stated_format(model, img_size, mean, std))
         self.init_args = args
