@@ -94,8 +94,8 @@ def advised_model(advice: Advice, model: Mapping[str, Any]) -> dict[str, Any]:
         options |= {"teacher_layers": [layer]} if advice.remedy == "none" else {"teacher_layer": layer}
     if advice.remedy == "none":
         options |= {"projector": projector}
-    name = f"{name}_map" if name in kept else name
-    new = {name: {"class_path": objective.__name__, "init_args": options}}
+    key = f"{name}_map" if name in kept else name  # `name` is also the layer's
+    new = {key: {"class_path": objective.__name__, "init_args": options}}
     moved = {key: _with_layer(each, -1 if advice.remedy == "none" else name) for key, each in kept.items()}
     distillers = {**moved, **new} if fits or not kept else moved
     return {**model, "student": _advised_student(advice, model["student"]), "distillers": distillers}

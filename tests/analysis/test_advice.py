@@ -248,12 +248,14 @@ def test_what_looks_at_one_token_an_image_is_no_map_objective_and_stays() -> Non
     }
     for asked, expected in (([0, "pooled"], 0), (["pooled"], None)):
         both = {"class_path": "kdvit.distillers.FeatureDistiller", "init_args": {"teacher_layers": asked}}
+        relations = {"class_path": "TokenRelationDistiller", "init_args": {"student_layer": "lift"}}
         model = {
             "student": {"class_path": "TimmStudent", "init_args": student().init_args},
-            "distillers": {"wide_last": pooled, "both": both},
+            "distillers": {"wide_last": pooled, "both": both, "relations": relations},
         }
         assert distilled_layer(model) == expected
         advised = advised_model(advise(_layer(20, 18, 24), student()), model)["distillers"]
         assert advised.pop("wide_last") == pooled
         assert advised.pop("wide_last_map")["class_path"] == "WideLastDistiller"
+        assert advised.pop("relations")["init_args"] == {"student_layer": "wide_last"}
         assert advised == ({} if expected == 0 else {"both": both})
