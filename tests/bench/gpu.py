@@ -15,18 +15,22 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import timm
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from kdvit import DistillationModule
 from kdvit.callbacks import BadImages, NonFiniteGuard, StudentEMA, Throughput
 from kdvit.data import ImageFolder
+from kdvit.data.cached import collate
+from kdvit.data.transforms import PixelTransform, train_transform
 from kdvit.models import FrozenTeacher, TimmTeacher
-from kdvit.structures import Batch, ViTOutput
+from kdvit.structures import Batch, ViTOutput, as_batch
 from tests.bench.cached import stored, views
 from tests.bench.data import photograph
 from tests.bench.device import device, peak_gb, timed, waits
 from tests.bench.fit import WARM, batches, seconds_a_step
 from tests.bench.online import ReferenceLift, ReferenceLoop, ReferenceWideLast, model_arguments
-from tests.bench.plain_step import PUBLISHED, Pair, build, images, step
+from tests.bench.plain_step import PUBLISHED, Pair, build, image_format, images, step
 from tests.bench.rounds import Row, cost, interleave, row, speed_up
 
 REFERENCES: dict[str, Any] = {"Lift": ReferenceLift, "WideLast": ReferenceWideLast}
@@ -63,6 +67,7 @@ def rows(rounds: int, sizes: Sizes | None = None) -> Iterator[Row]:
         yield from _steps(rounds, sizes, on, method)
         yield _under_lightning(rounds, sizes, on, method)
         yield _waiting(sizes, on, method)
+    yield _pixels(rounds, sizes, on)
     yield _loader(sizes, on)
     for dtype in half:
         yield _teacher(rounds, sizes, on, dtype, "compiled", compile={})
@@ -198,6 +203,23 @@ def _waiting(sizes: Sizes, on: torch.device, method: str) -> Row:
     what = f"{method}: waits for the GPU in {len(spans)} steps that are not logged"
     what += "".join(f" ({place})" for place in dict.fromkeys(found))
     return Row(what, 1e3 * seconds, 1e3 * seconds, "ms", len(found), (len(found), len(found)), "0", sizes.batch)
+
+
+def _pixels(rounds: int, sizes: Sizes, on: torch.device) -> Row:
+    """A training batch from pinned memory to the device: as pixels, normalised and erased there, against floats."""
+    crop = train_transform(image_format(sizes.size))
+    drawn = [PixelTransform(crop)(photograph(i % PHOTOGRAPHS)) for i in range(sizes.batch)]
+    pixels = collate([(each, 0, i) for i, each in enumerate(drawn)])
+    floats = as_batch(pixels)
+    if on.type == "cuda":
+        pixels, floats = pin_memory(pixels), pin_memory(floats)
+    ours, theirs = (timed(partial(_sent, each, on), on) for each in (pixels, floats))
+    what = "training images to the GPU as uint8 pixels, normalised and erased there: speed-up over floats"
+    return _measured(what, ours, theirs, rounds, speed_up, "none", sizes, on)
+
+
+def _sent(batch: Batch, on: torch.device) -> None:
+    as_batch(move_data_to_device(batch, on))
 
 
 def _loader(sizes: Sizes, on: torch.device) -> Row:
