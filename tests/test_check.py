@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,9 +54,16 @@ def row(name: str, told: str) -> str:
     return found[1]
 
 
-def test_the_plan_is_told_in_numbers(capsys) -> None:
+@pytest.mark.filterwarnings("error:GPU available", "error:.*does not have many workers")
+def test_the_plan_is_told_in_numbers_and_nothing_of_the_one_step_on_a_cpu(capsys, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", lambda: True)
+    monkeypatch.setattr(
+        "lightning.pytorch.trainer.connectors.data_connector.suggested_max_num_workers", lambda _: 16
+    )  # of a machine with a GPU
+    caplog.set_level(logging.INFO)
     main(CHECK)
     told = capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == ["Seed set to 0"]
     assert row("steps an epoch", told) == "20"
     assert row("images an epoch", told) == "1,280"  # of 1,297, in whole batches of 64
     assert row("run", told) == "40 epochs, 800 steps"

@@ -23,7 +23,7 @@ from kdvit.cli.commands.probe import probe
 from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.help import SUMMARIES, asked_for, short_help
-from kdvit.cli.messages import explain
+from kdvit.cli.messages import LIGHTNING, explain
 from kdvit.cli.parsing import call, without_imports
 from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
@@ -90,7 +90,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_said)
+    logging.getLogger(LIGHTNING).addFilter(_is_said)
     end_with_parent()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, last: classes of one's own may be in a file there

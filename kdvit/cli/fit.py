@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kdvit.analysis import GeometryMonitor
 from kdvit.callbacks.epoch_lines import in_terminal
 from kdvit.cli.commands.check import describe
 from kdvit.cli.help import EXAMPLES, SUMMARIES
-from kdvit.cli.messages import options_known, unforeseen, with_own_errors
+from kdvit.cli.messages import options_known, unforeseen, unsaid, with_own_errors
 from kdvit.cli.resuming import Start, find_start, match_classes, require_plain, require_same_student
 from kdvit.cli.run_config import SaveConfig, settled_seed, wandb_run
 from kdvit.cli.trainer import Trainer
@@ -65,6 +65,14 @@ ON_ONE_CPU = {
     "enable_model_summary": False,
 }
 """How a check runs, whatever the config says."""
+OF_ONE_CPU = (
+    "GPU available",
+    "Running in `fast_dev_run` mode",
+    "The 'train_dataloader' does not have many workers",
+    "The 'val_dataloader' does not have many workers",
+    "`Trainer.fit` stopped",
+)
+"""What Lightning then says, which is untrue of the run."""
 ACCURACY, OBJECTIVES = "val/acc1", "val/loss"
 """What best.ckpt follows: where there are labels, and where there are none."""
 WANDB_ID = "WANDB_RUN_ID"
@@ -86,6 +94,7 @@ class KdvitCLI(LightningCLI):
         load_plugins()
         try:
             with ExitStack() as self.held:
+                self.held.enter_context(unsaid(*OF_ONE_CPU) if command == "check" else nullcontext())
                 super().__init__(
                     DistillationModule,
                     pl.LightningDataModule,

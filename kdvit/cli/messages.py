@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import inspect
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -24,6 +26,28 @@ LONGEST = 600  # characters of a message
 OWN = r"(?m)^[\s-]*(\S+ raises \w+: .*)"  # of an OwnError, wherever jsonargparse has put it
 GLOO = "gloo/transport"  # in its errors, which are RuntimeErrors
 TAKEN = "EADDRINUSE"
+
+
+LIGHTNING = "lightning.pytorch.utilities.rank_zero"
+"""The logger of Lightning's lines."""
+
+
+@contextmanager
+def unsaid(*starts: str) -> Iterator[None]:
+    """Leaves out those of Lightning's lines and warnings inside that begin so."""
+
+    def is_said(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(starts)
+
+    logger = logging.getLogger(LIGHTNING)
+    logger.addFilter(is_said)
+    try:
+        with warnings.catch_warnings():
+            for each in starts:
+                warnings.filterwarnings("ignore", re.escape(each))
+            yield
+    finally:
+        logger.removeFilter(is_said)
 
 
 def explain(error: Exception) -> str | None:
