@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from kdvit.data.base import Split
 from kdvit.data.listed import ListedImages
 from kdvit.data.listing import LAYOUT, told
-from kdvit.data.splits import list_splits
+from kdvit.data.splits import list_splits, split_folders
 from kdvit.errors import UserError
 
 
@@ -23,7 +23,8 @@ class ImageFolder(ListedImages):
             Where there is no folder for val, `val_share` of the training images are set apart; without one for train
             either, the root itself holds the classes. Without labels, all images below a split's folder, and in it,
             are its.
-        train: Name of the folder in the root that has the training images; a dot for the root itself.
+        train: Name of the folder in the root that has the training images; a dot for the root itself. (Training with
+            valid, validation or dev, and testing, are found, too.)
         val: The same of the validation images.
         test: The same of the test images.
         kwargs: Those of ListedImages.
@@ -39,7 +40,9 @@ class ImageFolder(ListedImages):
         folders, of = {"train": train, "val": val, "test": test}, (self.val_share, self.split_seed)
         self.samples = list_splits(self.root, folders, self.is_labelled, *of)
         self.class_names = self.samples["val"].class_names or ()
-        self.set_apart = "" if (self.root / val).is_dir() else "val is {:.0%} of train, by seed {}".format(*of)
+        self.set_apart = (
+            "" if "val" in split_folders(self.root, folders) else "val is {:.0%} of train, by seed {}".format(*of)
+        )
         for split in self.samples:
             self._require_same_classes(split)
 

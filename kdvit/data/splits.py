@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,24 @@ import numpy as np
 from kdvit.data.labels import first_of_each_class
 from kdvit.data.listing import LAYOUT, ImageList, class_folders, list_images
 
-USUAL = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+USUAL = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Names of folders that are splits and no classes."""
+DEFAULT = {split: split for split in USUAL}
 VAL_SHARE, SPLIT_SEED = 0.1, 0
 """What is set apart, and by which seed, unless one says otherwise."""
+
+
+def split_folders(root: Path, folders: Mapping[str, str] = DEFAULT) -> dict[str, Path]:
+    """Returns the folders of the splits that there are.
+
+    Where both train and val have a usual name, a split that goes by its own may have another of these, if only one.
+    """
+    there = {split: root / name for split, name in folders.items() if (root / name).is_dir()}
+    usual = {split: [root / each for each in names if (root / each).is_dir()] for split, names in USUAL.items()}
+    if usual["train"] and usual["val"]:
+        alone = {split: found[0] for split, found in usual.items() if folders[split] == split and len(found) == 1}
+        there = {**alone, **there}
+    return there
 
 
 def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: float, seed: int) -> dict[str, ImageList]:
@@ -35,7 +50,7 @@ def list_splits(root: Path, folders: Mapping[str, str], labels: bool, share: flo
         FileNotFoundError: If a folder is missing or empty.
         ValueError: If a folder belongs to two classes, or that of train holds another split's.
     """
-    there = {split: root / name for split, name in folders.items() if (root / name).is_dir()}
+    there = split_folders(root, folders)
     for split, name in folders.items():
         if split not in there and name != split:
             raise FileNotFoundError(f"There is no folder {str(root / name)!r}, by which {split} is named. {LAYOUT}")
@@ -68,12 +83,12 @@ def images_to_show(root: Path) -> tuple[bool, ImageList]:
         FileNotFoundError: If there are none, or a split has another name.
         ValueError: If a folder belongs to two classes.
     """
-    if (root / "val").is_dir():
-        return True, list_images(root / "val", bool(class_folders(root / "val")))
-    if {*map(str.lower, class_folders(root))}.isdisjoint(USUAL):
+    if val := split_folders(root).get("val"):
+        return True, list_images(val, bool(class_folders(val)))
+    if {*map(str.lower, class_folders(root))}.isdisjoint(chain(*USUAL.values())):
         return False, list_images(root, bool(class_folders(root)))
-    folders, top = {split: split for split in ("train", "val", "test")}, root / "train"
-    return True, list_splits(root, folders, top.is_dir() and bool(class_folders(top)), VAL_SHARE, SPLIT_SEED)["val"]
+    top = root / "train"
+    return True, list_splits(root, DEFAULT, top.is_dir() and bool(class_folders(top)), VAL_SHARE, SPLIT_SEED)["val"]
 
 
 def set_apart(images: ImageList, folder: Path, share: float, seed: int) -> dict[str, ImageList]:
@@ -104,9 +119,8 @@ def set_apart(images: ImageList, folder: Path, share: float, seed: int) -> dict[
 
 def _require_no_other(root: Path, known: tuple[str, ...]) -> None:
     """Raises FileNotFoundError if a folder of the root has the name of a split, and is not known as one."""
-    found = (
-        [name for name in class_folders(root) if name.lower() in USUAL and name not in known] if root.is_dir() else []
-    )
+    usual = set(chain(*USUAL.values())) - {*known}
+    found = [name for name in class_folders(root) if name.lower() in usual] if root.is_dir() else []
     if found:
         raise FileNotFoundError(
             f"{str(root)!r} has the folder(s) {', '.join(found)}, and no folder 'val'. Name those of the splits, such "

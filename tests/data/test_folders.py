@@ -48,6 +48,19 @@ def test_folders_may_have_any_names() -> None:
     with pytest.raises(FileNotFoundError, match=r"has the folder\(s\) training, and no folder 'val'. Name those"):
         read()
     assert read(train=".").class_names == ["2024", "old", "training"]
+    put(*(f"{split}/{name}/1.png" for split in ("Dev", "validation", "testing") for name in ("cat", "dog")))
+    data = read()
+    assert [paths(data, split)[0] for split in ("train", "val", "test")] == [
+        "training/cat/1.png",
+        "validation/cat/1.png",
+        "testing/cat/1.png",
+    ]
+    assert "of train, by seed" not in data.summary()
+    put("dev/cat/1.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"has the folder\(s\) Dev, dev, testing, training, validation, and no fol"
+    ):
+        read()
 
 
 @pytest.mark.parametrize("inside", [{"val": "val"}, {"test": "old/held"}])
@@ -72,12 +85,14 @@ def test_an_analysis_shows_the_images_that_would_be_validated_on() -> None:
     assert [os.path.relpath(path, "images") for path in shown] == paths(data, "val")
     assert (found.classes, found.spec["class_path"]) == (len(SIZES), "ImageFolder")
     assert found.name == f"{Path('images').absolute()}, 10% of train"
-    put("valid/ant/1.png")
+    put("Valid/ant/1.png")
     with pytest.raises(
-        UserError, match=r"has the folder\(s\) valid, and no folder 'val'\. Name .* the folder of one alone"
+        UserError, match=r"has the folder\(s\) Valid, and no folder 'val'\. Name .* the folder of one alone"
     ):
         find_images("images", images)
-    assert len(find_images("images/valid", images).dataset) == 1
+    assert len(find_images("images/Valid", images).dataset) == 1
+    put("valid/ant/1.png", "valid/ant/2.png")
+    assert len(find_images("images", images).dataset) == 2
     put("val/ant/1.png", "val/bee/1.png")
     assert (find_images("images", images).classes, len(find_images("images", images).dataset)) == (2, 2)
 
