@@ -19,5 +19,6 @@ def check_family(remedy: str, arch: str, model: nn.Module) -> None:
     if not isinstance(model, VisionTransformer | Eva):
         raise ValueError(
             f"{remedy} is for timm's VisionTransformer and Eva; {arch} is a {type(model).__name__}. Use one of them, "
-            "such as deit_tiny_patch16_224 or vit_small_patch16_dinov3, or distill this one with FeatureDistiller."
+            "such as deit_tiny_patch16_224 or vit_small_patch16_dinov3, or distill this one with FeatureDistiller "
+            "(kdvit init: --remedy none)."
         )
