@@ -16,7 +16,7 @@ from kdvit.analysis.controls import (
     permuted_spectra,
 )
 from kdvit.analysis.layer_report import BANDWIDTH_LEVELS, LayerReport, Options
-from kdvit.analysis.outliers import SinkShare, moment_outliers
+from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
 from kdvit.analysis.participation import ParticipationRatio
 from kdvit.analysis.pca import TokenMoments
 from kdvit.analysis.shuffled import ShuffledTokens
@@ -124,10 +124,8 @@ class LayerGeometry(nn.Module):
         shuffled = None if self.shuffled is None else self.shuffled.compute().reshape(-1, tokens, width)
         measured = [variant.report(order if second is None else second, shuffled) for variant in self.variants]
         variants = {ranks.variant: ranks for ranks, _ in measured}
-        spectra, counts, moment, mean = self.sep.compute()
-        spectra, counts, moment = rows(spectra), rows(counts)[:, 0], moment.cpu().reshape(width, width)
-        mean = mean.cpu().reshape(width)
-        variance = (moment.diagonal() - mean.square()).clamp(min=0)
+        spectra, counts, *at_one = self.sep.compute()
+        spectra, counts, moment = rows(spectra), rows(counts)[:, 0], at_one[0].cpu().reshape(width, width)
         spectrum = (counts[:, None] * spectra).sum(0) / counts.sum()
         permuted = permuted_spectra(moment, self.orders)
         gaussian = gaussian_spectrum(images, tokens, width, self.options.seed)
@@ -140,7 +138,7 @@ class LayerGeometry(nn.Module):
             index=index,
             tokens=tokens,
             width=width,
-            outliers=moment_outliers(variance, mean, rows(self.sinks.compute())),
+            outliers=self._outliers(at_one, rows(self.sinks.compute())),
             variants=variants,
             participation=rows(self.participation.compute())[:, 0].numpy(),
             participation_shared=measured[0][1].numpy(),
@@ -150,6 +148,15 @@ class LayerGeometry(nn.Module):
             bandwidths=intervals,
             subspaces=self._routed(variants) if self.options.subspaces and self.shuffled is not None else None,
         )
+
+    def _outliers(self, at_one: Sequence[Tensor], sinks: Tensor) -> Outliers:
+        """Returns the outliers of the tokens: where there are sinks, which hide the others, of those at length 1."""
+        found = []
+        for second, mean in (self.moments.compute(), at_one):
+            mean = mean.cpu().flatten()
+            variance = second.cpu().reshape(len(mean), -1).diagonal() - mean.square()
+            found.append(moment_outliers(variance.clamp(min=0), mean, sinks))
+        return found["sinks" in found[0].found()]
 
     def _routed(self, variants: dict[str, Ranks]) -> tuple[str, list[Routed]]:
         """Returns what the kept images need that are routed to several bases."""

@@ -103,6 +103,18 @@ def test_outliers_do_not_change_the_advice(kind: Callable[[Shape, int], Tensor],
     _check(kind((30, 40, 64), 12), outliers, student(), TEACHERS[kind])
 
 
+def test_what_is_said_of_channels_and_offset_is_of_the_tokens_as_they_are() -> None:
+    tokens = torch.randn(40, 64, 48, generator=torch.Generator().manual_seed(0))
+    tokens[..., 3] = 60 * torch.where(torch.rand(40, 64, generator=torch.Generator().manual_seed(1)) < 0.3, 1, 0)
+    tokens[..., 5] += 40
+    flat = tokens.double().flatten(0, 1)
+    variance, constant = flat.var(0, correction=0), flat.mean(0).square().sum()
+    found = measure(tokens, FEW).outliers
+    assert found.channels == pytest.approx(float(variance[3] / variance.sum()), rel=1e-6)
+    assert found.offset == pytest.approx(float(constant / (constant + variance.sum())), rel=1e-6)
+    assert found.sinks == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("outliers", ["none", "two sinks in own directions", "a giant channel and a sink"])
 def test_outliers_do_not_change_the_advice_on_a_teacher_of_full_size(outliers: str) -> None:
