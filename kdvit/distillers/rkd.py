@@ -12,6 +12,9 @@ from kdvit.distillers.base import Distiller
 from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, ViTOutput
 
+NOTHING = 1e-5
+"""Times the mean distance: what is nearer is equal."""
+
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss of the distances of all pairs of images, each network's divided by their mean (equations 4 to 6).
@@ -28,13 +31,20 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss of the cosines of the angles of all triples of images (equations 7 and 8).
 
+    Images that are equal but for rounding have no direction between them, and no gradient: it would be its inverse.
+
     Args:
         student: One vector an image, ``[B, D_s]``.
         teacher: ``[B, D_t]``.
     """
-    edges = (F.normalize(x[None] - x[:, None], dim=2) for x in (student, teacher))
-    ours, theirs = (x @ x.mT for x in edges)
+    ours, theirs = (x @ x.mT for x in map(_directions, (student, teacher)))
     return F.smooth_l1_loss(ours, theirs)
+
+
+def _directions(x: Tensor) -> Tensor:
+    edge = x[None] - x[:, None]
+    length = edge.detach().norm(dim=2, keepdim=True)
+    return F.normalize(edge.where(length > NOTHING * length.mean(), 0), dim=2)
 
 
 class RKDDistiller(Distiller):

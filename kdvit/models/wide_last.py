@@ -120,7 +120,8 @@ def _heads(widths: Sequence[int], num_heads: int | list[int] | None, head_dim: i
         raise ValueError(
             f"WideLastViT: width must be 1 to {depth} positive widths for {depth} blocks, got {list(widths)}."
         )
-    heads = num_heads if isinstance(num_heads, list) else [num_heads or max(wide // head_dim, 1) for wide in widths]
+    by_width = [max(wide // head_dim, 1) for wide in widths]
+    heads = [num_heads] * len(widths) if isinstance(num_heads, int) else num_heads or by_width
     if len(heads) != len(widths):
         raise ValueError(
             f"WideLastViT: {len(widths)} widths need as many num_heads (or one for all), got {len(heads)}."

@@ -189,7 +189,15 @@ def _without(name: str, key: str) -> dict:
             "size mismatch for norm.bias",
         ),
         (lambda file: _save(file, {"a.weight": torch.zeros(1)}), "neither a Lift nor a WideLast.*found 'a.weight'"),
-        (lambda file: torch.save({"state_dict": {}}, file), "no weights under 'model'; it has 'state_dict'"),
+        (lambda file: torch.save({"state_dict": {}}, file), "no weights by name under 'model'; it has 'state_dict'"),
+        (
+            lambda file: _save(file, {**reference_weights("lift"), "projections.11.weight": torch.ones(())}),
+            "reference.pth': len",
+        ),
+        (
+            lambda file: _save(file, {**reference_weights("widelast"), "pos_embed": 3}),
+            "reference.pth': 'int' object has",
+        ),
         (lambda file: torch.save([1, 2], file), "holds a list; expected a dictionary"),
         (lambda file: _save(file, reference_weights("lift"), args=_Foreign()), "damaged, or holds more than tensors"),
         (lambda file: file.write_bytes(Path(_save(file, reference_weights("lift"))).read_bytes()[:9999]), "is damaged"),

@@ -237,6 +237,7 @@ def test_without_logits_the_network_stops_after_the_last_layer_needed() -> None:
         (lambda: LiftViT("deit_tiny_patch16_224", 0), ValueError, "width must be positive, got 0"),
         (lambda: WideLastViT("cait_xxs24_224", 64), ValueError, "cait_xxs24_224 is a Cait"),
         (lambda: WideLastViT(**STUDENT, width=25), ValueError, "25 does not divide into 3 heads"),
+        (lambda: WideLastViT(**STUDENT, width=24, num_heads=0), ValueError, "24 does not divide into 0 heads"),
         (lambda: WideLastViT(**STUDENT, width=[1, 2, 3, 4]), ValueError, "1 to 3 positive widths for 3 blocks"),
         (lambda: WideLastViT(**STUDENT, width=[24, 32], num_heads=[2]), ValueError, "as many num_heads"),
         (
