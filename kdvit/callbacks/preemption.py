@@ -96,7 +96,7 @@ class Preemption(Checkpoint):
         if requeue or stop:
             path = last_checkpoint(trainer)
             trainer.save_checkpoint(path, weights_only=False)
-            REQUESTS.clear()
+            REQUESTS.requeue = False  # a signal to stop that has come meanwhile is answered after the next batch
             saved = f"The run is saved in {path} at step {trainer.global_step}"
             if requeue:
                 refusal = trainer.strategy.broadcast(requeue_job() if trainer.is_global_zero else "")
