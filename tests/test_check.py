@@ -22,6 +22,9 @@ from kdvit.distillers import LogitDistiller
 from tests.runs import QUIET, demo_fit, fit
 from tests.tiny import FORMAT, STUDENT, Blobs, TinyData, _collate, student, teacher
 
+PLAIN = [
+    "--model.student.init_args={arch: deit_tiny_patch16_224, img_size: 16, num_classes: 5, model_args: {depth: 1}}"
+]
 CHECK = ["check", *demo_fit("plain", "", *QUIET)[1:]]
 
 
@@ -72,6 +75,24 @@ def test_the_plan_is_told_in_numbers_and_nothing_of_the_one_step_on_a_cpu(capsys
     )
     room = "2 in run/checkpoints, about 165.8 kB each; with one that is being written 497.4 kB"
     assert row("checkpoints", told) == room
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "steps"),
+    [
+        (["--trainer.accumulate_grad_batches=3"], "1,152", 6),  # of 20 batches, 18 make whole steps
+        (["--trainer.accumulate_grad_batches=3", "--data.init_args.repeats=3"], "1,152", 6),
+        (["--trainer.accumulate_grad_batches=30"], "1,297", 1),
+        ([*PLAIN, "--data=tests.tiny.TinyData", "--data.init_args={batch_size: 48}"], "80", 2),
+    ],
+)
+def test_a_run_has_the_steps_that_are_told(options: list[str], images: str, steps: int, capsys) -> None:
+    more = ["--trainer.max_epochs=1", "--model.schedule.warmup_epochs=0", *options]
+    main([*CHECK, *more])
+    told = capsys.readouterr().out
+    assert (row("images an epoch", told), row("steps an epoch", told)) == (images, str(steps))
+    fit("plain", "", *QUIET, *more)
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
 
 
 @pytest.mark.parametrize(

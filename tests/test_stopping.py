@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from kdvit.cli import main
 from kdvit.runtime.checkpoints import newest_checkpoint
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.signals import REQUESTS
-from tests.runs import QUIET, SHORT, assert_same_end, column, fit
+from tests.runs import QUIET, SHORT, assert_same_end, column, demo_fit, fit
 
 EVERYTHING = [
     *[*QUIET, "--trainer.max_epochs=2", "--ema.decay=0.9", "--trainer.log_every_n_steps=7"],
@@ -152,6 +153,54 @@ def test_outside_slurm_a_warning_signal_saves_and_training_goes_on(demo_teacher:
     said = caplog.text
     assert "is saved in run/checkpoints/last.ckpt at step 2. It is not requeued: this is no Slurm job. Training" in said
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+class StopsWhileSaving(pl.Callback):
+    """Sends SIGTERM when a checkpoint is saved."""
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_stop_that_comes_while_another_is_answered_stops_the_run(demo_teacher: str, caplog) -> None:
+    signals = json.loads(signal_at("on_train_batch_start", 2, "SIGUSR1")[1])
+    signals.append({"class_path": "tests.test_stopping.StopsWhileSaving"})
+    assert stopped("plain", demo_teacher, *SHORT, "--trainer.callbacks", json.dumps(signals)) == 143
+    assert "at step 2. It is not requeued: this is no Slurm job. Training goes on." in caplog.text
+    assert caplog.messages[-1].startswith(
+        "Stopped by SIGTERM. The run is saved in run/checkpoints/last.ckpt at step 3;"
+    )
+
+
+LESS = "--trainer.limit_train_batches=10"
+
+
+@pytest.mark.parametrize("command", ["check", "fit"])
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        (
+            ["4"],
+            "every 4 batches would come amid the 3 of a step .* multiple of 3 .*: say, 3.",
+        ),
+        (["0.25"], "every 4 batches would come amid .*: say, 3."),
+        (["12", "--trainer.check_val_every_n_epoch=null", LESS], "12 .* amid .* and epochs that are one: say, 12."),
+    ],
+)
+def test_a_validation_amid_the_batches_of_a_step_is_refused(every: list[str], message: str, command, capsys) -> None:
+    interval = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval", *every]
+    with pytest.raises(SystemExit) as end:
+        main([command, *demo_fit("plain", "", *QUIET)[1:], *interval])
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    main(
+        [
+            "check",
+            *demo_fit("plain", "", *QUIET)[1:],
+            "--trainer.accumulate_grad_batches=3",
+            "--trainer.val_check_interval=6",
+        ]
+    )
 
 
 @pytest.mark.parametrize(("status", "words"), [(0, "Slurm has requeued the job"), (1, "presently disabled.")])

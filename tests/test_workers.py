@@ -46,6 +46,7 @@ class Images(Blobs):
         return super().__getitem__(image)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a worker's socket, left open
 @pytest.mark.parametrize("fault", [pytest.param("killed", marks=pytest.mark.slow), "full"])
 def test_a_worker_that_has_ended_is_one_message(fault: str, capfd) -> None:
     data = ["--data=tests.test_workers.Faulty", f"--data.init_args={{fault: {fault}, num_workers: 2}}"]

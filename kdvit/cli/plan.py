@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
+from kdvit.data.sampling import ViewSampler
 from kdvit.errors import UserError
 from kdvit.models.cost import parameter_count
-from kdvit.runtime.checkpoints import StepCheckpoint
+from kdvit.runtime.checkpoints import StepCheckpoint, require_between_steps
 from kdvit.runtime.processes import planned_processes
 from kdvit.tables import as_size
 from kdvit.training.module import DistillationModule
@@ -34,7 +36,8 @@ def describe_plan(
         A row a fact, and what can be, and will hardly be meant: a long warm-up, too large a batch, too small a disk.
 
     Raises:
-        UserError: If an epoch has no batch, a validation would never be due, or the run directory cannot be written.
+        UserError: If an epoch has no batch, a validation would never be due or come amid a step, or the run directory
+            cannot be written.
     """
     options, batches = module.optimizer_options, trainer.accumulate_grad_batches
     processes = planned_processes(trainer.devices, trainer.num_nodes)
@@ -42,11 +45,11 @@ def describe_plan(
     global_batch = size * batches
     scaled = f"{options.lr:g} x {global_batch} / {options.lr_base_batch}"
     known = "an unknown number of processes, counted as 1" if processes is None else f"{processes} processes"
-    rate, epoch = options.scaled_lr(global_batch), _epoch(loader, size, trainer)
+    rate, (epoch, images) = options.scaled_lr(global_batch), _epoch(loader, processes or 1, trainer)
     checkpoints, warnings = _checkpoints(module, epoch, trainer, saved)
     rows = [
         ("global batch", f"{global_batch} = {loader.batch_size} images x {known} x {batches} accumulated batches"),
-        *([] if epoch is None else [("images an epoch", f"{min(epoch * size, len(loader.sampler)):,}")]),
+        *([] if epoch is None else [("images an epoch", f"{images:,}")]),
         *_length(module, epoch, trainer, rate),
         (
             "optimizer",
@@ -57,7 +60,7 @@ def describe_plan(
     ]
     if epoch is None:
         return rows, warnings
-    if (images := len(loader.sampler)) < global_batch:
+    if images < global_batch:
         warnings.append(
             f"a global batch of {global_batch} is more than the {images:,} images of an epoch: lower the batch_size."
         )
@@ -66,13 +69,17 @@ def describe_plan(
     return rows, [*warnings, *([fault] if fault else [])]
 
 
-def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
-    """Returns the batches of an epoch; None for a stream, whose length nobody knows."""
+def _epoch(loader: Any, processes: int, trainer: Any) -> tuple[int | None, int]:
+    """Returns the batches of an epoch and process, and its images; None for a stream, whose length nobody knows."""
+    sampler, batch = loader.sampler, loader.batch_size
     try:
-        images = len(loader.sampler)
+        images = sampler.size if isinstance(sampler, ViewSampler) else len(sampler)
     except TypeError:
-        return None
-    whole, limit = images // size or 1, trainer.limit_train_batches
+        return None, 0
+    share = math.ceil(images / processes)
+    if isinstance(sampler, ViewSampler):
+        share = sampler.share(processes, batch * trainer.accumulate_grad_batches)
+    whole, limit = share // batch if loader.drop_last else math.ceil(share / batch), trainer.limit_train_batches
     batches = limited(whole, limit)
     if batches == 0:
         raise UserError(f"trainer.limit_train_batches {limit} leaves none of the {whole} batches of an epoch.")
@@ -82,12 +89,16 @@ def _epoch(loader: Any, size: int, trainer: Any) -> int | None:
             f"trainer.val_check_interval is {every}, and an epoch has {batches} batches: no validation would be held. "
             "Lower it, or set trainer.check_val_every_n_epoch: null to count over epochs."
         )
+    if isinstance(every, int | float) and trainer.limit_val_batches != 0:
+        apart = every if isinstance(every, int) else max(int(batches * every), 1)
+        over_epochs = trainer.check_val_every_n_epoch is None
+        require_between_steps(apart, batches, trainer.accumulate_grad_batches, over_epochs)
     if (trainer.check_val_every_n_epoch or 1) > (trainer.max_epochs or -1) > 0:
         raise UserError(
             f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, and the run has "
             f"{trainer.max_epochs} epochs: no validation would be held, and there would be no best.ckpt. Lower it."
         )
-    return batches
+    return batches, min(images, processes * min(batches * batch, share))
 
 
 def _length(module: DistillationModule, epoch: int | None, trainer: Any, rate: float) -> Rows:

@@ -65,11 +65,15 @@ class ViewSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         if not self.training:
             return len(range(self.rank, self.size, self.num_replicas))
+        return self.share(self.num_replicas, self.step)
+
+    def share(self, replicas: int, step: int) -> int:
+        """Returns the images of a training epoch that each of so many processes has, with so many of its own a step."""
         cut = self.repeats > 1 and self.size >= 256
         views = self.size // 256 * 256 if cut else self.size
-        if self.step and views >= self.step * self.num_replicas:
-            return views // (self.step * self.num_replicas) * self.step
-        return views // self.num_replicas if cut else math.ceil(views / self.num_replicas)
+        if step and views >= step * replicas:
+            return views // (step * replicas) * step
+        return views // replicas if cut else math.ceil(views / replicas)
 
     def __iter__(self) -> Iterator[View]:
         start, self.start = self.start, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -76,6 +77,14 @@ class StepCheckpoint(ModelCheckpoint):
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises if a callback waits for a metric of the validation that has not been logged."""
         require_monitors(trainer.callbacks, trainer.callback_metrics)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises if a validation, behind which a checkpoint is saved, would come amid accumulated batches."""
+        super().on_train_start(trainer, pl_module)
+        every = trainer.val_check_batch
+        if trainer.enable_validation and isinstance(every, int):
+            over_epochs = trainer.check_val_every_n_epoch is None
+            require_between_steps(every, trainer.num_training_batches, trainer.accumulate_grad_batches, over_epochs)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,6 +181,25 @@ def require_monitors(callbacks: Iterable[pl.Callback], logged: Iterable[str]) ->
 def gradients_are_taken(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Tells whether the optimizer has made its step with the gradients of a training batch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def require_between_steps(every: int, batches: float, accumulated: int, over_epochs: bool) -> None:
+    """Raises UserError if validations come amid the batches of a step: a checkpoint saved there has no gradients.
+
+    Args:
+        every: Batches from one validation to the next.
+        batches: Of an epoch; infinity for a stream.
+        accumulated: Of a step.
+        over_epochs: Whether the batches between validations are counted over epochs.
+    """
+    apart = math.gcd(every, int(batches)) if over_epochs and batches < math.inf else every
+    if apart < batches and apart % accumulated:
+        raise UserError(
+            f"A validation after every {every} batches would come amid the {accumulated} of a step "
+            "(trainer.accumulate_grad_batches), and a run that is stopped there would lose their gradients. Choose a "
+            f"multiple of {accumulated} as trainer.val_check_interval{', and epochs that are one' * over_epochs}: say, "
+            f"{accumulated * max(every // accumulated, 1)}."
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
