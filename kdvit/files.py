@@ -51,3 +51,8 @@ def put_in_place(descriptor: int, file: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def existing(folder: Path) -> Path:
+    """Returns a folder, or the nearest above it that there is."""
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from kdvit.analysis.spectral import (
     channel_spectrum,
@@ -25,7 +23,7 @@ from kdvit.analysis.spectral import (
     spectrum_of_moment,
     unit,
 )
-from kdvit.analysis.tokens import over_images
+from kdvit.analysis.tokens import PerImage, over_images
 
 RESAMPLES = 1000
 
@@ -50,7 +48,7 @@ def permuted_spectra(moment: Tensor, orders: Sequence[Tensor]) -> Tensor:
     return torch.stack([spectrum_of_moment(moment[order][:, order]) for order in orders])
 
 
-class PermutedBandwidths(Metric):
+class PermutedBandwidths(PerImage):
     """The bandwidths of each image's mean curve under permutations of the channels, their mean over these.
 
     Args:
@@ -58,26 +56,18 @@ class PermutedBandwidths(Metric):
         levels: Shares of the energy, L.
     """
 
-    full_state_update = False
-    found: list[Tensor]
-
     def __init__(self, orders: Sequence[Tensor], levels: Sequence[float]) -> None:
         super().__init__()
         self.orders, self.levels = list(orders), levels
-        self.add_state("found", [], dist_reduce_fx="cat")
 
-    def update(self, tokens: Tensor) -> None:
-        """Adds images by their tokens ``[B, N, D]``."""
-        self.found += over_images(self._measure, tokens)
+    def measure(self, tokens: Tensor) -> Tensor:
+        """Returns the means of images by their tokens ``[B, N, D]``, ``[B, L]``."""
+        return torch.cat(over_images(self._measure, tokens))
 
     def _measure(self, tokens: Tensor) -> Tensor:
         tokens, width = unit(tokens), tokens.shape[2]
         power = torch.stack([power_spectrum(tokens[..., order.to(tokens.device)]).sum(1) for order in self.orders])
         return image_bandwidths(power * multiplicity(width, power), width, self.levels).mean(0)
-
-    def compute(self) -> Tensor:
-        """Returns the mean of every image, ``[images, L]``, float64."""
-        return dim_zero_cat(self.found)
 
 
 @lru_cache(maxsize=8)  # the layers of a network have few shapes
@@ -119,12 +109,21 @@ def bandwidth_intervals(own: Tensor, permuted: Tensor, seed: int) -> list[tuple[
     Returns:
         For each level the bandwidth, and permuted minus own bandwidth.
     """
-    images = len(own)
-    chosen = np.random.default_rng(seed).integers(images, size=(RESAMPLES, images))
-    pairs = [[of[:, level].numpy() for of in (own, permuted - own)] for level in range(own.shape[1])]
-    return [(_interval(ours, chosen), _interval(added, chosen)) for ours, added in pairs]
+    found = []
+    for pair in zip(own.T.numpy(), (permuted - own).T.numpy(), strict=True):
+        ours, added = (interval(each.mean(1)) for each in resampled(np.random.default_rng(seed), *pair))
+        found.append((ours, added))
+    return found
 
 
-def _interval(values: NDArray[np.float64], chosen: NDArray[np.int64]) -> Interval:
-    low, high = np.percentile(values[chosen].mean(1), (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high))
+def resampled(generator: np.random.Generator, *values: NDArray[Any]) -> list[NDArray[Any]]:
+    """Returns values ``[images, ...]`` as they are and in the same resamples each, ``[1 + RESAMPLES, images, ...]``."""
+    images = len(values[0])
+    chosen = np.concatenate([np.arange(images)[None], generator.integers(images, size=(RESAMPLES, images))])
+    return [each[chosen] for each in values]
+
+
+def interval(values: NDArray[Any]) -> Interval:
+    """Returns the first value, with the 95 % interval of the others, which are those of resamples."""
+    low, high = np.percentile(values[1:], (2.5, 97.5))
+    return Interval(float(values[0]), float(low), float(high))

@@ -19,10 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.tokens import over_images
+from kdvit.analysis.tokens import PerImage, over_images
 
 MASSIVE = 25.0
 FEW = 0.1
@@ -89,21 +87,10 @@ def moment_outliers(variance: Tensor, mean: Tensor, sinks: Tensor) -> Outliers:
     return Outliers(float(outlier_share(variance)), in_sinks, float(offset))
 
 
-class SinkShare(Metric):
-    """`outlier_share` of the energies of each image's tokens, and their sum, over all batches and ranks."""
+class SinkShare(PerImage):
+    """`outlier_share` of the energies of each image's tokens, and their sum, ``[images, 2]``."""
 
-    full_state_update = False
-    share: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("share", [], dist_reduce_fx="cat")
-
-    def update(self, tokens: Tensor) -> None:
-        """Adds images by their tokens ``[B, N, D]``."""
-        energies = over_images(lambda part: part.square().sum(2), tokens)
-        self.share += [torch.stack([outlier_share(each), each.sum(1)], 1) for each in energies]
-
-    def compute(self) -> Tensor:
-        """Returns share and energy of every image, ``[images, 2]``, float64."""
-        return dim_zero_cat(self.share)
+    def measure(self, tokens: Tensor) -> Tensor:
+        """Returns share and energy of images by their tokens ``[B, N, D]``."""
+        energies = torch.cat(over_images(lambda part: part.square().sum(2), tokens))
+        return torch.stack([outlier_share(energies), energies.sum(1)], 1)

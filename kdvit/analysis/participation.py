@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.tokens import over_images
+from kdvit.analysis.tokens import PerImage, over_images
 
 
 def participation_ratio(tokens: Tensor) -> Tensor:
@@ -42,20 +40,7 @@ def unchecked_ratio(tokens: Tensor) -> Tensor:
     return ratio.sum(1) / counts.sum(1)
 
 
-class ParticipationRatio(Metric):
+class ParticipationRatio(PerImage):
     """`participation_ratio` of every image of a data set, over all batches and ranks."""
 
-    full_state_update = False
-    ratio: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("ratio", [], dist_reduce_fx="cat")
-
-    def update(self, tokens: Tensor) -> None:
-        """Adds images by their tokens ``[B, N, D]``."""
-        self.ratio.append(participation_ratio(tokens))
-
-    def compute(self) -> Tensor:
-        """Returns the ratio of every image, ``[images]``, float64."""
-        return dim_zero_cat(self.ratio)
+    measure = staticmethod(participation_ratio)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from kdvit.analysis.participation import unchecked_ratio
-from kdvit.analysis.tokens import over_images
+from kdvit.analysis.tokens import PerImage, over_images
 from kdvit.structures import SharedBasis
 
 
@@ -122,29 +121,23 @@ class DatasetPCA(TokenMoments):
         return shared_basis(self.moment, self.total, self.count, self.centred)
 
 
-class PCAEnergy(Metric):
+class PCAEnergy(PerImage):
     """`pca_energy` of every image, and its participation ratio in the shared basis, over all batches and ranks.
 
     Args:
         basis: The basis of the data set, from `DatasetPCA`.
     """
 
-    full_state_update = False
-    energy: list[Tensor]
-    participation: list[Tensor]
-
     def __init__(self, basis: SharedBasis) -> None:
         super().__init__()
         self.basis = basis
-        self.add_state("energy", [], dist_reduce_fx="cat")
-        self.add_state("participation", [], dist_reduce_fx="cat")
 
-    def update(self, tokens: Tensor) -> None:
-        """Adds images by their tokens ``[B, N, D]``."""
+    def measure(self, tokens: Tensor) -> Tensor:
+        """Returns both of images by their tokens ``[B, N, D]``, ``[B, D + 1]``."""
         energy, participation = in_shared_basis(tokens, self.basis)
-        self.energy.append(energy)
-        self.participation.append(participation)
+        return torch.cat([energy, participation[:, None]], 1)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def compute(self) -> Any:
         """Returns the energy ``[images, D]`` and the participation ratio ``[images]`` of every image, float64."""
-        return dim_zero_cat(self.energy), dim_zero_cat(self.participation)
+        rows = super().compute()
+        return rows[:, :-1], rows[:, -1]

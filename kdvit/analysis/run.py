@@ -182,26 +182,6 @@ class AnalysisModule(pl.LightningModule):
         return torch.as_tensor(self.orders[number].compute()).reshape(-1).cpu().argsort()
 
 
-def describe_network(
-    network: Network, measured: Measured, layers: list[LayerReport], data: str, passes: int, precision: str
-) -> NetworkReport:
-    """Returns a network's report: which it was, what it costs, and what was measured."""
-    return NetworkReport(
-        name=measured.name,
-        kind=network_name(network),
-        parameters=parameter_count(network),
-        flops=forward_cost(network).flops,
-        weights_sha256=weights_sha256(network),
-        image_format=network.image_format,
-        depth=network.depth,
-        layers=layers,
-        compared=measured.face,
-        data=data,
-        passes=passes,
-        precision=precision,
-    )
-
-
 @contextmanager
 def left_as_they_were(networks: Iterable[Network]) -> Iterator[None]:
     """Gives networks back in the mode, with the gradients and on the device that they had."""
@@ -292,8 +272,19 @@ def analyze(
     if not module.reports:
         raise ValueError("There is no image to analyse.")
     reports = [
-        describe_network(
-            wrapped[each.name], each, module.reports[each.name], data, module.passes, str(trainer.precision)
+        NetworkReport(
+            name=each.name,
+            kind=network_name(wrapped[each.name]),
+            parameters=parameter_count(wrapped[each.name]),
+            flops=forward_cost(wrapped[each.name]).flops,
+            weights_sha256=weights_sha256(wrapped[each.name]),
+            image_format=wrapped[each.name].image_format,
+            depth=wrapped[each.name].depth,
+            layers=module.reports[each.name],
+            compared=each.face,
+            data=data,
+            passes=module.passes,
+            precision=str(trainer.precision),
         )
         for each in module.measured
     ]

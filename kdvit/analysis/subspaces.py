@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.controls import RESAMPLES, Interval
+from kdvit.analysis.controls import Interval, interval, resampled
 from kdvit.analysis.pca import moments, pca_energy, shared_basis
 from kdvit.analysis.svd_rank import energy_rank
+from kdvit.analysis.tokens import PerImage
 from kdvit.analysis.variants import LEVEL
 
 RESTARTS, ROUNDS = 4, 100
@@ -76,25 +76,6 @@ class ClusterMoments(Metric):
         return self.moment
 
 
-class PerImage(Metric):
-    """Rows of numbers of every image, over all batches and ranks."""
-
-    full_state_update = False
-    rows: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, rows: Tensor) -> None:
-        """Adds images by their rows ``[B, ...]``."""
-        self.rows.append(rows)
-
-    def compute(self) -> Tensor:
-        """Returns the rows of all images, those of one rank together."""
-        return dim_zero_cat(self.rows)
-
-
 def routed_dimensions(parts: Sequence[Part], bases: int, seed: int = 0) -> list[Routed]:
     """Returns what images need that are routed to 1, 2, 4 and so on up to K bases, together with all ranks.
 
@@ -115,9 +96,8 @@ def routed_dimensions(parts: Sequence[Part], bases: int, seed: int = 0) -> list[
 
     def dimensions(labels: Tensor) -> Dimensions:
         found = _dimensions(parts, labels.to(mean.device), numbers[order], order)
-        chosen = np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))
-        low, high = np.percentile(np.percentile(found[chosen], 99, axis=1), (2.5, 97.5))
-        return Dimensions(Interval(float(np.percentile(found, 99)), float(low), float(high)), float(np.median(found)))
+        (every,) = resampled(np.random.default_rng(seed), found)
+        return Dimensions(interval(np.percentile(every, 99, axis=1)), float(np.median(found)))
 
     routed = []
     for count in sorted({*(2**i for i in range(bases.bit_length())), bases}):

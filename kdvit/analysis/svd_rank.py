@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from kdvit.analysis.tokens import over_images
+from kdvit.analysis.tokens import PerImage, over_images
 
 TIE = 1e-10
 
@@ -63,7 +61,7 @@ def energy_rank(energy: Tensor, level: float) -> Tensor:
     return (energy < level - TIE).sum(-1) + 1
 
 
-class SVDRank(Metric):
+class SVDRank(PerImage):
     """`svd_energy` of every image of a data set, over all batches and ranks.
 
     Examples:
@@ -73,17 +71,4 @@ class SVDRank(Metric):
         [3]
     """
 
-    full_state_update = False
-    energy: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("energy", [], dist_reduce_fx="cat")
-
-    def update(self, tokens: Tensor) -> None:
-        """Adds images by their tokens ``[B, N, D]``."""
-        self.energy.append(svd_energy(tokens))
-
-    def compute(self) -> Tensor:
-        """Returns the energy of every image, ``[images, min(N, D)]``, float64."""
-        return dim_zero_cat(self.energy)
+    measure = staticmethod(svd_energy)

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 T = TypeVar("T")
 IMAGES_AT_ONCE = 4  # of a size that stays in a core's cache
@@ -76,3 +78,26 @@ def over_images(function: Callable[[Tensor], T], tokens: Tensor) -> list[T]:
             return list(pool.map(checked, range(len(parts))))
     finally:
         torch.set_num_threads(threads)
+
+
+class PerImage(Metric):
+    """Rows of numbers of every image, float64, over all batches and ranks; those of one rank stand together."""
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def measure(self, tokens: Tensor) -> Tensor:
+        """Returns the rows of images, ``[B, ...]``: by default what is given."""
+        return tokens
+
+    def update(self, tokens: Tensor) -> None:
+        """Adds images by their tokens ``[B, N, D]``."""
+        self.rows.append(self.measure(tokens))
+
+    def compute(self) -> Tensor:
+        """Returns the rows, ``[images, ...]``."""
+        return dim_zero_cat(self.rows)

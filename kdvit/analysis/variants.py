@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdvit.analysis.controls import RESAMPLES, Interval
+from kdvit.analysis.controls import Interval, interval, resampled
 from kdvit.analysis.outliers import Outliers, SinkShare, moment_outliers
 from kdvit.analysis.pca import PCAEnergy, pca_energy, shared_basis
 from kdvit.analysis.spectral import unit
@@ -89,20 +89,20 @@ class Ranks(NamedTuple):
 
     def held(self, axes: int) -> Interval:
         """Returns the share of energy that so many shared axes hold of 99 % of the images: 95 % from the need on."""
-        (shares,) = _resampled(np.random.default_rng(0), self.pca_energy[:, axes - 1])
-        return _interval(-_of_99(-shares))
+        (shares,) = resampled(np.random.default_rng(0), self.pca_energy[:, axes - 1])
+        return interval(-_of_99(-shares))
 
     def spread(self) -> Spread:
         """Returns the figures at 95 % with their 95 % bootstrap intervals over images, the shared axes held fixed."""
         generator = np.random.default_rng(0)
-        needs, ranks = _resampled(generator, self.pca_dimension(), self.svd_rank())
+        needs, ranks = resampled(generator, self.pca_dimension(), self.svd_rank())
         rotation, shuffled, turn = _p99s(needs) / _p99s(ranks), None, None
         if self.shuffled is not None:
             svd, pca = (_rank(energy, LEVEL) for energy in self.shuffled)
-            without = np.divide(*(_p99s(values) for values in _resampled(generator, pca, svd)))
-            shuffled, turn = _interval(without), _interval(rotation / without)
-        need, rank = (_interval(_of_99(values)) for values in (needs, ranks))
-        return Spread(need, rank, _interval(rotation), shuffled, turn)
+            without = np.divide(*(_p99s(values) for values in resampled(generator, pca, svd)))
+            shuffled, turn = interval(without), interval(rotation / without)
+        need, rank = (interval(_of_99(values)) for values in (needs, ranks))
+        return Spread(need, rank, interval(rotation), shuffled, turn)
 
 
 class Spread(NamedTuple):
@@ -141,21 +141,9 @@ def spread_json(spread: Spread) -> dict[str, Any]:
     return {**named, "turned": spread.turned}
 
 
-def _resampled(generator: np.random.Generator, *values: Array) -> list[Array]:
-    """Returns values ``[images]`` as they are and in the same resamples each, ``[1 + RESAMPLES, images]``."""
-    images = len(values[0])
-    chosen = np.concatenate([np.arange(images)[None], generator.integers(images, size=(RESAMPLES, images))])
-    return [each[chosen] for each in values]
-
-
 def _p99s(values: Array) -> Array:
     percentiles: Array = np.percentile(values, 99, axis=1)
     return percentiles
-
-
-def _interval(values: Array) -> Interval:
-    low, high = np.percentile(values[1:], (2.5, 97.5))
-    return Interval(float(values[0]), float(low), float(high))
 
 
 def _of_99(values: Array) -> Any:

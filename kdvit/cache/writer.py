@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from kdvit.cache.bases import load_bases, save_bases
 from kdvit.cache.manifest import FILE, CacheError, Manifest, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
+from kdvit.files import existing
 from kdvit.models import FrozenTeacher
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 from kdvit.structures import Batch, SharedBasis, View, ViTOutput, as_batch
@@ -221,8 +222,7 @@ def check_room(folder: Path, manifest: Manifest) -> tuple[int, int]:
     """
     rows = sum(len(shard_rows(manifest, shard)) for shard in missing_shards(folder, manifest))
     needed = rows * record_type(manifest).itemsize
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(folder)).free
     if needed > free:
         raise CacheError(
             f"The cache needs {as_size(needed)} more, and the disk of {str(folder)!r} has {as_size(free)} free. "

@@ -12,8 +12,8 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, listed, place, save
-from kdvit.errors import UserError
+from kdvit.callbacks.nonfinite_report import SeenBatch, bad_gradients, bad_terms, place, save
+from kdvit.errors import UserError, some
 from kdvit.runtime.loggers import is_logged
 from kdvit.runtime.processes import gather
 from kdvit.structures import Batch, as_batch
@@ -155,7 +155,7 @@ class NonFiniteGuard(pl.Callback):
         causes = [cause for theirs in gather(trainer, ours) for cause in theirs]
         by_gradient = not causes
         if by_gradient:
-            whose = f"the gradient of {listed(gradients)}" if gradients else "the norm of the gradient"
+            whose = f"the gradient of {some(gradients)}" if gradients else "the norm of the gradient"
             causes = [f"{whose} is not finite ({'; '.join(place(trainer, seen) for seen in step.seen)})"]
         message = f"At step {step.number} of epoch {trainer.current_epoch}, {'; '.join(causes)}."
         self.skipped += 1

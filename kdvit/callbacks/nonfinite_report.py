@@ -10,10 +10,9 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kdvit.data import ImageDataModule
+from kdvit.errors import some
 from kdvit.runtime.checkpoints import WholeCheckpointIO
 from kdvit.structures import Batch
-
-SHOWN = 5
 
 
 class SeenBatch(NamedTuple):
@@ -58,14 +57,8 @@ def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> 
     """Names a batch, and its images or some of them."""
     images = (seen.batch.index if among is None else seen.batch.index[among]).tolist()
     data = trainer.datamodule  # type: ignore[attr-defined]
-    paths = [data.path(image, "train") for image in images[:SHOWN]] if isinstance(data, ImageDataModule) else []
-    return f"batch {seen.number}, training images {listed(images)}{': ' * bool(paths)}{', '.join(paths)}"
-
-
-def listed(values: list[Any]) -> str:
-    """Returns the first few values, and the number of the others."""
-    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    return f"{', '.join(map(str, values[:SHOWN]))}{more}"
+    paths = [data.path(image, "train") for image in images[:4]] if isinstance(data, ImageDataModule) else []
+    return f"batch {seen.number}, training images {some([*map(str, images)])}{': ' * bool(paths)}{', '.join(paths)}"
 
 
 def save(file: Path, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:

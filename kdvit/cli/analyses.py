@@ -177,13 +177,13 @@ def _config_of_pair(
     assert report.advice is not None
     assert images.spec is not None
     student = networks[STUDENT]
-    classes = images.classes if images.classes is not None else _classes(student)
+    classes = images.classes if images.classes is not None else student.output_shapes().classes
     args = {name: value for name, value in (student.init_args or {}).items() if value is not None}
     args |= {"num_classes": classes} if "num_classes" in args else {}
     base = yaml.safe_load(Path(find_config("lift.yaml")).read_text())
     for part, option in (("optimizer", "decay_embeddings"), ("schedule", "lag_epochs")):
         del base["model"][part][option]  # the authors' own, and not for other pairs
-    same = classes is not None and classes == _classes(networks[TEACHER])
+    same = classes is not None and classes == networks[TEACHER].output_shapes().classes
     model = {
         **base["model"],
         "student": {"class_path": class_path(type(student)), "init_args": args},
@@ -216,11 +216,6 @@ def _advised(report: Report, networks: Mapping[str, Network]) -> Report:
     """Adds the advice on teacher and student."""
     teacher = next(each for each in report.networks if each.name == TEACHER)
     return report._replace(advice=advise(teacher.face, networks[STUDENT]))
-
-
-def _classes(network: Network) -> int | None:
-    """Returns the number of classes; None for a network without a head."""
-    return network.output_shapes().classes
 
 
 def _short(name: str, taken: list[str]) -> str:

@@ -15,6 +15,7 @@ from kdvit.cli.messages import arguments
 from kdvit.cli.parsed import OptionsCLI
 from kdvit.cli.parsing import parser_of
 from kdvit.data import ImageDataModule
+from kdvit.data.in_memory import InMemoryData
 from kdvit.data.listed import ListedImages
 from kdvit.models import Network, TimmNetwork, TimmTeacher
 from kdvit.structures import subclasses
@@ -81,7 +82,7 @@ def script(shell: str, others: Mapping[str, Callable[..., Any]]) -> str:
         **KINDS,
         "--config": brought,
         "-c": brought,
-        "--data": sorted({*subclasses(ImageDataModule)} - {ListedImages.__name__}),
+        "--data": sorted({*subclasses(ImageDataModule)} - {ListedImages.__name__, InMemoryData.__name__}),
         "--model.student": sorted(networks - {TimmTeacher.__name__}),
         "--model.teacher": sorted(networks),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdvit.errors import UserError, nearest
+from kdvit.errors import UserError, nearest, shown
 
 FLAGS = ("--config", "-c")
 ENDINGS = (".yaml", ".yml")
@@ -74,3 +74,11 @@ def require_yaml(file: Path) -> None:
                 pass
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{str(file)!r} is no YAML: {' '.join(str(error).split())}.") from error
+
+
+def require_writable(out: str | None) -> None:
+    """Raises UserError if the file of ``--out``, where one is named, cannot be written: before what takes long."""
+    if out:
+        with shown((OSError,), prefix=f"--out {out!r}: "):
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).open("a").close()

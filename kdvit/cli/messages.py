@@ -207,17 +207,6 @@ def _unknown_class(text: str, match: re.Match[str]) -> str:
     )
 
 
-def _no_class(text: str, match: re.Match[str]) -> str:
-    return (
-        f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
-    )
-
-
-def _no_class_path(text: str, match: re.Match[str]) -> str:
-    key = text.partition(":")[0]
-    return f"{key}: one of them has no class_path. (A name that the config does not have makes a new distiller.)"
-
-
 def _unknown_argument(text: str, match: re.Match[str]) -> str:
     known = arguments(match[1])
     return f"{text}.{nearest(match[2], known)} It takes: {', '.join(known)}."
@@ -230,16 +219,19 @@ def _unknown_option(text: str, match: re.Match[str]) -> str:
     return f"there is no option {match[1]!r}.{nearest(option, known)} `kdvit fit --help all` lists all."
 
 
-def _no_config(text: str, match: re.Match[str]) -> str:
-    return f"{text}. Give a config that has them: --config NAME, such as --config demo/plain.yaml."
-
-
 ANSWERS: dict[str, Callable[[str, re.Match[str]], str]] = {
-    r"the following arguments are required: .*\b(?:model\.student|data)\b": _no_config,
+    r"the following arguments are required: .*\b(?:model\.student|data)\b": lambda text, _: (
+        f"{text}. Give a config that has them: --config NAME, such as --config demo/plain.yaml."
+    ),
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"^([\w.]+): (Not a valid subclass of .*Subclass types expect|.*(?:is not iterable|object has no attribute '\w+'"
-    r"|unhashable type: '\w+'|must be a mapping, not \w+)$)": _no_class,
-    r"kdvit\.Distiller is abstract": _no_class_path,
+    r"|unhashable type: '\w+'|must be a mapping, not \w+)$)": lambda _, match: (
+        f"{match[1]}: expected `class_path`, the name of a class, and below it `init_args`, a mapping of its arguments."
+    ),
+    r"kdvit\.Distiller is abstract": lambda text, _: (
+        f"{text.partition(':')[0]}: one of them has no class_path. (A name that the config does not have makes a new "
+        "distiller.)"
+    ),
     r"([\w.]+): Option '([^']+)' is not accepted": _unknown_argument,
     r"does not accept option '([^']+)'": _unknown_option,
 }

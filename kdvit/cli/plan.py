@@ -11,6 +11,7 @@ from typing import Any
 
 from kdvit.data.sampling import ViewSampler
 from kdvit.errors import UserError
+from kdvit.files import existing
 from kdvit.models.cost import parameter_count
 from kdvit.runtime.checkpoints import StepCheckpoint, require_between_steps
 from kdvit.runtime.processes import planned_processes
@@ -130,7 +131,7 @@ def _checkpoints(
 ) -> tuple[str, list[str]]:
     """Tells the checkpoints to come and the disk that they need, and warns where it has too little room."""
     root = Path(trainer.default_root_dir)
-    there = _there(root)
+    there = existing(root)
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"trainer.default_root_dir: {str(root)!r} cannot be made or written to.")
     trained = parameter_count(module.student) + parameter_count(module.distillers)
@@ -151,8 +152,4 @@ def _checkpoints(
 
 def free_disk(root: Path) -> str:
     """Tells how much is free where a run is written."""
-    return f"{as_size(disk_usage(_there(root)).free)} where the run is written"
-
-
-def _there(root: Path) -> Path:
-    return next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    return f"{as_size(disk_usage(existing(root)).free)} where the run is written"

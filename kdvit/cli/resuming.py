@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from kdvit.cli.run_config import changes, differing
 from kdvit.data import ImageDataModule
 from kdvit.distillers.classes import first_difference, numbers_by_name
-from kdvit.errors import UserError, shown
-from kdvit.models.checkpoint import known_class_names, trained_class_names
+from kdvit.errors import UserError, shown, some
+from kdvit.models.checkpoint import known_class_names
 from kdvit.models.layouts import read_spec, read_weights_only
 from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
 from kdvit.training.module import DistillationModule
@@ -62,7 +62,7 @@ def find_start(command: str, config: Any, parser: LightningArgumentParser) -> St
             )
         if command != "fit":
             rank_zero_info(f"The student is that of {named}.")
-            return Start(str(named), class_names=trained_class_names(named))
+            return Start(str(named), class_names=read_spec(named).get("class_names"))
         return _go_on(named, config, parser if own else None)
     if command != "fit":
         return _to_read(folder, config)
@@ -124,10 +124,10 @@ def match_classes(known: list[str] | None, datamodule: Any) -> None:
         return
     numbers = numbers_by_name(names, known)
     if numbers is None:
-        unknown, some = [[*map(repr, each)] for each in ([n for n in names if n not in known], known)]
+        unknown, ours = (some([*map(repr, each)]) for each in ([n for n in names if n not in known], known))
         raise UserError(
-            f"The student was trained on other classes than those of the data: {', '.join(unknown[:5])}. It knows "
-            f"{', '.join(some[:5])}{', ...' * (len(known) > 5)}. Give images of these, in folders of these names."
+            f"The student was trained on other classes than those of the data: {unknown}. It knows {ours}. Give images "
+            "of these, in folders of these names."
         )
     if not isinstance(datamodule, ImageDataModule):
         raise UserError(

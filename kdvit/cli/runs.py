@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdvit.cli.seeds import Settings, read_settings
+from kdvit.cli.seeds import Settings, flat, read_config
 from kdvit.models import LiftViT, load_student
 from kdvit.models.checkpoint import WEIGHTS
 from kdvit.models.cost import parameter_count, round_times_ms
@@ -81,7 +81,8 @@ def read_run(folder: Path, name: str) -> Run:
         notes.append(f"no parameters, latency and seconds: {' '.join(str(error).split())}")
     epoch, best = max(curve, key=lambda point: point[1]) if curve else (-1, None)
     last = curve[-1][1] if curve else told.get("val/acc1")
-    settings = read_settings(folder / "config.yaml")
+    config = read_config(folder / "config.yaml")
+    settings = flat(config) if config else {}
     scores = best, None if best is None else 1 + epoch, last
     probes = [next((row[each] for row in reversed(rows) if each in row), told.get(each)) for each in PROBES]
     return Run(

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kdvit.data.base import SPLITS, ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages
+from kdvit.data.base import SPLITS, Split
+from kdvit.data.in_memory import InMemoryData
 from kdvit.data.labels import class_indices, held_out
 
 NAMES = "train_images and train_labels, and the same for val and test where there are any"
 
 
-class Arrays(ImageDataModule):
+class Arrays(InMemoryData):
     """Small images in arrays, augmented by crops and flips, a whole batch at once.
 
     Args:
@@ -76,27 +75,6 @@ class Arrays(ImageDataModule):
             )
         labels = class_indices(read[f"{split}_labels"], len(images), self.num_classes, f"{split}_labels")
         return torch.from_numpy(images), torch.from_numpy(labels)
-
-    def source(self, split: Split) -> Split:
-        """Returns val for test where there is no test."""
-        return split if split in self.parts else "val"
-
-    def labels(self, split: Split) -> Tensor:
-        """Returns the classes of a split."""
-        return self.parts[split][1][self.numbers[split]]
-
-    def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of a split."""
-        source = self.source(split)
-        index = self.numbers[source]
-        augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}
-        return InMemoryImages(self.parts[source][0][index], self.labels(source), self.image_format, **augmentation)
-
-    def path(self, index: int, split: Split = "test") -> str:
-        """Returns ``SPLIT/N``, N the number in the array of val or test; of images set apart, in that of train."""
-        source = self.source(split)
-        own = "train" if self.parts[source] is self.parts["train"] else source
-        return f"{own}/{int(self.numbers[source][index])}"
 
 
 def read_arrays(file: Path) -> dict[str, Any]:

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages
+from kdvit.data.base import Split
+from kdvit.data.in_memory import InMemoryData
 
 
-class Digits(ImageDataModule):
+class Digits(InMemoryData):
     """1,797 digits of 8 x 8 pixels (UCI Optical Recognition of Handwritten Digits): 1,297 to train, 500 to validate.
 
     The split is always the same, with each digit's share alike in both parts.
@@ -46,30 +44,16 @@ class Digits(ImageDataModule):
         except ImportError as error:
             raise ImportError("Digits needs scikit-learn: pip install 'kdvit[demo]'.") from error
         images, targets = load_digits(return_X_y=True)
-        self.images = torch.from_numpy(np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8))
-        self.targets = torch.from_numpy(targets).long()
+        pixels = torch.from_numpy(np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8))
         train, val = train_test_split(np.arange(len(targets)), test_size=500, stratify=targets, random_state=0)
         if (kept := len(train) - holdout) < 1:
             raise ValueError(f"Digits has {len(train)} training images: holdout must be less, got {holdout}.")
+        self.parts = dict.fromkeys(("train", "val"), (pixels, torch.from_numpy(targets).long()))
         parts = {"train": train[:kept], "val": train[kept:] if holdout else val}
-        self.indices = {split: torch.from_numpy(numbers) for split, numbers in parts.items()}
+        self.numbers = {split: torch.from_numpy(numbers) for split, numbers in parts.items()}
         self.class_names = [str(digit) for digit in range(10)]
         self.padding = padding
 
-    def source(self, split: Split) -> Split:
-        """Returns val for test."""
-        return "val" if split == "test" else split
-
-    def labels(self, split: Split) -> Tensor:
-        """Returns the digits of a split."""
-        return self.targets[self.indices[split]]
-
-    def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns train, or val for every evaluation."""
-        index = self.indices[self.source(split)]
-        augmentation = {"seed": self.seed, "padding": self.padding} if split == "train" else {}
-        return InMemoryImages(self.images[index], self.targets[index], self.image_format, **augmentation)
-
     def path(self, index: int, split: Split = "test") -> str:
         """Returns ``digits/N``, N the number in scikit-learn's order."""
-        return f"digits/{int(self.indices[self.source(split)][index])}"
+        return f"digits/{int(self.numbers[self.source(split)][index])}"

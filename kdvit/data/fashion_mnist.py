@@ -14,17 +14,15 @@ import torch
 import torchvision
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kdvit.data.base import ImageDataModule, Split
-from kdvit.data.in_memory import InMemoryImages
-from kdvit.files import one_after_the_other
+from kdvit.data.in_memory import InMemoryData
+from kdvit.files import existing, one_after_the_other
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-class FashionMNIST(ImageDataModule):
+class FashionMNIST(InMemoryData):
     """60,000 training and 10,000 test images of clothes, 28 x 28 grey.
 
     Args:
@@ -68,28 +66,12 @@ class FashionMNIST(ImageDataModule):
                 f"FashionMNIST has {len(targets)} training images: train_size and holdout must be no more together, "
                 f"got {size} and {holdout}."
             )
-        self.numbers = {"train": order[:size], **({"val": order[kept:]} if holdout else {})}
-        self.parts = {split: (images[numbers], targets[numbers]) for split, numbers in self.numbers.items()}
-        self.test = (test[0], test[1])
+        self.numbers = {"train": order[:size], "test": torch.arange(len(test[1]))}
+        self.parts = {"train": (images, targets), "test": (test[0], test[1])}
+        if holdout:
+            self.numbers["val"], self.parts["val"] = order[kept:], self.parts["train"]
         self.class_names = list(torchvision.datasets.FashionMNIST.classes)
         self.padding, self.hflip = padding, hflip
-
-    def source(self, split: Split) -> Split:
-        """Returns test for val where no images are held out."""
-        return "test" if split not in self.numbers else split
-
-    def labels(self, split: Split) -> Tensor:
-        """Returns the classes of a split."""
-        return self.parts.get(split, self.test)[1]
-
-    def dataset(self, split: Split) -> Dataset[Any]:
-        """Returns the images of a split."""
-        augmentation = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip} if split == "train" else {}
-        return InMemoryImages(*self.parts.get(split, self.test), self.image_format, **augmentation)
-
-    def path(self, index: int, split: Split = "test") -> str:
-        """Returns ``train/N`` or ``test/N``, N the number in the official sets."""
-        return f"train/{int(self.numbers[split][index])}" if split in self.numbers else f"test/{index}"
 
 
 def find_fashion_mnist(root: str | None, download: bool) -> Path:
@@ -121,7 +103,7 @@ def download_whole(folder: Path) -> None:
 
     Of processes that start together, one downloads, and the others wait for it.
     """
-    place = next(each for each in folder.parents if each.exists())
+    place = existing(folder.parent)
     with one_after_the_other(place), TemporaryDirectory(dir=place) as beside:
         if all(_file(folder, name).is_file() for name in FILES):
             return

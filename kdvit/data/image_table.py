@@ -13,6 +13,7 @@ from kdvit.data.labels import LabelError
 from kdvit.data.listed import ListedImages
 from kdvit.data.listing import ImageList
 from kdvit.data.splits import set_apart
+from kdvit.errors import some
 from kdvit.structures import ONE_CLASS
 
 Rows = list[tuple[str, str]]
@@ -122,8 +123,8 @@ def listed(folder: Path, rows: Rows, classes: Sequence[str], table: Path) -> Ima
     numbers = {name: number for number, name in enumerate(classes)}
     if classes and (unknown := sorted({label for _, label in rows} - numbers.keys())):
         raise LabelError(
-            f"{str(table)!r} has labels that are no classes of train: {', '.join(map(repr, unknown[:5]))}. Classes: "
-            f"{', '.join(list(classes)[:5])}{', ...' * (len(classes) > 5)}."
+            f"{str(table)!r} has labels that are no classes of train: {some([*map(repr, unknown)])}. Classes: "
+            f"{some(classes)}."
         )
     samples = [(os.path.join(folder, path), numbers[label] if classes else -1) for path, label in rows]
     return ImageList(samples, classes, hashlib.sha256(repr([path for path, _ in rows]).encode()).hexdigest())

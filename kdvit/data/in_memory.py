@@ -12,8 +12,48 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from kdvit.data.base import ImageDataModule, Split
 from kdvit.seeding import mixed_words
 from kdvit.structures import Batch, ImageFormat, View
+
+
+class InMemoryData(ImageDataModule):
+    """Small images in memory. Subclass it and give what stands here.
+
+    Attributes:
+        parts: Images ``[n, H, W]`` or ``[n, H, W, 3]`` and class indices ``[n]`` that a split is taken from.
+        numbers: Which of them are the split's, in its order.
+        padding: Zero pixels around an image, of which a random crop is taken in training.
+        hflip: Probability of a horizontal flip in training.
+    """
+
+    parts: dict[str, tuple[Tensor, Tensor]]
+    numbers: dict[str, Tensor]
+    padding: int
+    hflip: float = 0.0
+
+    def source(self, split: Split) -> Split:
+        """Returns val for test, or test for val, where there is no other."""
+        return split if split in self.parts else "val" if split == "test" else "test"
+
+    def labels(self, split: Split) -> Tensor:
+        """Returns the classes of a split."""
+        return self.parts[split][1][self.numbers[split]]
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Returns the images of a split."""
+        source = self.source(split)
+        images, index = self.parts[source][0], self.numbers[source]
+        own: dict[str, Any] = {"seed": self.seed, "padding": self.padding, "hflip": self.hflip}
+        return InMemoryImages(
+            images[index], self.labels(source), self.image_format, **(own if split == "train" else {})
+        )
+
+    def path(self, index: int, split: Split = "test") -> str:
+        """Returns ``SPLIT/N``, N the number in the array of val or test; of images set apart, in that of train."""
+        source = self.source(split)
+        own = "train" if self.parts[source] is self.parts["train"] else source
+        return f"{own}/{int(self.numbers[source][index])}"
 
 
 class InMemoryImages(Dataset[Any]):

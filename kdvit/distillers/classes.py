@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
+from kdvit.errors import nearest, some
 from kdvit.structures import OutputShapes
 
 Classes = dict[int | str, int | str] | Literal["by_name"]
@@ -114,8 +114,8 @@ def _by_name(ours: Names, theirs: Names) -> list[tuple[int, int]]:
     pairs = [(index, found[name]) for index, name in enumerate(ours) if name in found]
     if not pairs:
         raise ValueError(
-            f"classes: by_name finds no common name: the student's are {_some(ours)}, the teacher's {_some(theirs)}. "
-            f"{INDICES}"
+            f"classes: by_name finds no common name: the student's are {some([*map(repr, ours)])}, the "
+            f"teacher's {some([*map(repr, theirs)])}. {INDICES}"
         )
     return pairs
 
@@ -131,11 +131,6 @@ def _index(key: int | str, shapes: OutputShapes, side: str) -> int:
     if names is None:
         raise ValueError(f"classes: {key!r} is a name, and those of the {side}'s classes are not known. {INDICES}")
     if key not in names:
-        near = get_close_matches(key, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"classes: the {side} has no class {key!r}.{hint} Its classes are {_some(names)}.")
+        near, listed = nearest(key, names), some([*map(repr, names)])
+        raise ValueError(f"classes: the {side} has no class {key!r}.{near} Its classes are {listed}.")
     return names.index(key)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(map(repr, names[:3]))}{', ...' * (len(names) > 3)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
 from kdvit.structures import ViTOutput, at_least_float32
@@ -47,9 +48,7 @@ class DISTDistiller(LogitObjective):
         beta: Weight of the correlations in each image; 2 in the paper's ImageNet runs.
         gamma: Weight of the correlations in each class over the batch; 2 in the paper's ImageNet runs.
         temperature: Softens both distributions; 1 for ImageNet in the paper, 4 for CIFAR-100.
-        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
-            teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
-        teacher: Name of the teacher, where there are several.
+        kwargs: Those of LogitObjective.
 
     Raises:
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes.
@@ -61,10 +60,9 @@ class DISTDistiller(LogitObjective):
         beta: float = 1.0,
         gamma: float = 1.0,
         temperature: float = 1.0,
-        classes: Classes | None = None,
-        teacher: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(weight, temperature, classes, teacher)
+        super().__init__(weight, temperature, **kwargs)
         if beta < 0 or gamma < 0:
             raise ValueError(f"DISTDistiller: beta and gamma must be 0 or more, got {beta} and {gamma}.")
         self.beta, self.gamma = beta, gamma

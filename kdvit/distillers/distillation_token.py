@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective, hard_kd, soft_kd
 from kdvit.distillers.weights import Weight
 from kdvit.structures import Layer, ViTOutput
@@ -27,10 +26,7 @@ class DistillationTokenDistiller(LogitObjective):
         mode: "hard" takes the teacher's most probable class as the label, which is better in the paper (its table 3);
             "soft" its probabilities.
         temperature: Softens both distributions, in "soft"; 3 in the paper.
-        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
-            teacher's to the student's, by index or name. Softmax and the most probable class are over these alone; see
-            `LogitObjective`.
-        teacher: Name of the teacher, where there are several.
+        kwargs: Those of LogitObjective.
 
     Raises:
         ValueError: If an option is unknown or out of range; at `build`, if student and teacher have different classes.
@@ -39,15 +35,8 @@ class DistillationTokenDistiller(LogitObjective):
 
     student_layers: tuple[Layer, ...] = ("distillation_logits",)
 
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        mode: Mode = "hard",
-        temperature: float = 1.0,
-        classes: Classes | None = None,
-        teacher: str | None = None,
-    ) -> None:
-        super().__init__(weight, temperature, classes, teacher)
+    def __init__(self, weight: Weight = 1.0, mode: Mode = "hard", temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(weight, temperature, **kwargs)
         if mode not in get_args(Mode):
             raise ValueError(f"DistillationTokenDistiller: mode must be hard or soft, got {mode!r}.")
         if mode == "hard" and temperature != 1.0:

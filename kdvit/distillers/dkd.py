@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdvit.distillers.classes import Classes
 from kdvit.distillers.logit import LogitObjective
 from kdvit.distillers.weights import Weight
 from kdvit.structures import OutputShapes, ViTOutput, at_least_float32
@@ -51,10 +50,7 @@ class DKDDistiller(LogitObjective):
         alpha: Weight of the target class.
         beta: Weight of the other classes; 8 for CIFAR-100 in the paper, 0.5 for ImageNet.
         temperature: Softens both distributions; 4 for CIFAR-100 in the paper, 1 for ImageNet.
-        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
-            teacher's to the student's, by index or name. Each softmax is over these alone; see `LogitObjective`.
-            All classes of the student must be among them, as the target is one.
-        teacher: Name of the teacher, where there are several.
+        kwargs: Those of LogitObjective. All classes of the student must be among `classes`, as the target is one.
 
     Raises:
         ValueError: If a number is out of range; at `build`, if student and teacher have different classes, or a class
@@ -69,10 +65,9 @@ class DKDDistiller(LogitObjective):
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        classes: Classes | None = None,
-        teacher: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(weight, temperature, classes, teacher)
+        super().__init__(weight, temperature, **kwargs)
         if alpha < 0 or beta < 0:
             raise ValueError(f"DKDDistiller: alpha and beta must be 0 or more, got {alpha} and {beta}.")
         self.alpha, self.beta = alpha, beta

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,9 +55,9 @@ def standardized(logits: Tensor) -> Tensor:
 class LogitObjective(Distiller):
     """What objectives on logits share: a temperature, and one set of classes.
 
-    With `classes`, both logits are cut down to the classes that are mapped before anything else, so that each softmax
-    is over these alone: the student is told nothing of its other classes, and the teacher's probabilities are those
-    given that the class is one of them, for images of any class.
+    With `classes`, both logits are cut down to the classes that are mapped before anything else, so that each softmax,
+    standardisation and most probable class is over these alone: the student is told nothing of its other classes, and
+    the teacher's probabilities are those given that the class is one of them, for images of any class.
 
     Args:
         weight: Factor of this term in the total loss.
@@ -129,10 +131,7 @@ class LogitDistiller(LogitObjective):
         standardize: Standardise both logits before they are softened (arXiv:2403.01427, with temperature 2 and weight
             9), so that the student need not match the range of the teacher's. Its gradient grows as one over the
             spread of the student's logits: where a head begins at zero, clip it (``--trainer.gradient_clip_val 1``).
-        classes: Classes to distill where the teacher's are not the student's: "by_name", or a mapping from the
-            teacher's to the student's, by index or name. Softmax, standardisation and the most probable class are over
-            these alone; see `LogitObjective`.
-        teacher: Name of the teacher, where there are several.
+        kwargs: Those of LogitObjective.
 
     Raises:
         ValueError: If the temperature is not positive, or something is set beside `hard`; at `build`, if student and
@@ -145,10 +144,9 @@ class LogitDistiller(LogitObjective):
         temperature: float = 1.0,
         hard: bool = False,
         standardize: bool = False,
-        classes: Classes | None = None,
-        teacher: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(weight, temperature, classes, teacher)
+        super().__init__(weight, temperature, **kwargs)
         if hard and (temperature != 1.0 or standardize):
             raise ValueError(
                 f"LogitDistiller: hard labels have no temperature and no range; got hard=True, "

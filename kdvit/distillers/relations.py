@@ -78,11 +78,7 @@ class RelationDistiller(Distiller):
 class AttentionTransferDistiller(RelationDistiller):
     """Attention transfer: where in the image the activations are strong. Widths may differ.
 
-    Args:
-        weight: Factor of this term in the total loss; about 1,000 in the paper, as the loss is small.
-        student_layer: Layer of the student.
-        teacher_layer: Layer of the teacher.
-        teacher: Name of the teacher, where there are several.
+    The weight is about 1,000 in the paper, as the loss is small.
     """
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
@@ -91,14 +87,7 @@ class AttentionTransferDistiller(RelationDistiller):
 
 
 class TokenRelationDistiller(RelationDistiller):
-    """Token relations: which tokens of an image are alike. Widths may differ: natural under an encoding mismatch.
-
-    Args:
-        weight: Factor of this term in the total loss.
-        student_layer: Layer of the student.
-        teacher_layer: Layer of the teacher.
-        teacher: Name of the teacher, where there are several.
-    """
+    """Token relations: which tokens of an image are alike. Widths may differ: natural under an encoding mismatch."""
 
     def forward(self, student: ViTOutput, teacher: ViTOutput, target: Tensor) -> Tensor:
         """Returns `token_relations` of the pair."""

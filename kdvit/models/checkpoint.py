@@ -123,15 +123,6 @@ def load_student(path: str | Path, ema: bool = False, imports: Sequence[str] = (
     return student.eval()
 
 
-def trained_class_names(path: str | Path) -> list[str] | None:
-    """Returns the names of a network's classes that an exported folder or a checkpoint of `kdvit fit` holds.
-
-    None where it holds none, as a file of another program.
-    """
-    names: list[str] | None = read_spec(path).get("class_names")
-    return names
-
-
 def known_class_names(arch: str, pretrained: bool, checkpoint: str | None) -> list[str] | None:
     """Returns the names of the classes of the weights that a timm model starts from, where known.
 
@@ -142,7 +133,8 @@ def known_class_names(arch: str, pretrained: bool, checkpoint: str | None) -> li
     """
     source, _, folder = arch.rpartition(":")
     if checkpoint or source == "local-dir":
-        return trained_class_names(checkpoint or folder)
+        names: list[str] | None = read_spec(checkpoint or folder).get("class_names")
+        return names
     return published_class_names(arch) if pretrained and not source else None
 
 

@@ -59,12 +59,6 @@ def one_token_map(name: str, model: Any, end: Any) -> Tensor:
     return vector[:, :, None, None]
 
 
-def class_logits(model: Any, end: Any) -> Tensor:
-    """Returns the logits ``[B, K]`` of the class head alone of a model that has a distillation head too."""
-    logits: Tensor = model.head(model.head_drop(end[:, 0]))
-    return logits
-
-
 def _pooled(model: nn.Module, end: Any) -> Tensor:
     """Returns ``[B, C]``, with dropout off: as a module, and as a function that looks at the model's mode."""
     pooled: Tensor

@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
+from kdvit.errors import some
 from kdvit.models.layouts import read_weights_only
 from kdvit.models.lift import LiftViT
 from kdvit.models.timm_network import TimmNetwork
@@ -59,7 +60,7 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
     """
     content, key = read_weights_only(Path(path)), "model_ema" if ema else "model"
     if not isinstance(content.get(key), dict) or not content[key]:
-        raise ValueError(f"{str(path)!r} has no weights by name under {key!r}; it has {_some(content)}.")
+        raise ValueError(f"{str(path)!r} has no weights by name under {key!r}; it has {some([*map(repr, content)])}.")
     weights = {name.removeprefix("module."): value for name, value in content[key].items()}
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     try:
@@ -70,7 +71,7 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
         else:
             raise ValueError(
                 "neither a Lift nor a WideLast checkpoint of the authors: expected keys such as projections.11.weight "
-                f"or blocks.11.proj_in.weight, found {_some(weights)}."
+                f"or blocks.11.proj_in.weight, found {some([*map(repr, weights)])}."
             )
         student.model.load_state_dict(mapped)
     except KeyError as error:
@@ -163,7 +164,3 @@ def _narrow_args(weights: dict[str, Tensor]) -> dict[str, Any]:
     model_args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": max(width // HEAD_DIM, 1)}
     size = patch * round((tokens - 1) ** 0.5)
     return {"arch": "deit_tiny_patch16_224", "img_size": size, "model_args": model_args}
-
-
-def _some(keys: Any) -> str:
-    return ", ".join(repr(key) for key in list(keys)[:8]) or "none"

@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from kdvit.models.network import Network
-from kdvit.models.one_token import DISTILLATION_LOGITS, NAMES, class_logits, has_head, offered, one_token_map
+from kdvit.models.one_token import DISTILLATION_LOGITS, NAMES, has_head, offered, one_token_map
 from kdvit.models.timm_model import create_timm_model, without_folder
 from kdvit.structures import ImageFormat, Layer, OutputShapes, ViTOutput
 
@@ -60,7 +60,7 @@ class TimmNetwork(Network):
         logits = logits and has_head(model)
         needs_end = logits or any(index >= self.depth for index in wanted)
         maps: list[Tensor] = []
-        end = None
+        end: Any = None
         if not blocks and needs_end:
             end = model.forward_features(image)
         elif needs_end:
@@ -72,7 +72,7 @@ class TimmNetwork(Network):
         if not logits:
             return ViTOutput(None, features)
         apart = self.training and self.token_layers().get(DISTILLATION_LOGITS) in wanted
-        return ViTOutput(class_logits(model, end) if apart else model.forward_head(end), features)
+        return ViTOutput(model.head(model.head_drop(end[:, 0])) if apart else model.forward_head(end), features)
 
     def token_layers(self) -> dict[str, int]:
         """What the model has of "pooled", "class_token" and "distillation_logits"."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,7 +98,8 @@ class DistillationModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Says what is converted on the way, and readies the networks for the device and precision of the training."""
-        self.distillers.say_conversions()
+        for each in self.distillers.conversions:
+            rank_zero_info(each)
         if self.trainer.precision in ("bf16-mixed", "bf16-true"):
             avoid_slow_attention(self.student, self.trainer.strategy.root_device, torch.bfloat16)
         if self.compiled in ("student", "both"):

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kdvit.distillers import Distiller, Weight, WeightSchedule
@@ -134,11 +133,6 @@ class Objectives(nn.ModuleDict):
         """Returns the distillers by name."""
         return cast("ItemsView[str, Distiller]", super().items())
 
-    def say_conversions(self) -> None:
-        """Says what of images and maps is converted on the way."""
-        for each in self.conversions:
-            rank_zero_info(each)
-
     def ask(self, teachers: Mapping[str, FrozenTeacher], batch: Batch) -> dict[str, ViTOutput]:
         """Returns what is asked for in `requests`, of a cache where the batch brings it.
 
@@ -221,15 +215,10 @@ class Objectives(nn.ModuleDict):
         self, student: ViTOutput, teachers: Mapping[str, ViTOutput]
     ) -> Iterator[tuple[str, tuple[ViTOutput, ViTOutput]]]:
         """Cuts the outputs into what each distiller asked for."""
-        for name, (ours, theirs) in self._slices.items():
-            teacher = teachers[self.teacher_of[name]]
-            yield (
-                name,
-                (
-                    student._replace(features=student.features[ours]),
-                    teacher._replace(features=teacher.features[theirs]),
-                ),
-            )
+        for name, parts in self._slices.items():
+            outputs = zip((student, teachers[self.teacher_of[name]]), parts, strict=True)
+            ours, theirs = (output._replace(features=output.features[part]) for output, part in outputs)
+            yield name, (ours, theirs)
 
 
 def _teacher_of(name: str, distiller: Distiller, teachers: Mapping[str, FrozenTeacher]) -> str:

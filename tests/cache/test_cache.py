@@ -393,7 +393,7 @@ def test_one_changed_weight_or_pixel_or_file_changes_the_fingerprint(tmp_path) -
 
     digits = Digits()
     before = digits.fingerprint()
-    digits.images[digits.indices["train"][5], 3, 3] += 1
+    digits.parts["train"][0][digits.numbers["train"][5], 3, 3] += 1
     assert {name for name, value in digits.fingerprint().items() if value != before[name]} == {"content"}
 
     def folder(root: Path, **more: Any) -> dict[str, Any]:

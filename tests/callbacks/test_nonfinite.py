@@ -290,7 +290,7 @@ def test_the_command_line_stops_with_one_message_leaves_out_or_goes_on_behind(de
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("kdvit: error: At step 4 of epoch 1, loss term 'logit' is nan (batch 1, training images ")
     index = torch.load("run/nonfinite/step_4_rank_0.pt", weights_only=True)["batches"][0]["index"]
-    assert f"images {', '.join(str(int(i)) for i in index[:5])} and 59 more: " in message
+    assert f"images {', '.join(str(int(i)) for i in index[:4])} and 60 more: " in message
     assert Digits(seed=0).path(int(index[0]), "train") in message
     assert all(value.isfinite().all() for value in load_student("run/student").state_dict().values())
 

@@ -122,14 +122,14 @@ def test_mixup_is_drawn_from_run_and_step(tmp_path) -> None:
 def test_digits_are_split_once_for_all() -> None:
     data, again = Digits(seed=1), Digits(seed=2)
     assert (len(data.dataset("train")), len(data.dataset("val"))) == (1297, 500)
-    assert torch.equal(data.indices["val"], again.indices["val"])
-    assert sorted(torch.cat(list(data.indices.values())).tolist()) == list(range(1797))
+    assert torch.equal(data.numbers["val"], again.numbers["val"])
+    assert sorted(torch.cat(list(data.numbers.values())).tolist()) == list(range(1797))
     shares = [torch.bincount(data.dataset(split).targets) / len(data.dataset(split)) for split in ("train", "val")]
     torch.testing.assert_close(*shares, rtol=0, atol=0.002)
     image, target, _ = data.dataset("val")[next(iter(data.val_dataloader().sampler))]
     assert image.shape == (3, 8, 8)
     assert target in range(10)
-    assert [data.path(0), data.path(0, "train")] == [f"digits/{data.indices[split][0]}" for split in ("val", "train")]
+    assert [data.path(0), data.path(0, "train")] == [f"digits/{data.numbers[split][0]}" for split in ("val", "train")]
 
 
 def test_another_size_is_reached_by_resizing_once() -> None:
@@ -141,7 +141,7 @@ def test_another_size_is_reached_by_resizing_once() -> None:
 @pytest.mark.parametrize("images", [500, 499])
 def test_every_rank_of_an_evaluation_gets_its_own_images(images: int) -> None:
     data = Digits(batch_size=249)
-    data.indices["val"] = data.indices["val"][:images]
+    data.numbers["val"] = data.numbers["val"][:images]
     batches = []
     for rank in (0, 1):
         data.trainer = SimpleNamespace(world_size=2, global_rank=rank)

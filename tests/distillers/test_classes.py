@@ -126,7 +126,7 @@ UNNAMED = OutputShapes(3)
             UNNAMED,
             "'cat' is a name, and those of the teacher's classes are not",
         ),
-        (LogitDistiller(classes={"cut": 1}), CAT, DOG, "teacher has no class 'cut'. Did you mean 'cat'"),
+        (LogitDistiller(classes={"cut": 1}), CAT, DOG, "teacher has no class 'cut'. Did you mean cat"),
         (
             LogitDistiller(classes={0: "bird"}),
             CAT,

@@ -105,7 +105,7 @@ def test_weights_are_the_best_of_a_grid_and_of_one_more_beyond_its_end(
 def test_held_out_digits_are_training_images_that_are_not_trained_on() -> None:
     whole, held = Digits(), Digits(holdout=300)
     assert (len(held.dataset("train")), len(held.dataset("val"))) == (997, 300)
-    parts = held.indices["train"].tolist(), held.indices["val"].tolist()
-    assert sorted(parts[0] + parts[1]) == sorted(whole.indices["train"].tolist())
+    parts = held.numbers["train"].tolist(), held.numbers["val"].tolist()
+    assert sorted(parts[0] + parts[1]) == sorted(whole.numbers["train"].tolist())
     with pytest.raises(ValueError, match="Digits has 1297 training images: holdout must be less, got 1297"):
         Digits(holdout=1297)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from kdvit.cli.config_files import require_configs
+from kdvit.cli.config_files import require_configs, require_writable
 from kdvit.cli.messages import unforeseen
 from kdvit.errors import shown
 from kdvit.tables import text_table
@@ -47,10 +47,7 @@ def benchmark(
         kdvit benchmark deit_tiny_patch16_224 lift.yaml
     """
     require_configs(networks)
-    if out:
-        with shown((OSError,), prefix=f"--out {out!r}: "):
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).open("a").close()
+    require_writable(out)
     import torch
 
     from kdvit.cli.lookup import find_networks

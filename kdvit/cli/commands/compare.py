@@ -21,8 +21,12 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
     Examples:
         kdvit compare runs/demo/lift runs/demo/plain
     """
-    for each in runs:
-        require_run(Path(each))
+    for folder in map(Path, runs):
+        if not any((folder / name).exists() for name in ("metrics.csv", "student", "model.safetensors")):
+            raise UserError(
+                f"{str(folder.absolute())!r} holds no run: expected metrics.csv or student/ in it, or an exported "
+                "student."
+            )
     with shown((OSError,), prefix=f"--out {out!r}: "):
         Path(out).mkdir(parents=True, exist_ok=True)
     from kdvit.cli.comparison import Comparison, save
@@ -31,11 +35,3 @@ def compare(runs: list[str], out: str = "runs/comparison") -> None:
     page, numbers = save(comparison, Path(out))
     print(comparison.text())
     print(f"To read: {page}. Numbers: {numbers}.")
-
-
-def require_run(folder: Path) -> None:
-    """Raises UserError if a folder is neither a run nor an exported student."""
-    if not any((folder / name).exists() for name in ("metrics.csv", "student", "model.safetensors")):
-        raise UserError(
-            f"{str(folder.absolute())!r} holds no run: expected metrics.csv or student/ in it, or an exported student."
-        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdvit.cli.commands.analyze import Processes
-from kdvit.cli.config_files import require_configs
+from kdvit.cli.config_files import require_configs, require_writable
 from kdvit.errors import shown
 from kdvit.tables import text_table
 
@@ -50,10 +50,7 @@ def probe(
         kdvit probe runs/demo/lift/student --data Digits
     """
     require_configs(networks)
-    if out:
-        with shown((OSError,), prefix=f"--out {out!r}: "):
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).open("a").close()
+    require_writable(out)
     from lightning.pytorch import seed_everything
 
     from kdvit.analysis.probes import ProbeOptions
