@@ -246,6 +246,23 @@ def test_no_process_outlives_another_by_a_minute(launcher: str, faults: dict[int
     assert message in said, said[-3000:]
 
 
+@slow
+def test_a_cache_that_is_stopped_leaves_no_process_that_writes(demo_teacher: str) -> None:
+    given = ["cache", "--config", "demo/lift.yaml", *QUIET, *DDP, "--out", "cache", "--views", "200"]
+    given += ["--model.teacher.init_args.arch", demo_teacher]
+    with Path("said.txt").open("w") as out:
+        environment = {**os.environ, **PATHS}
+        run = subprocess.Popen([*LAUNCHERS["lightning"], *given], stdout=out, stderr=out, env=environment)
+    end = time.monotonic() + 120
+    while len(list(Path("cache").glob("*.npy"))) < 2:
+        assert time.monotonic() < end, Path("said.txt").read_text()
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(90) == 143, Path("said.txt").read_text()
+    assert _living() == []
+    assert "Stopped by SIGTERM. The same command goes on from what is written." in Path("said.txt").read_text()
+
+
 def _nothing_lives(seconds: float) -> None:
     ended = time.monotonic()
     while living := _living():

@@ -198,8 +198,21 @@ class CacheReader:
         if shard not in self._maps:
             if len(self._maps) == MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            self._maps[shard] = np.asarray(np.load(shard_file(self.folder, shard), mmap_mode="r"))
+            self._maps[shard] = self._mapped(shard_file(self.folder, shard))
         return self._maps[shard]
+
+    def _mapped(self, file: Path) -> np.ndarray[Any, Any]:
+        try:
+            records = np.load(file, mmap_mode="r")
+            if records.dtype == record_type(self.manifest):
+                return np.asarray(records)
+            fault = f"it holds {records.dtype}"
+        except Exception as error:  # whatever numpy meets in a head that has come to harm
+            fault = " ".join(str(error).split())[:200]
+        raise CacheError(
+            f"{str(file)!r} has come to harm: its head is none of this cache's ({fault}). Remove it, and the `kdvit "
+            "cache` that made the cache writes it anew."
+        )
 
     def _logits(self, records: list[tuple[np.ndarray[Any, Any], int]]) -> Tensor | None:
         if not self.logits or self.manifest.classes is None:

@@ -20,6 +20,7 @@ from kdvit.cache.manifest import FILE, CacheError, Manifest, differing
 from kdvit.cache.store import CacheReader, append_records, encode, missing_shards, record_type, shard_rows
 from kdvit.files import existing
 from kdvit.models import FrozenTeacher
+from kdvit.runtime.processes import end_launched
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 from kdvit.structures import Batch, SharedBasis, View, ViTOutput, as_batch
 from kdvit.tables import as_size
@@ -153,6 +154,7 @@ class CacheWriting(TeacherPass):
         if REQUESTS.stop:
             stop = REQUESTS.stop
             REQUESTS.clear()
+            end_launched(self.trainer, seconds=60)  # the folder's lock ends with this process
             rank_zero_info(f"Stopped by {signal_name(stop)}. The same command goes on from what is written.")
             raise Stopped(128 + stop if self.trainer.is_global_zero else 0)
 

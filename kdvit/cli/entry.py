@@ -65,6 +65,7 @@ NOISE = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
     "Checkpoint directory .* exists and is not empty",  # of every run that goes on
     "Experiment logs directory .* exists and is not empty",  # of every run, and untrue of one that goes on
+    "It is recommended to use `self.log\\('(geometry/|val/(knn|linear)_)",  # which all processes have alike
     "FSDP2-wrapped module .* returned a view tensor",  # a feature map, which no distiller edits in place
     "Found .* module\\(s\\) in eval mode at the start of training",  # those that model.freeze keeps there
     "LightningCLI's args parameter is intended",  # the arguments are those of the process, with config names resolved

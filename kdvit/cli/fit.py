@@ -34,6 +34,7 @@ from kdvit.runtime.lock import run_lock
 from kdvit.runtime.loggers import run_loggers
 from kdvit.runtime.processes import (
     SameCheckpoint,
+    end_launched,
     is_first_process,
     planned_processes,
     require_all_processes,
@@ -114,9 +115,7 @@ class KdvitCLI(LightningCLI):
                     args=[command, *args],
                 )
         except (UserError, OSError):  # what all processes have met is told once
-            strategy = getattr(getattr(self, "trainer", None), "strategy", None)
-            for process in getattr(getattr(strategy, "launcher", None), "procs", ()):
-                process.kill()
+            end_launched(getattr(self, "trainer", None))
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]

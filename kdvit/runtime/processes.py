@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -22,6 +24,17 @@ def is_first_process() -> bool:
     """Tells whether this is the first process of a run, by its environment and before Lightning has joined them."""
     node = "0" if {"RANK", "SLURM_PROCID"} & {*os.environ} else os.environ.get("NODE_RANK", "0")
     return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
+
+
+def end_launched(trainer: pl.Trainer | None, seconds: float = 0) -> None:
+    """Ends the processes that this one has launched: asks them to stop, and gives them time; kills what then lives."""
+    processes = getattr(getattr(getattr(trainer, "strategy", None), "launcher", None), "procs", ())
+    for each in processes if seconds else ():
+        each.terminate()
+    for each in processes:
+        with suppress(subprocess.TimeoutExpired):
+            each.wait(seconds)
+        each.kill()
 
 
 def require_whole_networks(trainer: pl.Trainer) -> None:

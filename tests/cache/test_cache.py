@@ -215,6 +215,20 @@ def test_missing_shards_are_dealt_out_evenly_however_they_came_to_be_missing() -
     assert rows == [[1, 5, 7], [3, 6]]
 
 
+@pytest.mark.parametrize("harm", [(b"\x93", b"\0"), (b"'<u4'", b"'>u4'"), (b"'descr'", b"'descr;")])
+def test_a_shard_whose_head_has_come_to_harm_is_told_and_written_again(
+    harm: tuple[bytes, bytes], stored: None, demo_teacher: str, capsys
+) -> None:
+    before, shard = contents("cache"), Path("cache/000001.npy")
+    shard.write_bytes(shard.read_bytes().replace(*harm, 1))
+    said = refusal(capsys, "lift", demo_teacher, *EPOCHS, *cached())
+    assert "cache/000001.npy' has come to harm: its head is none of this cache's (" in said
+    assert "Remove it, and the `kdvit cache` that made the cache writes it anew." in said
+    shard.unlink()
+    cache(demo_teacher)
+    assert contents("cache") == before
+
+
 def test_a_cut_off_shard_is_told_and_written_again(stored: None, demo_teacher: str, capsys) -> None:
     before, shard = contents("cache"), Path("cache/000001.npy")
     shard.write_bytes(shard.read_bytes()[:-1])
