@@ -21,7 +21,7 @@ import torch
 from kdvit import load_student
 from kdvit.cli import main
 from kdvit.data.sampling import ShareError
-from kdvit.runtime.checkpoints import progress
+from kdvit.runtime.saved import progress
 from tests.runs import QUIET, column
 from tests.several import PATHS, together
 from tests.tiny import STUDENT, SizedData

@@ -23,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from kdvit.cli import main
-from kdvit.runtime.checkpoints import newest_checkpoint
 from kdvit.runtime.loggers import read_table
+from kdvit.runtime.saved import newest_checkpoint
 from tests.runs import SHORT, column, fit
 
 LONGER = [*SHORT, "--trainer.max_epochs", "3"]

@@ -19,8 +19,8 @@ from kdvit.cache.manifest import Manifest
 from kdvit.cache.store import encode, missing_shards
 from kdvit.callbacks import Preemption
 from kdvit.cli import main
-from kdvit.runtime.checkpoints import newest_checkpoint
 from kdvit.runtime.loggers import run_loggers
+from kdvit.runtime.saved import newest_checkpoint
 from kdvit.runtime.signals import REQUESTS
 from tests.runs import QUIET, SHORT, assert_same_end, column, demo_fit, fit
 

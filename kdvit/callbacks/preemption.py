@@ -14,8 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints, newest_checkpoint
+from kdvit.runtime.checkpoints import gradients_are_taken, move_checkpoints
 from kdvit.runtime.loggers import is_logged
+from kdvit.runtime.saved import newest_checkpoint
 from kdvit.runtime.signals import REQUESTS, REQUEUE, STOP, Stopped, requeue_job, signal_name
 
 

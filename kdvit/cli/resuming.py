@@ -15,7 +15,7 @@ from kdvit.distillers.classes import first_difference, numbers_by_name
 from kdvit.errors import UserError, shown, some
 from kdvit.models.checkpoint import known_class_names
 from kdvit.models.layouts import read_spec, read_weights_only
-from kdvit.runtime.checkpoints import newest_checkpoint, progress, require_whole
+from kdvit.runtime.saved import newest_checkpoint, progress, require_whole
 from kdvit.training.module import DistillationModule
 
 
@@ -124,7 +124,7 @@ def match_classes(known: list[str] | None, datamodule: Any) -> None:
         return
     numbers = numbers_by_name(names, known)
     if numbers is None:
-        unknown, ours = (some([*map(repr, each)]) for each in ([n for n in names if n not in known], known))
+        unknown, ours = (some(map(repr, each)) for each in ([n for n in names if n not in known], known))
         raise UserError(
             f"The student was trained on other classes than those of the data: {unknown}. It knows {ours}. Give images "
             "of these, in folders of these names."
