@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -36,11 +35,17 @@ class GeometryMonitor(pl.Callback):
         every_n_epochs: How often, after validation; 0 for never.
         images: Validation images, evenly spaced over the data set.
         batch_size: Images at once.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
-    def __init__(
-        self, every_n_epochs: NonNegativeInt = 0, images: PositiveInt = 64, batch_size: PositiveInt = 32
-    ) -> None:
+    def __init__(self, every_n_epochs: int = 0, images: int = 64, batch_size: int = 32) -> None:
+        if every_n_epochs < 0 or images < 1 or batch_size < 1:
+            raise ValueError(
+                "geometry: every_n_epochs must be 0 or more, images and batch_size 1 or more; got "
+                f"{every_n_epochs}, {images} and {batch_size}."
+            )
         self.every_n_epochs, self.images, self.batch_size = every_n_epochs, images, batch_size
         self.options = Options(permutations=20)
         self._epoch = -1

@@ -6,7 +6,7 @@ tokens at length 1, as that of ``P M P^T``. Bandwidths of each image under it ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -109,18 +109,16 @@ def bandwidth_intervals(own: Tensor, permuted: Tensor, seed: int) -> list[tuple[
     Returns:
         For each level the bandwidth, and permuted minus own bandwidth.
     """
-    found = []
-    for pair in zip(own.T.numpy(), (permuted - own).T.numpy(), strict=True):
-        ours, added = (interval(each.mean(1)) for each in resampled(np.random.default_rng(seed), *pair))
-        found.append((ours, added))
-    return found
+    columns = (*own.T.numpy(), *(permuted - own).T.numpy())
+    found = [interval(each.mean(1)) for each in resampled(np.random.default_rng(seed), *columns)]
+    return list(zip(found[: own.shape[1]], found[own.shape[1] :], strict=True))
 
 
-def resampled(generator: np.random.Generator, *values: NDArray[Any]) -> list[NDArray[Any]]:
-    """Returns values ``[images, ...]`` as they are and in the same resamples each, ``[1 + RESAMPLES, images, ...]``."""
+def resampled(generator: np.random.Generator, *values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yields values ``[images, ...]`` as they are and in the same resamples each, ``[1 + RESAMPLES, images, ...]``."""
     images = len(values[0])
     chosen = np.concatenate([np.arange(images)[None], generator.integers(images, size=(RESAMPLES, images))])
-    return [each[chosen] for each in values]
+    return (each[chosen] for each in values)
 
 
 def interval(values: NDArray[Any]) -> Interval:

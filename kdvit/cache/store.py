@@ -207,6 +207,8 @@ class CacheReader:
             if records.dtype == record_type(self.manifest):
                 return np.asarray(records)
             fault = f"it holds {records.dtype}"
+        except OSError:  # of the disk, or of too many open files
+            raise
         except Exception as error:  # whatever numpy meets in a head that has come to harm
             fault = " ".join(str(error).split())[:200]
         raise CacheError(

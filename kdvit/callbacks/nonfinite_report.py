@@ -58,7 +58,7 @@ def place(trainer: pl.Trainer, seen: SeenBatch, among: Tensor | None = None) -> 
     images = (seen.batch.index if among is None else seen.batch.index[among]).tolist()
     data = trainer.datamodule  # type: ignore[attr-defined]
     paths = [data.path(image, "train") for image in images[:4]] if isinstance(data, ImageDataModule) else []
-    return f"batch {seen.number}, training images {some([*map(str, images)])}{': ' * bool(paths)}{', '.join(paths)}"
+    return f"batch {seen.number}, training images {some(map(str, images))}{': ' * bool(paths)}{', '.join(paths)}"
 
 
 def save(file: Path, step: int, seen: list[SeenBatch], gradients: list[str]) -> None:

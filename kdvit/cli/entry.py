@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import warnings
@@ -23,7 +22,7 @@ from kdvit.cli.commands.probe import probe
 from kdvit.cli.commands.slurm import slurm
 from kdvit.cli.config_files import find_configs
 from kdvit.cli.help import SUMMARIES, asked_for, short_help
-from kdvit.cli.messages import LIGHTNING, explain
+from kdvit.cli.messages import explain, unsaid
 from kdvit.cli.parsing import call, without_imports
 from kdvit.errors import UserError, nearest
 from kdvit.runtime.orphans import end_with_parent, let_the_first_tell
@@ -91,13 +90,13 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger(LIGHTNING).addFilter(_is_said)
     end_with_parent()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, last: classes of one's own may be in a file there
     explanation = ""
     try:
-        run(given)
+        with unsaid(*UNSAID):
+            run(given)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough: `kdvit check --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,10 +114,6 @@ def main(args: list[str] | None = None) -> None:
         let_the_first_tell()
         print(f"kdvit: error: {explanation}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def _is_said(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(UNSAID)
 
 
 def run(args: list[str]) -> None:

@@ -123,7 +123,7 @@ def listed(folder: Path, rows: Rows, classes: Sequence[str], table: Path) -> Ima
     numbers = {name: number for number, name in enumerate(classes)}
     if classes and (unknown := sorted({label for _, label in rows} - numbers.keys())):
         raise LabelError(
-            f"{str(table)!r} has labels that are no classes of train: {some([*map(repr, unknown)])}. Classes: "
+            f"{str(table)!r} has labels that are no classes of train: {some(map(repr, unknown))}. Classes: "
             f"{some(classes)}."
         )
     samples = [(os.path.join(folder, path), numbers[label] if classes else -1) for path, label in rows]

@@ -114,8 +114,8 @@ def _by_name(ours: Names, theirs: Names) -> list[tuple[int, int]]:
     pairs = [(index, found[name]) for index, name in enumerate(ours) if name in found]
     if not pairs:
         raise ValueError(
-            f"classes: by_name finds no common name: the student's are {some([*map(repr, ours)])}, the "
-            f"teacher's {some([*map(repr, theirs)])}. {INDICES}"
+            f"classes: by_name finds no common name: the student's are {some(map(repr, ours))}, the "
+            f"teacher's {some(map(repr, theirs))}. {INDICES}"
         )
     return pairs
 
@@ -131,6 +131,6 @@ def _index(key: int | str, shapes: OutputShapes, side: str) -> int:
     if names is None:
         raise ValueError(f"classes: {key!r} is a name, and those of the {side}'s classes are not known. {INDICES}")
     if key not in names:
-        near, listed = nearest(key, names), some([*map(repr, names)])
+        near, listed = nearest(key, names), some(map(repr, names))
         raise ValueError(f"classes: the {side} has no class {key!r}.{near} Its classes are {listed}.")
     return names.index(key)

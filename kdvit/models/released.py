@@ -60,7 +60,7 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
     """
     content, key = read_weights_only(Path(path)), "model_ema" if ema else "model"
     if not isinstance(content.get(key), dict) or not content[key]:
-        raise ValueError(f"{str(path)!r} has no weights by name under {key!r}; it has {some([*map(repr, content)])}.")
+        raise ValueError(f"{str(path)!r} has no weights by name under {key!r}; it has {some(map(repr, content))}.")
     weights = {name.removeprefix("module."): value for name, value in content[key].items()}
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     try:
@@ -71,18 +71,12 @@ def load_released(path: str | Path, ema: bool = False, num_heads: int | None = N
         else:
             raise ValueError(
                 "neither a Lift nor a WideLast checkpoint of the authors: expected keys such as projections.11.weight "
-                f"or blocks.11.proj_in.weight, found {some([*map(repr, weights)])}."
+                f"or blocks.11.proj_in.weight, found {some(map(repr, weights))}."
             )
         student.model.load_state_dict(mapped)
     except KeyError as error:
         raise ValueError(f"{str(path)!r}: it lacks {error}.") from error
-    except (
-        ValueError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:  # what is there is no such tensor
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     student.image_format = ImageFormat(student.image_format.size, IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
     return Released(student.eval(), sorted(name for name in weights if _is_dead(name, student.depth - 1)))

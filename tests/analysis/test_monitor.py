@@ -66,9 +66,11 @@ def test_what_is_logged_is_the_measure_of_the_validation_images(demo_teacher: st
 
 
 def test_numbers_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="every_n_epochs must be 0 or more"):
+        GeometryMonitor(every_n_epochs=-1)
     with pytest.raises(SystemExit):
         main(["fit", "--config", "demo/plain.yaml", "--geometry.images", "0"])
-    assert "geometry.images: must be above 0, got 0" in capsys.readouterr().err
+    assert "images and batch_size 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
